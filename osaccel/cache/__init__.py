@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiT cache: which blocks compute at which step (policy) and how skipped ones are replaced (executor)."""

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings from options, environment variables and one YAML file, checked once and then frozen; needs no torch."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from osaccel import formats
+from osaccel.cache.config import DitCacheConfig
+from osaccel.formats import SettingsError, closest
+
+PREFIX = "OSACCEL_"
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+SEARCHES = ("dit_cache", "restep", "all")
+# Read by the test-suite, not by the package.
+_FOREIGN_VARIABLES = ("OSACCEL_UPSTREAM",)
+
+
+class Value(NamedTuple):
+    """A raw value with the place it came from; `base` is the directory its relative paths start from."""
+
+    raw: Any
+    place: str
+    base: str = ""
+
+
+def _boolean(value: Value) -> bool:
+    words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    try:
+        return words[str(value.raw).lower()]
+    except KeyError:
+        raise SettingsError(f"{value.place}: expected one of {', '.join(words)}, got {value.raw!r}.") from None
+
+
+def _log_level(value: Value) -> str:
+    level = str(value.raw).upper()
+    if level not in LOG_LEVELS:
+        raise SettingsError(f"{value.place}: unknown log level {value.raw!r}. {closest(level, LOG_LEVELS)}")
+    return level
+
+
+def _search(value: Value) -> Optional[str]:
+    word = str(value.raw).lower()
+    if word in ("0", "false", "no", "off"):
+        return None
+    name = "dit_cache" if word in ("1", "true", "yes", "on") else word
+    if name not in SEARCHES:
+        raise SettingsError(f"{value.place}: unknown search {value.raw!r}. {closest(name, ('1',) + SEARCHES)}")
+    return name
+
+
+def _number(low: float, high: float, above: bool = False) -> Callable[[Value], float]:
+    """A parser for numbers in [low, high], or in (low, high] with `above`."""
+    allowed = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
+
+    def parse(value: Value) -> float:
+        try:
+            number = float(value.raw)
+        except (TypeError, ValueError):
+            raise SettingsError(f"{value.place}: expected {allowed}, got {value.raw!r}.") from None
+        if not low <= number <= high or (above and number == low):
+            raise SettingsError(f"{value.place}: expected {allowed}, got {value.raw!r}.")
+        return number
+
+    return parse
+
+
+def _whole(value: Value) -> int:
+    try:
+        number = int(str(value.raw))
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise SettingsError(f"{value.place}: expected a whole number of at least 1, got {value.raw!r}.")
+    return number
+
+
+def _step_counts(value: Value) -> Tuple[int, ...]:
+    parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
+    counts = tuple(_whole(value._replace(raw=part)) for part in parts)
+    if min(counts) < 2:
+        raise SettingsError(f"{value.place}: a schedule needs at least 2 steps, got {value.raw!r}.")
+    return counts
+
+
+def _search_then(value: Value) -> str:
+    choices = ("exit", "continue")
+    if value.raw not in choices:
+        raise SettingsError(f"{value.place}: expected one of {', '.join(choices)}, got {value.raw!r}.")
+    return str(value.raw)
+
+
+def _path(value: Value) -> str:
+    if not isinstance(value.raw, str):
+        raise SettingsError(f"{value.place}: expected a path, got {value.raw!r}.")
+    return os.path.join(value.base, os.path.expanduser(value.raw))
+
+
+class Setting(NamedTuple):
+    """One setting: its attribute in Settings, where it is set, and how a raw value becomes a checked one."""
+
+    name: str
+    yaml: Tuple[str, ...]
+    parse: Callable[[Value], Any]
+    help: str
+    metavar: str = ""
+    is_path: bool = False
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def option(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def is_flag(self) -> bool:
+        return not self.metavar
+
+
+TABLE: Tuple[Setting, ...] = (
+    Setting(
+        "config", (), _path, "one YAML file with everything: cache:, sampling:, search:, log:", "FILE", is_path=True
+    ),
+    Setting(
+        "cache_config",
+        ("cache",),
+        _path,
+        "DiT cache: msModelSlim's dit_cache_config.json, or the same four keys in YAML",
+        "FILE",
+        is_path=True,
+    ),
+    Setting(
+        "timesteps",
+        ("sampling", "timesteps"),
+        _path,
+        "searched timesteps: msModelSlim's searched_schedule.txt (JSON list, ascending, in [0, 1])",
+        "FILE",
+        is_path=True,
+    ),
+    Setting("search", ("search", "mode"), _search, "search instead of sampling: 1 or dit_cache, restep, all", "WHAT"),
+    Setting(
+        "search_prompts", ("search", "prompts"), _whole, "pipeline calls recorded as calibration (default 1)", "NUMBER"
+    ),
+    Setting("search_then", ("search", "then"), _search_then, "after the search: exit (default) or continue", "WHAT"),
+    Setting(
+        "cache_ratio",
+        ("search", "cache_ratio"),
+        _number(1, 2, above=True),
+        "cache search: speed-up the configuration must reach, in (1, 2] (default 1.3)",
+        "RATIO",
+    ),
+    Setting(
+        "min_psnr",
+        ("search", "min_psnr"),
+        _number(0, 200, above=True),
+        "cache search: find the fastest configuration that keeps this PSNR, in dB, instead of a ratio",
+        "DB",
+    ),
+    Setting(
+        "target_steps",
+        ("search", "target_steps"),
+        _step_counts,
+        "timestep search: number of steps to find, or several with commas (default 50)",
+        "NUMBER",
+    ),
+    Setting(
+        "calibration_videos",
+        ("search", "calibration_videos"),
+        _path,
+        "timestep search: directory of 5 to 20 mp4 files to calibrate on, instead of the script's own generations",
+        "DIR",
+        is_path=True,
+    ),
+    Setting("strict", ("strict",), _boolean, "an unrecognised upstream is an error instead of a warning"),
+    Setting("log", ("log",), _log_level, "log level: " + ", ".join(LOG_LEVELS) + " (default INFO)", "LEVEL"),
+    Setting("disable", ("disable",), _boolean, "run the command as if osaccel were not installed"),
+)
+BY_NAME = {setting.name: setting for setting in TABLE}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked for, checked. `sources` tells for each name where its value came from.
+
+    Attributes:
+        cache: the cache configuration, or None.
+        timesteps: timesteps, descending, in [0, 1000], or None.
+        search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
+        strict, disable: see TABLE.
+        log: a level name of `logging`.
+    """
+
+    cache: Optional[DitCacheConfig] = None
+    timesteps: Optional[Tuple[float, ...]] = None
+    search: Optional[str] = None
+    search_prompts: int = 1
+    search_then: str = "exit"
+    cache_ratio: float = 1.3
+    min_psnr: Optional[float] = None
+    target_steps: Tuple[int, ...] = (50,)
+    calibration_videos: Optional[str] = None
+    strict: bool = False
+    disable: bool = False
+    log: str = "INFO"
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def accelerates(self) -> bool:
+        """Whether a generation differs from the plain one."""
+        return bool((self.cache and self.cache.cache_num_blocks) or self.timesteps)
+
+
+def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None) -> Settings:
+    """Settings by precedence: option > environment variable > YAML file > default.
+
+    Args:
+        environ: `os.environ` or the like.
+        options: raw values by setting name, of the launcher's options; None stands for an option not given.
+
+    Raises:
+        SettingsError: a variable, key or value is not allowed, or a file cannot be used.
+    """
+    _check_variables(environ)
+    given = _from_options_and_environment(environ, options or {})
+    values = dict(_from_yaml(_path(given["config"]))) if "config" in given else {}
+    values.update(given)
+    if "disable" in values and _boolean(values["disable"]):
+        return Settings(disable=True, sources={"disable": values["disable"].place})
+    parsed: Dict[str, Any] = {}
+    for name in values:
+        if name not in ("config", "cache_config", "timesteps"):
+            parsed[name] = BY_NAME[name].parse(values[name])
+    if parsed.get("search"):
+        raise SettingsError(f"{values['search'].place}: the search is not yet part of this version of osaccel.")
+    if "cache_config" in values:
+        parsed["cache"] = _cache(values["cache_config"])
+    if "timesteps" in values:
+        parsed["timesteps"] = _timesteps(values["timesteps"])
+    return Settings(sources={name: value.place for name, value in values.items()}, **parsed)
+
+
+def _check_variables(environ: Mapping[str, str]) -> None:
+    known = [setting.variable for setting in TABLE]
+    for variable in environ:
+        if variable.startswith(PREFIX) and variable not in known and variable not in _FOREIGN_VARIABLES:
+            raise SettingsError(f"{variable}: unknown environment variable. {closest(variable, known)}")
+
+
+def _from_options_and_environment(environ: Mapping[str, str], options: Mapping[str, Any]) -> Dict[str, Value]:
+    values = {}
+    for setting in TABLE:
+        if options.get(setting.name) is not None:
+            values[setting.name] = Value(options[setting.name], setting.option)
+        elif environ.get(setting.variable, "") != "":
+            values[setting.name] = Value(environ[setting.variable], setting.variable)
+    return values
+
+
+def _from_yaml(path: str) -> Dict[str, Value]:
+    if not path.endswith(formats.YAML_SUFFIXES):
+        raise SettingsError(f"{path}: the settings file must end in {' or '.join(formats.YAML_SUFFIXES)}.")
+    content = formats.read_file(path)
+    return _collect({} if content is None else content, (), path)
+
+
+def _collect(content: Any, section: Tuple[str, ...], path: str) -> Dict[str, Value]:
+    """The values below one section of the YAML file, by setting name."""
+    inside = {
+        setting.yaml[len(section)]: setting
+        for setting in TABLE
+        if setting.yaml[: len(section)] == section != setting.yaml
+    }
+    place = f"{path}: {'.'.join(section)}" if section else path
+    values = {}
+    for key, raw in formats.check_keys(content, list(inside), place).items():
+        setting = inside[key]
+        if raw is None:
+            continue
+        if setting.yaml == section + (key,):
+            values[setting.name] = Value(raw, f"{path}: {'.'.join(setting.yaml)}", os.path.dirname(path))
+        else:
+            values.update(_collect(raw, section + (key,), path))
+    return values
+
+
+def _cache(value: Value) -> DitCacheConfig:
+    # In the YAML file the four keys may stand in place of a path.
+    if isinstance(value.raw, dict):
+        return formats.parse_cache_config(value.raw, value.place)
+    return formats.read_cache_config(_path(value))
+
+
+def _timesteps(value: Value) -> Tuple[float, ...]:
+    if isinstance(value.raw, list):
+        return formats.parse_timesteps(value.raw, value.place)
+    return formats.read_timesteps(_path(value))
+
+
+def exported(options: Mapping[str, Any], environ: Mapping[str, str]) -> Dict[str, str]:
+    """Environment variables that carry options and settings to child processes, paths made absolute."""
+    variables = {}
+    for name, value in _from_options_and_environment(environ, options).items():
+        setting = BY_NAME[name]
+        text = "1" if value.raw is True else str(value.raw)
+        variables[setting.variable] = os.path.abspath(_path(value)) if setting.is_path else text
+    return variables
+
+
+def describe(table: Sequence[Setting] = TABLE) -> str:
+    """Two columns, variable and meaning, for the launcher's help."""
+    width = max(len(setting.variable) for setting in table)
+    return "\n".join(f"  {setting.variable:<{width}}  {setting.help}" for setting in table)
