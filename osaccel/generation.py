@@ -16,7 +16,6 @@ import wrapt
 from osaccel.cache.executor import BlockCache, HiddenStates, ReplacedForward, StepClock
 from osaccel.cache.policy import IntervalPolicy, check_regions
 
-
 Interceptor = Callable[[Callable, tuple, dict], Any]
 
 
@@ -45,6 +44,18 @@ def find_blocks(pipeline: Any, block_path: str) -> torch.nn.ModuleList:
     if len(found) == 0:
         raise ValueError(f"ModuleList at path '{block_path}' is empty")
     return found
+
+
+def wrap_method(instance: Any, name: str, function: Callable, wrapper: Callable) -> Callable[[], None]:
+    """Put a wrapt wrapper around `function` on the instance as `name`; returns what takes it off again."""
+    previous: Dict[str, Any] = {name: instance.__dict__[name]} if name in instance.__dict__ else {}
+
+    def undo() -> None:
+        instance.__dict__.pop(name, None)
+        instance.__dict__.update(previous)
+
+    setattr(instance, name, wrapt.FunctionWrapper(function, wrapper))
+    return undo
 
 
 class Generation:
@@ -125,8 +136,8 @@ class Generation:
             self._undo.append(adapter.restore)
             set_timesteps = self._with_list(adapter, set_timesteps)
             step = adapter.step or step
-        self._replace(scheduler, "set_timesteps", set_timesteps, self._on_set_timesteps)
-        self._replace(scheduler, "step", step, self._on_step)
+        self._undo.append(wrap_method(scheduler, "set_timesteps", set_timesteps, self._on_set_timesteps))
+        self._undo.append(wrap_method(scheduler, "step", step, self._on_step))
 
     def _with_list(self, adapter: Any, original: Callable) -> Callable:
         def set_timesteps(num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
@@ -135,16 +146,6 @@ class Generation:
         # wrapt shows the pipeline the signature of what it wraps.
         set_timesteps.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
         return set_timesteps
-
-    def _replace(self, scheduler: Any, name: str, function: Callable, wrapper: Callable) -> None:
-        previous: Dict[str, Any] = {name: scheduler.__dict__[name]} if name in scheduler.__dict__ else {}
-
-        def undo() -> None:
-            scheduler.__dict__.pop(name, None)
-            scheduler.__dict__.update(previous)
-
-        self._undo.append(undo)
-        setattr(scheduler, name, wrapt.FunctionWrapper(function, wrapper))
 
     def _on_set_timesteps(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         result = wrapped(*args, **kwargs)
@@ -221,6 +222,6 @@ def _refuse_module_compile(module: Any) -> None:
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise ValueError(
             f"{type(module).__name__} was compiled in place with module.compile(), which would bake one step's "
-            "decision into the graph; compile it as pipeline.transformer = torch.compile(pipeline.transformer) instead, or run "
-            "without a cache configuration."
+            "decision into the graph. Use pipeline.transformer = torch.compile(pipeline.transformer) instead, or no "
+            "cache configuration."
         )

@@ -90,14 +90,14 @@ class _Lane:
 class _CallsInStep:
     """Numbers a block's calls within a step from 0: guidance run as two forwards gives branch 0 and branch 1."""
 
-    __slots__ = ("next", "step")
+    __slots__ = ("moment", "next")
 
     def __init__(self) -> None:
-        self.step, self.next = -1, 0
+        self.moment, self.next = (-1, -1), 0
 
-    def number(self, step: int) -> int:
-        if step != self.step:
-            self.step, self.next = step, 0
+    def number(self, generation: int, step: int) -> int:
+        if (generation, step) != self.moment:
+            self.moment, self.next = (generation, step), 0
         self.next += 1
         return self.next - 1
 
@@ -109,9 +109,12 @@ class RegionCache:
         self.region, self.plan, self.history, self.states = region, plan, history, states
         self.lanes: Dict[int, _Lane] = {}
         self.skipped_blocks = 0
+        self._generation = 0
 
     def clear(self) -> None:
+        """A new generation begins, or the last one is over."""
         self.lanes.clear()
+        self._generation += 1
 
     def make_forward(self, index: int, clock: Any, original: Callable) -> Callable:
         """The function that stands for block `index`: it computes, stores or reconstructs as the plan says."""
@@ -120,7 +123,7 @@ class RegionCache:
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             step = clock.step
-            branch = calls.number(step)
+            branch = calls.number(self._generation, step)
             plan = self.plan(step)
             if plan.coefficients is not None:
                 self.skipped_blocks += 1
@@ -184,6 +187,7 @@ class BlockCache:
         clock: has `step`, the index of the current denoising step.
         states: the names of the blocks' hidden-state arguments; any shape, batch first or sequence first.
         compile_forward: applied to each block's own forward, for models that run compiled.
+        begin_pass: called whenever the first of all blocks is.
     """
 
     def __init__(
@@ -193,7 +197,9 @@ class BlockCache:
         clock: Any,
         states: Optional[HiddenStates] = None,
         compile_forward: Optional[Callable[[Callable], Callable]] = None,
+        begin_pass: Optional[Callable[[], None]] = None,
     ):
+        self._begin_pass = begin_pass
         self.num_blocks = len(blocks)
         self._replaced: List[ReplacedForward] = []
         self._forwards = 0
@@ -226,6 +232,8 @@ class BlockCache:
     def _counted(self, forward: Callable) -> Callable:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self._forwards += 1
+            if self._begin_pass is not None:
+                self._begin_pass()
             return forward(*args, **kwargs)
 
         return counted
