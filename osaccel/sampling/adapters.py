@@ -13,11 +13,13 @@ Every adapter first lets the scheduler reset itself for as many steps as the lis
   becomes a noise schedule of its own: a private copy of the scheduler with one *training* timestep per list entry,
   which the class's own step samples completely (Song et al. arXiv 2010.02502, eq. 12; Ho et al. arXiv 2006.11239,
   eq. 7; Liu et al. arXiv 2202.09778, eq. 9). Clipping, thresholding, eta and the variance types come for free.
+  Only PNDM's multistep weights, which assume even gaps, are replaced where the gaps are not even.
 
 The last noise level is the class's own too: 0, or s(0) for DEIS and PNDM.
 """
 
 import copy
+import functools
 import inspect
 from typing import Any, Callable, Dict, Optional, Sequence, Type
 
@@ -207,8 +209,9 @@ class ReindexedAdapter(ScheduleAdapter):
 class PNDMAdapter(ReindexedAdapter):
     """Runge-Kutta start over three intervals, then linear multistep: N + 9 timesteps, as the class has them.
 
-    The multistep weights are those of even spacing, as everywhere in PNDM; they sum to one, so any list converges, at
-    second order where its gaps change smoothly and at first order otherwise (measured; arXiv 2202.09778, section 3.3).
+    The class's multistep weights are those of even gaps; on irregular ones they are consistent, but only first order.
+    So where the gaps are uneven the noise predictions are combined with the Adams-Bashforth weights of the gaps that
+    are there (Hairer, Norsett and Wanner, Solving ODEs I, section III.5), in t, where even gaps give the class's own.
     """
 
     spacing = 2
@@ -222,9 +225,47 @@ class PNDMAdapter(ReindexedAdapter):
         times[1:-1:2] = (ascending[:-1] + ascending[1:]) / 2
         return times
 
+    def _put(self, steps: np.ndarray, device: Any) -> None:
+        super()._put(steps, device)
+        # The class keeps history and counter; its transfer formula is the one place that sees the combination.
+        self._reindexed._get_prev_sample = functools.partial(self._transfer, self._table_times(steps).astype(float))
+
     def _place(self, timestep: Any) -> int:
         # Timesteps repeat, so only the class's own counter tells where it is.
         return int(self._reindexed.timesteps[self._reindexed.counter])
+
+    def _transfer(self, times: np.ndarray, sample: Any, place: int, next_place: int, combined: Any) -> Any:
+        """The class's ``_get_prev_sample``, given a combination of noise predictions that suits the gaps."""
+        own = self._reindexed
+        history = own.ets[::-1]
+        # The start is Runge-Kutta or a trapezoid; the last entry of a list that ends at 0 has no interval of its own.
+        if own.counter >= len(own.prk_timesteps) and len(history) > 1 and times[place] > 0:
+            nodes = times[place :: self.spacing][: len(history)]
+            end = times[next_place] if next_place >= 0 else 0.0
+            gaps = np.diff(nodes, prepend=end)
+            if not np.allclose(gaps, gaps[0]):
+                combined = sum(w * noise for w, noise in zip(_adams_bashforth(nodes, end).tolist(), history))
+        return type(own)._get_prev_sample(own, sample, place, next_place, combined)
+
+
+# Sum of the absolute weights up to which an order is used: three times that of even gaps at order 4. Without a limit a
+# long gap after short ones gets weights in the hundreds, which amplify whatever is not smooth in the model.
+_WEIGHT_LIMIT = 20.0
+
+
+def _adams_bashforth(nodes: np.ndarray, end: float) -> np.ndarray:
+    """Weights of the values at ``nodes`` (newest first) for their mean over [nodes[0], end]; they sum to one.
+
+    Of the highest order whose weights stay under the limit; order one always does.
+    """
+    for order in range(len(nodes), 0, -1):
+        # In units of the interval, so that the system is well scaled; exact for polynomials up to order - 1.
+        u = (nodes[:order] - nodes[0]) / (end - nodes[0])
+        powers = np.arange(order)
+        weights = np.linalg.solve(u ** powers[:, None], 1 / (powers + 1))
+        if np.abs(weights).sum() <= _WEIGHT_LIMIT:
+            break
+    return weights
 
 
 _ADAPTERS: Dict[str, Type[ScheduleAdapter]] = {
