@@ -108,7 +108,9 @@ def test_an_aborted_generation_leaves_nothing_behind(error):
         region = generation.cache.regions[0]
         pipeline(
             callback=lambda i, t, latents: (
-                tensors.extend(weakref.ref(x) for lane in region.lanes.values() for delta in lane.deltas for x in delta),
+                tensors.extend(
+                    weakref.ref(x) for lane in region.lanes.values() for delta in lane.deltas for x in delta
+                ),
                 fail(i, t, latents),
             )
         )
@@ -148,7 +150,9 @@ def test_a_changed_shape_within_a_generation_is_an_error():
     with Generation(pipeline, policy=IntervalPolicy(config_of(0, 6, 0, 2))) as generation:
         pipeline.transformer(torch.zeros(2, 5, 8), timestep=torch.tensor(1.0))
         generation.clock.step += 1
-        with pytest.raises(ValueError, match=r"delta of blocks 0 to 5 has shape \(2, 5, 8\).*now have shape \(3, 5, 8\)"):
+        with pytest.raises(
+            ValueError, match=r"delta of blocks 0 to 5 has shape \(2, 5, 8\).*now have shape \(3, 5, 8\)"
+        ):
             pipeline.transformer(torch.zeros(3, 5, 8), timestep=torch.tensor(1.0))
 
 
