@@ -188,6 +188,7 @@ class Settings:
         cache: the cache configuration, or None.
         timesteps: timesteps, descending, in [0, 1000], or None.
         search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
+        cache_output, timesteps_output: where a search writes what it finds; what lies there already is not applied.
         strict, disable: see TABLE.
         log: a level name of `logging`.
     """
@@ -195,6 +196,8 @@ class Settings:
     cache: Optional[DitCacheConfig] = None
     timesteps: Optional[Tuple[float, ...]] = None
     search: Optional[str] = None
+    cache_output: Optional[str] = None
+    timesteps_output: Optional[str] = None
     search_prompts: int = 1
     search_then: str = "exit"
     cache_ratio: float = 1.3
@@ -232,13 +235,33 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
     for name in values:
         if name not in ("config", "cache_config", "timesteps"):
             parsed[name] = BY_NAME[name].parse(values[name])
-    if parsed.get("search"):
-        raise SettingsError(f"{values['search'].place}: the search is not yet part of this version of osaccel.")
-    if "cache_config" in values:
+    for name, output, searches in _OUTPUTS:
+        if parsed.get("search") in searches:
+            parsed[output] = _output(values, name)
+    if "cache_config" in values and not parsed.get("cache_output"):
         parsed["cache"] = _cache(values["cache_config"])
-    if "timesteps" in values:
+    if "timesteps" in values and not parsed.get("timesteps_output"):
         parsed["timesteps"] = _timesteps(values["timesteps"])
     return Settings(sources={name: value.place for name, value in values.items()}, **parsed)
+
+
+# A search's output: the setting that names the file, the attribute it becomes, the searches that write it.
+_OUTPUTS = (
+    ("cache_config", "cache_output", ("dit_cache", "all")),
+    ("timesteps", "timesteps_output", ("restep", "all")),
+)
+
+
+def _output(values: Mapping[str, Value], name: str) -> str:
+    """The path a search writes to; it need not exist."""
+    if name not in values:
+        raise SettingsError(
+            f"{values['search'].place}: the search needs a file to write to: set {BY_NAME[name].variable} or "
+            f"{BY_NAME[name].option}."
+        )
+    if not isinstance(values[name].raw, str):
+        raise SettingsError(f"{values[name].place}: a search writes to a file; give a path, got {values[name].raw!r}.")
+    return os.path.abspath(_path(values[name]))
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:

@@ -19,6 +19,7 @@ from osaccel.settings import Settings
 logger = logging.getLogger("osaccel")
 
 _settings: Optional[Settings] = None
+_session: Optional[Any] = None
 _running = set()  # type: ignore[var-annotated]
 
 
@@ -60,15 +61,32 @@ def _caller(target: Target) -> Callable:
     def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         settings = current_settings()
         # A pipeline that calls itself is still one generation.
-        if settings.disable or not settings.accelerates or id(instance) in _running:
+        if settings.disable or not (settings.accelerates or settings.search) or id(instance) in _running:
             return wrapped(*args, **kwargs)
         _running.add(id(instance))
         try:
+            if settings.search:
+                return _search(wrapped, instance, args, kwargs, target, settings)
             return _generate(wrapped, instance, args, kwargs, target, settings)
         finally:
             _running.discard(id(instance))
 
     return call
+
+
+def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
+    global _session, _settings
+    from osaccel.search.session import Session
+
+    if _session is None:
+        agreement.check(settings, target.state_modules)
+        group = agreement.sequence_parallel_group(target.state_modules)
+        _session = Session(settings, group, target.block_path, target.hidden_states)
+    output = _session.on_call(wrapped, pipeline, args, kwargs)
+    if _session.is_over:
+        # OSACCEL_SEARCH_THEN=continue: from here on as if what was found had been given.
+        _settings, _session = _session.settings, None
+    return output
 
 
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds the four numbers of a cache configuration: ranked from one observed generation, verified by a few real ones.
+
+Every decision is a function of recorded numbers, so equal inputs give equal results, and a search that resumes from its
+journal goes on as if it had not been stopped. What is not finite loses.
+"""
+
+import math
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from osaccel.cache.config import DitCacheConfig
+from osaccel.cache.policy import IntervalPolicy, computed_blocks
+
+MAX_INTERVAL = 6
+# Block forwards a search may spend, in plain generations, the observed one included.
+BUDGET = 6.0
+
+
+class SearchError(RuntimeError):
+    """The search cannot give what was asked for; the message says what is reachable."""
+
+
+class Candidate(NamedTuple):
+    """A configuration as blocks `start .. stop - 1`, reused from step `first` on at every step but each interval-th."""
+
+    start: int
+    stop: int
+    first: int
+    interval: int
+
+    @property
+    def config(self) -> DitCacheConfig:
+        return DitCacheConfig(self.first, self.interval, self.start, self.stop - self.start)
+
+    def speed_up(self, num_blocks: int, num_steps: int) -> float:
+        """Blocks of a plain generation over blocks computed with this cache."""
+        return num_blocks * num_steps / computed_blocks(IntervalPolicy(self.config), num_blocks, num_steps)
+
+
+def reused(num_steps: int, first: int, interval: int) -> int:
+    """How many of the steps reuse."""
+    after = num_steps - first
+    return after - -(-after // interval)
+
+
+def reachable(num_blocks: int, num_steps: int, max_interval: int = MAX_INTERVAL) -> float:
+    """The largest speed-up any configuration has, in blocks."""
+    most = max((reused(num_steps, 0, interval) for interval in range(2, max_interval + 1)), default=0)
+    return num_steps / (num_steps - most)
+
+
+def candidates(num_blocks: int, num_steps: int, ratio: float, max_interval: int = MAX_INTERVAL) -> List[Candidate]:
+    """Every configuration that reaches `ratio` tightly: with a shorter region or one reuse less it would not.
+
+    Raises:
+        SearchError: none reaches it.
+    """
+    found: List[Candidate] = []
+    # A hair less than asked: 1 / ratio is not exact.
+    needed = num_blocks * num_steps * (1 - 1 / ratio) - 1e-9
+    for interval in range(2, max_interval + 1):
+        most = reused(num_steps, 0, interval)
+        shorter = most + 1
+        for length in range(1, num_blocks + 1):
+            count = max(1, math.ceil(needed / length))
+            if count > most or count == shorter:
+                continue
+            shorter = count
+            firsts = [first for first in range(num_steps) if reused(num_steps, first, interval) == count]
+            found += [
+                Candidate(start, start + length, first, interval)
+                for first in firsts
+                for start in range(num_blocks - length + 1)
+            ]
+    if not found:
+        raise SearchError(
+            f"No cache configuration speeds {num_blocks} blocks x {num_steps} steps up by {ratio:g}; at most "
+            f"{reachable(num_blocks, num_steps, max_interval):.3f} is reachable. Ask for less, or sample more steps."
+        )
+    return found
+
+
+def predict(pool: Sequence[Candidate], grams: np.ndarray, weights: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """A number per candidate that orders them as their errors in the final latents would.
+
+    Args:
+        grams: (gap, step, block, block), see `osaccel.search.regions`.
+        weights: (step,), how much a step's error changes the final latents.
+        gains: (block + 1,), how much an error that enters before this block changes the step's prediction.
+    """
+    num_steps = grams.shape[1]
+    prefix: Dict[Tuple[int, int], np.ndarray] = {}
+    scores = np.empty(len(pool))
+    for index, candidate in enumerate(pool):
+        key = candidate.first, candidate.interval
+        if key not in prefix:
+            total = np.zeros(grams.shape[2:])
+            for step in range(candidate.first, num_steps):
+                gap = (step - candidate.first) % candidate.interval
+                if gap:
+                    total += weights[step] ** 2 * grams[gap - 1, step]
+            prefix[key] = np.pad(total.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        table, start, stop = prefix[key], candidate.start, candidate.stop
+        energy = table[stop, stop] - table[start, stop] - table[stop, start] + table[start, start]
+        scores[index] = gains[stop] * math.sqrt(max(energy, 0.0))
+    return scores
+
+
+class Belief:
+    """Predicted log errors corrected by the measured ones: a Gaussian process on what the prediction misses.
+
+    Neighbouring candidates share most of what is missed, so a few measurements correct the whole family.
+    """
+
+    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int):
+        self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
+        floor = np.min(scores[np.isfinite(scores) & (scores > 0)], initial=1.0)
+        self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
+        self.features = np.array(
+            [
+                (c.start / num_blocks, c.stop / num_blocks, c.first / num_steps, math.log2(c.interval) / 2)
+                for c in self.pool
+            ]
+        )
+        self.spread, self.noise, self.length = 0.35, 0.03, 0.35
+
+    def estimate(self, measured: Dict[Candidate, float]) -> Tuple[np.ndarray, np.ndarray]:
+        """Expected log error and its standard deviation, per candidate."""
+        known = [(self.index[c], math.log(error)) for c, error in measured.items() if c in self.index and error > 0]
+        if not known:
+            return self.log_scores, np.full(len(self.pool), self.spread)
+        rows = [index for index, _ in known]
+        residual = np.array([log for _, log in known]) - self.log_scores[rows]
+        # One common offset with a wide prior: the prediction has no unit.
+        covariance = self._kernel(rows, rows) + self.noise**2 * np.eye(len(rows))
+        solve = np.linalg.inv(covariance)
+        ones = np.ones(len(rows))
+        offset = ones @ solve @ residual / (ones @ solve @ ones)
+        across = self._kernel(range(len(self.pool)), rows)
+        mean = self.log_scores + offset + across @ solve @ (residual - offset)
+        variance = self.spread**2 - np.einsum("ij,jk,ik->i", across, solve, across)
+        return mean, np.sqrt(np.maximum(variance, 0.0))
+
+    def _kernel(self, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
+        a, b = self.features[list(left)], self.features[list(right)]
+        distance = ((a[:, None] - b[None]) ** 2).sum(-1)
+        return self.spread**2 * np.exp(-0.5 * distance / self.length**2)
+
+
+class Goal(NamedTuple):
+    """What is searched: the least error at a speed-up of `ratio`, or the fastest that keeps `min_psnr`."""
+
+    ratio: float
+    min_psnr: Optional[float] = None
+
+
+class Search:
+    """Chooses which candidate to verify next, and which one wins; knows nothing of how one is verified.
+
+    Args:
+        pool, scores: the candidates and their predicted errors.
+        plain: block forwards of the plain generations of all calls.
+        budget: block forwards to spend, in units of `plain`, the plain generations included.
+        workers: how many candidates are verified side by side, in one round.
+    """
+
+    def __init__(
+        self,
+        pool: Sequence[Candidate],
+        scores: np.ndarray,
+        num_blocks: int,
+        num_steps: int,
+        goal: Goal,
+        budget: float = BUDGET,
+        workers: int = 1,
+    ):
+        self.goal, self.num_blocks, self.num_steps = goal, num_blocks, num_steps
+        self.budget, self.workers = budget, workers
+        self.belief = Belief(pool, scores, num_blocks, num_steps)
+        self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
+        self.done: Dict[Candidate, Dict[str, Any]] = {}
+
+    def add(self, evaluation: Dict[str, Any]) -> None:
+        self.done[candidate_of(evaluation)] = evaluation
+
+    @property
+    def spent(self) -> float:
+        """Plain generations' worth of block forwards so far."""
+        plain = self.num_blocks * self.num_steps
+        return 1.0 + sum(cost(c, self.num_blocks, self.num_steps, e) for c, e in self.done.items()) / plain
+
+    def next_round(self) -> List[Candidate]:
+        """The candidates to verify now, at most one per worker; empty when the search is over."""
+        chosen: List[Candidate] = []
+        spent, plain = self.spent, self.num_blocks * self.num_steps
+        for index in self._order():
+            candidate = self.belief.pool[index]
+            if candidate in self.done or not np.isfinite(self.belief.log_scores[index]):
+                continue
+            price = cost(candidate, self.num_blocks, self.num_steps) / plain
+            if spent + price > self.budget:
+                # A cheaper one further down would be verified only because it is cheap.
+                break
+            spent += price
+            chosen.append(candidate)
+            if len(chosen) == self.workers:
+                break
+        return chosen
+
+    def _order(self) -> List[int]:
+        if self.goal.min_psnr is not None:
+            return self._order_for_psnr(self.goal.min_psnr)
+        measured = {c: e["error"] for c, e in self.done.items() if e["error"] is not None}
+        mean, deviation = self.belief.estimate(measured)
+        # Optimistic, so that what is uncertain is looked at once.
+        return list(np.lexsort((np.arange(len(mean)), mean - 0.5 * deviation)))
+
+    def _order_for_psnr(self, wanted: float) -> List[int]:
+        """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
+        measured = {c: 10 ** (-e["psnr"] / 20) for c, e in self.done.items() if e.get("psnr") is not None}
+        mean, _ = self.belief.estimate(measured)
+        if not measured:
+            # The prediction has no unit yet: start in the middle of its range.
+            return list(np.argsort(np.abs(mean - np.median(mean)), kind="stable"))
+        best = self.best()
+        floor = self.speed[self.belief.index[best]] if best is not None else 0.0
+        keeps = mean <= -wanted / 20 * math.log(10)
+        if not (keeps & (self.speed > floor)).any():
+            # Nothing is expected to: look at the mildest, which decides whether the wish can be met at all.
+            return [] if best is not None else list(np.argsort(mean, kind="stable"))
+        return [i for i in np.argsort(-self.speed, kind="stable") if keeps[i] and self.speed[i] > floor]
+
+    def best(self) -> Optional[Candidate]:
+        """The winner among the finished evaluations, or None when none qualifies."""
+        finished = {c: e for c, e in self.done.items() if e["error"] is not None and not e["abandoned"]}
+        if self.goal.min_psnr is None:
+            return min(finished, key=lambda c: (finished[c]["error"], c), default=None)
+        keeping = [c for c, e in finished.items() if e["psnr"] is not None and e["psnr"] >= self.goal.min_psnr]
+        return max(
+            keeping, key=lambda c: (c.speed_up(self.num_blocks, self.num_steps), -finished[c]["error"]), default=None
+        )
+
+
+def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:
+    """The candidates of a goal; for a PSNR, those of a ladder of speed-ups."""
+    if goal.min_psnr is None:
+        return candidates(num_blocks, num_steps, goal.ratio)
+    top = reachable(num_blocks, num_steps)
+    if top <= 1:
+        raise SearchError(f"With {num_steps} steps nothing can be reused. Sample more steps.")
+    found: Dict[Candidate, None] = {}
+    for step in range(1, 41):
+        ratio = top ** (step / 40)
+        if ratio - 1e-9 <= top:
+            found.update(dict.fromkeys(candidates(num_blocks, num_steps, ratio - 1e-9)))
+    return list(found)
+
+
+def cost(candidate: Candidate, num_blocks: int, num_steps: int, evaluation: Optional[Dict[str, Any]] = None) -> int:
+    """Block forwards one verification takes per branch: from the storing step on, and as far as it went."""
+    last = num_steps
+    if evaluation is not None and evaluation.get("abandoned"):
+        last = evaluation["steps_run"]
+    policy = IntervalPolicy(candidate.config)
+    return computed_blocks(policy, num_blocks, last) - num_blocks * candidate.first
+
+
+def candidate_of(evaluation: Dict[str, Any]) -> Candidate:
+    config = evaluation["config"]
+    start = config["cache_block_start"]
+    return Candidate(
+        start, start + config["cache_num_blocks"], config["cache_step_start"], config["cache_step_interval"]
+    )
+
+
+def should_abandon(step: int, error: float, best_curve: Sequence[float], margin: float = 1.5) -> bool:
+    """Whether a running error is hopeless: larger, by `margin`, than any the best one had from this step on.
+
+    A sampler shrinks early errors again, so the comparison with the best one's end alone would stop early starters.
+    """
+    if not math.isfinite(error):
+        return True
+    ahead = [value for value in best_curve[step:] if value is not None]
+    return bool(ahead) and error > margin * max(ahead)

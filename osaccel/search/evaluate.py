@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a cache configuration does to the final latents of the recorded calls, measured by real resumed generations."""
+
+import math
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+
+from osaccel.cache.policy import IntervalPolicy, computed_blocks
+from osaccel.generation import find_blocks
+from osaccel.search.cache_search import Candidate, should_abandon
+from osaccel.search.replay import Abandoned, Replay
+from osaccel.search.team import Team
+
+
+class Evaluator:
+    """Runs candidates on all recorded calls.
+
+    Args:
+        replays: the recorded calls.
+        team: whose shards are summed.
+        decode: also measure the PSNR of the decoded frames.
+        on_step: called after every computed step.
+    """
+
+    def __init__(
+        self, replays: Sequence[Replay], team: Team, decode: bool = False, on_step: Callable[[], None] = lambda: None
+    ):
+        self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
+        self._frames: Dict[int, np.ndarray] = {}
+        self.final: Optional[torch.Tensor] = None
+
+    def __call__(self, candidate: Candidate, best: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+        """Evaluate one candidate; stops early when it cannot beat `best`, an earlier evaluation.
+
+        Returns a JSON-able mapping. `error` is the relative L2 distance of the final latents from the plain ones over
+        all calls, None when not finite or abandoned; `curves` the same per call and step.
+        """
+        started = time.perf_counter()
+        curves: List[List[Optional[float]]] = []
+        squares, blocks, steps_run, abandoned, psnrs = [0.0, 0.0], 0, 0, False, []
+        for number, replay in enumerate(self.replays):
+            rival = best["curves"][number] if best and len(best["curves"]) > number else None
+            run = _Run(replay, candidate, self.team, rival, self.on_step)
+            output, computed = run.go(decode=self.decode)
+            curves.append([_json(value) for value in run.curve])
+            blocks += computed
+            steps_run = len(run.curve)
+            abandoned = run.abandoned
+            if number == 0:
+                self.final = run.last
+            if abandoned:
+                break
+            squares[0] += run.square
+            squares[1] += run.reference
+            if self.decode:
+                psnrs.append(self._psnr(number, replay, output))
+        error = math.sqrt(squares[0] / squares[1]) if squares[1] > 0 and squares[0] >= 0 else math.nan
+        return {
+            "config": candidate.config.to_dict(),
+            "error": None if abandoned else _json(error),
+            "psnr": _mean_psnr(psnrs) if psnrs and not abandoned else None,
+            "abandoned": abandoned,
+            "steps_run": steps_run,
+            "block_forwards": blocks,
+            "seconds": time.perf_counter() - started,
+            "curves": curves,
+        }
+
+    def _psnr(self, number: int, replay: Replay, output: Any) -> float:
+        if number not in self._frames:
+            self._frames[number] = frames_of(replay.decode())
+        return self.team.share(psnr(self._frames[number], frames_of(output)))
+
+
+class _Run:
+    """One call under one candidate, resumed at the step that stores the first delta."""
+
+    def __init__(self, replay: Replay, candidate: Candidate, team: Team, rival: Any, on_step: Callable[[], None]):
+        self.replay, self.candidate, self.team, self.rival, self.on_step = replay, candidate, team, rival, on_step
+        self.curve: List[float] = [0.0] * candidate.first
+        self.square = self.reference = 0.0
+        self.abandoned = False
+        self.last: Optional[torch.Tensor] = None
+        self.blocks = 0
+
+    def go(self, decode: bool) -> Any:
+        try:
+            return self.replay.run(
+                IntervalPolicy(self.candidate.config), self.candidate.first, self._watch, decode=decode
+            )
+        except Abandoned:
+            self.abandoned = True
+            policy = IntervalPolicy(self.candidate.config)
+            forwards = self.replay.recording.forwards / max(1, self.replay.recording.steps)
+            # The cache is gone with the call; what it computed follows from the policy.
+            num_blocks = len(find_blocks(self.replay.call.pipeline, self.replay.call.block_path))
+            computed = computed_blocks(policy, num_blocks, len(self.curve)) - num_blocks * self.candidate.first
+            return None, round(computed * forwards)
+
+    def _watch(self, step: int, latents: torch.Tensor) -> None:
+        plain = self.replay.recording.latents[step].to(latents.device).double()
+        now = latents.detach().double()
+        sums = self.team.sum(torch.stack([((now - plain) ** 2).sum(), (plain**2).sum()]))
+        self.square, self.reference = float(sums[0]), float(sums[1])
+        self.curve.append(math.sqrt(self.square / self.reference) if self.reference > 0 else math.nan)
+        self.last = latents.detach().cpu().clone()
+        self.on_step()
+        if not math.isfinite(self.curve[-1]):
+            raise Abandoned
+        if self.rival and step > self.candidate.first and should_abandon(step, self.curve[-1], self.rival):
+            raise Abandoned
+
+
+def frames_of(output: Any) -> np.ndarray:
+    """The frames in a pipeline's output, as an array."""
+    images = getattr(output, "images", output)
+    images = images[0] if isinstance(images, tuple) else images
+    return images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images, np.float32)
+
+
+def psnr(reference: np.ndarray, frames: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of 8-bit frames; 200 stands for equal ones."""
+    error = float(np.mean((reference - frames) ** 2)) if np.isfinite(frames).all() else math.nan
+    if not math.isfinite(error):
+        return -200.0
+    return min(200.0, 10 * math.log10(255.0**2 / max(error, 1e-16)))
+
+
+def _mean_psnr(values: Sequence[float]) -> float:
+    """Of the mean squared error, as if the calls were one long video."""
+    return -10 * math.log10(sum(10 ** (-value / 10) for value in values) / len(values))
+
+
+def _json(value: float) -> Optional[float]:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a found configuration is bound to, and the warning when a generation differs from it."""
+
+import importlib
+import os
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+from osaccel import __version__, formats
+
+# What a configuration must share with a generation to be valid for it.
+BINDING = ("steps", "blocks", "sampler", "resolution")
+
+
+def report_path(config_path: str) -> str:
+    """The sidecar report of a configuration file."""
+    return config_path + ".report.json"
+
+
+def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps: Optional[Sequence[float]]) -> Dict:
+    """The binding values of a call, from its arguments; None where the call does not say."""
+    size = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    return {
+        "steps": len(timesteps) if timesteps is not None else arguments.get("num_inference_steps"),
+        "blocks": blocks,
+        "sampler": type(pipeline.scheduler).__name__,
+        "resolution": size if all(isinstance(value, int) for value in size) else None,
+    }
+
+
+def versions() -> Dict[str, str]:
+    found = {"osaccel": __version__}
+    for name in ("torch", "diffusers"):
+        found[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
+    return found
+
+
+def mismatches(config_path: Optional[str], found: Mapping[str, Any]) -> List[str]:
+    """How a generation differs from what the configuration's sidecar records; empty without a sidecar."""
+    if config_path is None or not os.path.exists(report_path(config_path)):
+        return []
+    report = formats.read_file(report_path(config_path))
+    recorded = report.get("fingerprint", {}) if isinstance(report, dict) else {}
+    return [
+        f"{name} was {recorded[name]!r} when it was searched, is now {found[name]!r}"
+        for name in BINDING
+        if recorded.get(name) is not None and found.get(name) is not None and recorded[name] != found[name]
+    ]

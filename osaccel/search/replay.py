@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Re-runs one recorded pipeline call exactly, or from any step on, without recomputing what lies before it.
+
+A call is recorded as its arguments, the random state on entry and, per step, the prediction handed to
+`scheduler.step`. A replay restores the random state and lets the scheduler itself walk through the recorded predictions
+up to the step where it resumes: scheduler state, drawn noise and latents come out bit for bit, whatever the sampler,
+and the transformer is not called.
+"""
+
+import inspect
+import random
+import time
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+
+from osaccel.cache.policy import IntervalPolicy
+from osaccel.generation import Generation, wrap_method
+
+
+class Abandoned(Exception):
+    """A replay was stopped on purpose, by what watches its steps."""
+
+
+class RandomState:
+    """Where every random generator a pipeline may draw from stands; the accelerators' current devices included."""
+
+    def __init__(self, generators: Sequence[torch.Generator] = ()):
+        self.generators = list(generators)
+        self.python, self.numpy = random.getstate(), np.random.get_state()
+        self.torch = torch.get_rng_state()
+        self.devices = {name: module.get_rng_state() for name, module in _accelerators().items()}
+        self.arguments = [generator.get_state() for generator in self.generators]
+
+    def restore(self) -> None:
+        random.setstate(self.python)
+        np.random.set_state(self.numpy)
+        torch.set_rng_state(self.torch)
+        accelerators = _accelerators()
+        for name, state in self.devices.items():
+            if name in accelerators:
+                accelerators[name].set_rng_state(state)
+        for generator, state in zip(self.generators, self.arguments):
+            generator.set_state(state)
+
+    def to_dict(self) -> Dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "generators"}
+
+    def load(self, content: Dict[str, Any]) -> None:
+        vars(self).update(content)
+
+
+def _accelerators() -> Dict[str, Any]:
+    """The accelerator modules in use; asking one that was never initialised for its state would initialise it."""
+    found = {}
+    for name in ("cuda", "npu", "xpu", "mps"):
+        module = getattr(torch, name, None)
+        is_initialized = getattr(module, "is_initialized", lambda: False)
+        if hasattr(module, "get_rng_state") and is_initialized():
+            found[name] = module
+    return found
+
+
+class Call:
+    """One pipeline call: what to run and where the random state stood. `arguments` are bound to their names."""
+
+    def __init__(
+        self,
+        function: Callable,
+        pipeline: Any,
+        args: tuple,
+        kwargs: dict,
+        block_path: str = "transformer.transformer_blocks",
+        hidden_states: Sequence[str] = ("hidden_states",),
+    ):
+        self.function, self.pipeline = function, pipeline
+        self.block_path, self.hidden_states = block_path, tuple(hidden_states)
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        self.args, self.kwargs = bound.args, bound.kwargs
+        bound.apply_defaults()
+        self.arguments = dict(bound.arguments)
+        self.state = RandomState(_generators(self.arguments))
+
+    def with_arguments(self, **replaced: Any) -> Any:
+        """args and kwargs with some values replaced, where the function has such parameters."""
+        bound = inspect.signature(self.function).bind(*self.args, **self.kwargs)
+        for name, value in replaced.items():
+            if name in inspect.signature(self.function).parameters:
+                bound.arguments[name] = value
+        return bound.args, bound.kwargs
+
+
+def _generators(arguments: Dict[str, Any]) -> List[torch.Generator]:
+    found: List[torch.Generator] = []
+    for value in arguments.values():
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, torch.Generator):
+                found.append(item)
+    return found
+
+
+class Recording:
+    """The plain generation of one call: per step the prediction given to the scheduler and the latents it returned.
+
+    Both are kept on the host: 2 latents per step.
+    """
+
+    def __init__(self) -> None:
+        self.predictions: List[torch.Tensor] = []
+        self.latents: List[torch.Tensor] = []
+        self.stand_in: Any = None
+        self.seconds = 0.0
+        self.forwards = 0
+
+    @property
+    def steps(self) -> int:
+        return len(self.predictions)
+
+    def nbytes(self) -> int:
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.predictions + self.latents)
+
+
+class Replay:
+    """Runs a call again and again, differing only by policy. Text is encoded once, nothing is decoded unless asked.
+
+    Args:
+        call: what to run.
+        timesteps: a searched list the call is to follow, or None.
+    """
+
+    def __init__(self, call: Call, timesteps: Optional[Sequence[float]] = None):
+        self.call, self.timesteps = call, timesteps
+        self.recording = Recording()
+        self._text: Any = None
+        # Called once the number of steps is known and nothing has been computed.
+        self.before_first_forward: Callable[[], None] = lambda: None
+
+    def record(self, attach: Optional[Callable[[Generation], Callable[[], None]]] = None, decode: bool = True) -> Any:
+        """Run the plain call once, keeping what replays need; returns the pipeline's output.
+
+        attach: called with the open Generation, may hook into the blocks; returns what detaches.
+        """
+        self.recording = recording = Recording()
+
+        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
+            if not recording.forwards:
+                self.before_first_forward()
+            recording.forwards += 1
+            recording.stand_in = original(*args, **kwargs)
+            return recording.stand_in
+
+        def step(original: Callable, args: tuple, kwargs: dict) -> Any:
+            recording.predictions.append(_prediction(args, kwargs).detach().cpu().clone())
+            result = original(*args, **kwargs)
+            recording.latents.append(latents_of(result).detach().cpu().clone())
+            return result
+
+        started = time.perf_counter()
+        output = self._run(step, forward, None, decode, attach)[0]
+        recording.seconds = time.perf_counter() - started
+        return output
+
+    def run(
+        self,
+        policy: Optional[IntervalPolicy] = None,
+        resume: int = 0,
+        watch: Optional[Callable[[int, torch.Tensor], None]] = None,
+        final: Optional[torch.Tensor] = None,
+        decode: bool = False,
+        changed: Optional[Dict[int, torch.Tensor]] = None,
+    ) -> Any:
+        """Run again under `policy`, taking the steps before `resume` from the recording.
+
+        watch: called with (step, latents) after every step from `resume` on; may raise Abandoned.
+        final: latents to end with in place of the sampled ones, to have them decoded.
+        changed: by step before `resume`, what the scheduler is to get in place of the recorded prediction.
+        Returns the pipeline's output and the number of blocks that were computed.
+        """
+        recording, clock = self.recording, {"step": 0}
+        predictions = {**dict(enumerate(recording.predictions)), **(changed or {})}
+
+        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
+            return recording.stand_in if clock["step"] < resume else original(*args, **kwargs)
+
+        def step(original: Callable, args: tuple, kwargs: dict) -> Any:
+            now = clock["step"]
+            clock["step"] += 1
+            if now < resume:
+                args, kwargs = _with_prediction(args, kwargs, predictions[now])
+            result = original(*args, **kwargs)
+            if watch is not None and (now >= resume or changed):
+                watch(now, latents_of(result))
+            if final is not None and now == recording.steps - 1:
+                result = _with_latents(result, final)
+            return result
+
+        return self._run(step, forward, policy, decode, None)
+
+    def decode(self, final: Optional[torch.Tensor] = None) -> Any:
+        """The pipeline's output for the recorded latents, or for `final`, without calling the transformer."""
+        return self.run(resume=self.recording.steps, final=final, decode=True)[0]
+
+    def _run(self, step: Any, forward: Any, policy: Any, decode: bool, attach: Any) -> Any:
+        call = self.call
+        replaced: Dict[str, Any] = {} if decode else {"output_type": "latent", "callback": None}
+        if self.timesteps is not None:
+            replaced["num_inference_steps"] = len(self.timesteps)
+        args, kwargs = call.with_arguments(**replaced)
+        call.state.restore()
+        generation = Generation(
+            call.pipeline, policy, self.timesteps, call.block_path, call.hidden_states, step=step, forward=forward
+        )
+        undo = self._quiet_and_text(quiet=not decode)
+        try:
+            with generation:
+                if attach is not None:
+                    undo.append(attach(generation))
+                output = call.function(*args, **kwargs)
+                return output, generation.cache.computed_blocks if generation.cache else None
+        finally:
+            while undo:
+                undo.pop()()
+
+    def _quiet_and_text(self, quiet: bool) -> List[Callable[[], None]]:
+        pipeline = self.call.pipeline
+        undo: List[Callable[[], None]] = []
+        encode = getattr(pipeline, "encode_prompt", None)
+        if callable(encode):
+            undo.append(wrap_method(pipeline, "encode_prompt", encode, self._encode))
+        configure = getattr(pipeline, "set_progress_bar_config", None)
+        if quiet and callable(configure):
+            before = dict(getattr(pipeline, "_progress_bar_config", {}))
+            configure(**dict(before, disable=True))
+            undo.append(lambda: configure(**before))
+        return undo
+
+    def _encode(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        # A call encodes its text once, so the first result is the result; the random state after it belongs to it.
+        if self._text is None:
+            encoded = wrapped(*args, **kwargs)
+            self._text = encoded, RandomState(self.call.state.generators)
+        encoded, state = self._text
+        state.restore()
+        return encoded
+
+
+def _prediction(args: tuple, kwargs: dict) -> torch.Tensor:
+    return args[0] if args else kwargs["model_output"]
+
+
+def _with_prediction(args: tuple, kwargs: dict, prediction: torch.Tensor) -> Any:
+    placed = prediction.to(_prediction(args, kwargs).device, copy=True)
+    return ((placed, *args[1:]), kwargs) if args else (args, dict(kwargs, model_output=placed))
+
+
+def latents_of(result: Any) -> torch.Tensor:
+    """The next sample in what `scheduler.step` returned, a tuple or an output object."""
+    return result[0] if isinstance(result, tuple) else result.prev_sample
+
+
+def _with_latents(result: Any, latents: torch.Tensor) -> Any:
+    placed = latents.to(latents_of(result).device)
+    if isinstance(result, tuple):
+        return (placed, *result[1:])
+    result.prev_sample = placed
+    return result

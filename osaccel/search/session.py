@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OSACCEL_SEARCH in an unmodified script: the first pipeline calls are recorded, the last of them holds the search.
+
+A mode is a runner, named in RUNNERS. The recorded calls return what the plain script would get; after the search the
+process ends with status 0 on every rank, or goes on with what was found.
+"""
+
+import atexit
+import importlib
+import logging
+import os
+import sys
+from dataclasses import replace
+from typing import Any, Callable, Dict, List, Optional
+
+from osaccel.search.cache_search import SearchError
+from osaccel.search.replay import Call, RandomState
+from osaccel.search.team import Team
+from osaccel.settings import Settings
+
+logger = logging.getLogger("osaccel")
+
+# mode: "module:class" of its runner.
+RUNNERS = {
+    "dit_cache": "osaccel.search.cache_runner:CacheRunner",
+    "restep": "osaccel.search.restep:RestepRunner",
+    "all": "osaccel.search.cache_runner:AllRunner",
+}
+
+
+class Runner:
+    """One kind of search. Made at the first pipeline call of the process, with the Session it works for.
+
+    `session.settings` holds the parameters, `session.team` the ranks that generate together (sums, one decision),
+    `session.calls` the calls recorded so far.
+    """
+
+    def __init__(self, session: "Session"):
+        self.session = session
+
+    def record(self, call: Call) -> Any:
+        """Run `call` plainly, once, observing what the search needs; returns what the pipeline returned.
+
+        `osaccel.search.replay.Replay(call).record(...)` does that and keeps what replays need. Must raise SearchError
+        before the first transformer forward when the goal cannot be reached.
+        """
+        raise NotImplementedError
+
+    def search(self) -> Dict[str, Any]:
+        """Search with the recorded calls, write the files, and return the Settings fields that were found.
+
+        For example {"cache": DitCacheConfig(...)} or {"timesteps": (999.0, ...)}.
+        """
+        raise NotImplementedError
+
+    def assist(self, call: Call) -> Dict[str, Any]:
+        """Where a script splits its prompts over ranks: what the other ranks do, inside their first call.
+
+        They must use no collective: they may have other numbers of prompts. The default waits for nothing, finds
+        nothing, and lets the rank end or go on plainly.
+        """
+        return {}
+
+
+class Session:
+    """All calls of one process until the search is over.
+
+    Args:
+        settings: with `search` set.
+        group: the sequence-parallel process group, or None.
+        block_path, hidden_states: see osaccel.generation.Generation.
+    """
+
+    def __init__(self, settings: Settings, group: Any, block_path: str, hidden_states: Any):
+        self.settings, self.team = settings, Team(group)
+        self.block_path, self.hidden_states = block_path, hidden_states
+        self.calls: List[Call] = []
+        self.is_over = False
+        self._runner: Optional[Runner] = None
+        atexit.register(self._complain_if_unfinished)
+
+    @property
+    def runner(self) -> Runner:
+        if self._runner is None:
+            module, name = RUNNERS[self.settings.search or ""].split(":")
+            self._runner = getattr(importlib.import_module(module), name)(self)
+        return self._runner
+
+    def on_call(self, function: Callable, pipeline: Any, args: tuple, kwargs: dict) -> Any:
+        """What happens in place of a pipeline call while the search is not over; returns the call's output."""
+        call = Call(function, pipeline, args, kwargs, self.block_path, self.hidden_states)
+        if self.team.worker > 0:
+            self._end(self.runner.assist(call))
+            call.state.restore()
+            # This rank's own call was not made yet; it is the first one with what was found.
+            return function(*args, **kwargs)
+        self.calls.append(call)
+        output = self.runner.record(call)
+        after = RandomState(call.state.generators)
+        if len(self.calls) == self.settings.search_prompts:
+            self._end(self.runner.search())
+            after.restore()
+        return output
+
+    def _end(self, found: Dict[str, Any]) -> None:
+        self.is_over = True
+        if self.settings.search_then == "exit":
+            end_process(self.team)
+        self.settings = replace(self.settings, search=None, **found)
+        self._runner, self.calls = None, []
+
+    def _complain_if_unfinished(self) -> None:
+        if self.calls and not self.is_over and sys.exc_info()[0] is None and not hasattr(sys, "last_value"):
+            logger.error(
+                "the script ended after %d pipeline calls, OSACCEL_SEARCH_PROMPTS asks for %d; nothing was searched",
+                len(self.calls), self.settings.search_prompts,
+            )  # fmt: skip
+            _flush()
+            os._exit(1)
+
+
+def end_process(team: Team) -> None:
+    """End this rank with status 0, whatever the script would do next.
+
+    The upstream's scripts catch bare exceptions, SystemExit too, and one of them never ends by itself, so the process
+    is ended directly; the barrier keeps a rank from closing connections another one still uses.
+    """
+    team.barrier()
+    _flush()
+    os._exit(0)
+
+
+def _flush() -> None:
+    for handler in list(logger.handlers):
+        handler.flush()
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+__all__ = ["RUNNERS", "Runner", "SearchError", "Session", "end_process"]
