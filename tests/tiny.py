@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pipeline as small as the behaviour under test allows: real diffusers schedulers, the upstream's loop, tiny blocks."""
+"""The smallest pipeline that shows the behaviour under test: real diffusers schedulers, the upstream's loop."""
 
 import inspect
 
