@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timestep lists judged on an exact denoiser: a Gaussian mixture, the pipeline's loop, the real scheduler.
+
+    python -m benchmarks.oracle [--videos 512] [--json FILE]
+
+The latents (4, 3, 8, 8) are a mixture of 8 videos' means with power-law spectra, in cosine coefficients; guidance does
+not exist here, so the prediction is exact. All arms share one Brownian path per video, so their results are paired.
+"""
+
+import argparse
+import json
+import math
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling
+
+from benchmarks import measures
+from osaccel.generation import Generation
+from osaccel.search import timesteps
+from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, cosine_matrix
+
+SHAPE = (4, 3, 8, 8)
+
+
+class Mixture:
+    """p(x0) = mean over k of N(mu_k, diag) in orthonormal cosine coefficients; `denoise` is E[x0 | x0 + s z]."""
+
+    def __init__(self, components: int = 8, decay: float = 3.0, between: float = 0.3, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        t, h, w = (torch.arange(size).float() for size in SHAPE[1:])
+        radius = ((1.5 * t[:, None, None]) ** 2 + h[None, :, None] ** 2 + w[None, None, :] ** 2).sqrt()
+        spectrum = (1 + radius).pow(-decay).expand(SHAPE)
+        self.variance = (spectrum / spectrum.mean() * (1 - between)).reshape(-1)
+        means = torch.randn(components, *SHAPE, generator=generator) * spectrum.sqrt()
+        means = means - means.mean(0)
+        self.means = (means * (between**0.5 / means.square().mean().sqrt())).reshape(components, -1)
+        self.axes = [cosine_matrix(size) for size in SHAPE[1:]]
+
+    def to_coefficients(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bcthw,pt,qh,rw->bcpqr", x, *self.axes).reshape(len(x), -1)
+
+    def from_coefficients(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bcpqr,pt,qh,rw->bcthw", x.reshape(-1, *SHAPE), *self.axes)
+
+    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        x, total = self.to_coefficients(x), self.variance + sigma**2
+        scaled = self.means / total
+        mean = (x @ scaled.T - 0.5 * (scaled * self.means).sum(-1)).softmax(-1) @ self.means
+        return self.from_coefficients(mean + (x - mean) * (self.variance / total))
+
+    def sample(self, count: int, seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randint(len(self.means), (count,), generator=generator)
+        noise = torch.randn(count, self.means.shape[1], generator=generator)
+        return self.from_coefficients(self.means[chosen] + self.variance.sqrt() * noise)
+
+
+class Transformer(torch.nn.Module):
+    """The mixture behind the network's interface: scaled sample and timestep in, noise prediction out."""
+
+    def __init__(self, mixture: Mixture, levels: NoiseLevels):
+        super().__init__()
+        self.mixture, self.levels = mixture, levels
+        self.transformer_blocks = torch.nn.ModuleList([torch.nn.Identity()])
+
+    def forward(self, scaled: torch.Tensor, timestep: Any) -> torch.Tensor:
+        sigma = self.levels.sigma(timestep)
+        x = scaled * math.sqrt(1 + sigma**2)
+        return (x - self.mixture.denoise(x, sigma)) / sigma
+
+
+class Pipeline:
+    """The upstream's loop: set_timesteps, initial noise, scale_model_input, model, step."""
+
+    def __init__(self, mixture: Mixture):
+        self.scheduler = EulerAncestralDiscreteScheduler()
+        self.transformer = Transformer(mixture, NoiseLevels(self.scheduler))
+
+    @torch.no_grad()
+    def __call__(self, latents: torch.Tensor, num_inference_steps: int) -> torch.Tensor:
+        self.scheduler.set_timesteps(num_inference_steps, device=latents.device)
+        latents = latents * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            noise = self.transformer(self.scheduler.scale_model_input(latents, t), t)
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+        return latents
+
+
+def run(pipeline: Pipeline, times: Sequence[float], motion: measures.Motion) -> torch.Tensor:
+    """One batch along `times`, on the given Brownian motion."""
+    with motion.patched(scheduling, pipeline.transformer.levels, times):
+        with Generation(pipeline, timesteps=times) as generation:
+            return pipeline(motion.initial(), generation.num_inference_steps)
+
+
+def search_statistics(pipeline: Pipeline, videos: int, seed: int, steps: int = 100) -> timesteps.Statistics:
+    """What OSACCEL_SEARCH=restep does: log plain generations."""
+    log = DenoiserLog(pipeline.scheduler)
+    torch.manual_seed(seed)
+    for _ in range(videos):
+        with Generation(pipeline, step=log.step):
+            pipeline(torch.randn(1, *SHAPE), steps)
+        log.end_generation()
+    return log.statistics()
+
+
+def arms(statistics: timesteps.Statistics, counts: Sequence[int]) -> Dict[str, List[float]]:
+    """The lists to compare, descending, by name."""
+    last = float(statistics.timesteps[0])
+    lists = {"plain 100": np.linspace(last, 0, 100)}
+    for count in counts:
+        lists[f"plain {count}"] = np.linspace(last, 0, count)
+        for method in timesteps.METHODS:
+            lists[f"{method} {count}"] = timesteps.search(statistics, [count], method)[count]
+    return {name: [float(value) for value in values] for name, values in lists.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--videos", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
+    parser.add_argument("--json")
+    options = parser.parse_args()
+    mixture = Mixture()
+    pipeline = Pipeline(mixture)
+    lists = arms(search_statistics(pipeline, videos=8, seed=1), options.steps)
+    finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
+    sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
+    for batch in range(options.videos // options.batch):
+        for name, times in lists.items():
+            motion = measures.Motion(sigmas, (options.batch, *SHAPE), seed=1000 + batch)
+            finals[name].append(run(pipeline, times, motion))
+    results = {name: torch.cat(parts) for name, parts in finals.items()}
+    data = [mixture.sample(options.videos, seed) for seed in (7, 8)]
+    report = measures.compare(results, data, options.steps)
+    report["lists"] = lists
+    print(measures.table(report))
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(report, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration videos as the source of denoised predictions: read, checked, encoded, noised and fed to the pipeline.
+
+Every file is read and checked before any model runs. One path (a video with one Brownian motion) is one pipeline call:
+the pipeline's own loop evaluates the points, only the next sample is replaced.
+"""
+
+import glob
+import os
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+
+from osaccel.generation import Generation
+from osaccel.search.cache_search import SearchError
+from osaccel.search.denoiser_log import DenoiserLog, step_arguments
+from osaccel.search.replay import Call
+from osaccel.search.team import Team
+
+FEWEST, MOST = 5, 20
+EVALUATIONS = 2000
+MOST_PATHS = 4
+
+
+def find_videos(directory: str) -> List[str]:
+    """The mp4 files of a directory, sorted; SearchError unless there are 5 to 20."""
+    if not os.path.isdir(directory):
+        raise SearchError(f"{directory}: not a directory; OSACCEL_CALIBRATION_VIDEOS names a directory of mp4 files.")
+    paths = sorted(glob.glob(os.path.join(glob.escape(directory), "*.mp4")))
+    if not FEWEST <= len(paths) <= MOST:
+        raise SearchError(f"{directory}: found {len(paths)} mp4 files, but {FEWEST} to {MOST} are needed.")
+    return paths
+
+
+def read_video(path: str) -> np.ndarray:
+    """Frames, uint8, (T, H, W, 3), by the first of decord, PyAV and imageio that is installed."""
+    if os.path.getsize(path) == 0:
+        raise SearchError(f"{path}: the file is empty.")
+    for reader in (_read_decord, _read_av, _read_imageio):
+        try:
+            frames = reader(path)
+        except ImportError:
+            continue
+        # Each reader has its own exception classes, some plain RuntimeErrors; all of them mean the same here.
+        except Exception as error:
+            raise SearchError(f"{path}: cannot be read as a video: {' '.join(str(error).split())[:200]}.") from None
+        if frames.ndim != 4 or len(frames) == 0:
+            raise SearchError(f"{path}: holds no frames.")
+        return frames
+    raise SearchError(f"{path}: no reader for mp4 files is installed; install decord, av or imageio with ffmpeg.")
+
+
+def _read_decord(path: str) -> np.ndarray:
+    import decord
+
+    reader = decord.VideoReader(path)
+    return reader.get_batch(range(len(reader))).asnumpy()
+
+
+def _read_av(path: str) -> np.ndarray:
+    import av  # type: ignore[import-not-found,unused-ignore]
+
+    with av.open(path) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def _read_imageio(path: str) -> np.ndarray:
+    import imageio
+
+    return np.stack([np.asarray(frame)[..., :3] for frame in imageio.mimread(path, memtest=False)])
+
+
+class Videos:
+    """The checked frames of a directory, cut to the run's length.
+
+    Args:
+        directory: with 5 to 20 mp4 files.
+        arguments: of the pipeline call; `num_frames`, `height` and `width` are what the videos must have.
+        paths: these files of it only.
+    """
+
+    def __init__(self, directory: str, arguments: Mapping[str, Any], paths: Optional[Sequence[str]] = None):
+        self.paths = list(find_videos(directory) if paths is None else paths)
+        self.frames: Dict[str, np.ndarray] = {}
+        for path in self.paths:
+            self.frames[path] = _checked(path, read_video(path), arguments)
+
+    def encoded(self, path: str, vae: Any) -> torch.Tensor:
+        """Latents (1, C, T, H, W), float32, by the pipeline's own autoencoder (its tiling included)."""
+        inner = getattr(vae, "vae", vae)
+        parameter = next(inner.parameters())
+        pixels = torch.from_numpy(self.frames[path]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        with torch.no_grad():
+            return vae.encode(pixels.to(parameter.device, parameter.dtype)).float()
+
+
+def _checked(path: str, frames: np.ndarray, arguments: Mapping[str, Any]) -> np.ndarray:
+    count, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    if count is not None and len(frames) < count:
+        raise SearchError(f"{path}: has {len(frames)} frames, but the run makes {count}.")
+    wanted = (height or frames.shape[1], width or frames.shape[2])
+    if frames.shape[1:3] != wanted:
+        raise SearchError(
+            f"{path}: is {frames.shape[1]} x {frames.shape[2]} (height x width), but the run makes "
+            f"{wanted[0]} x {wanted[1]}."
+        )
+    return frames[: count or len(frames)]
+
+
+def number_of_paths(videos: int, steps: int) -> int:
+    """Noise paths per video, so that videos x paths x steps stay within 2,000 evaluations.
+
+    Raises SearchError when not even one path fits.
+    """
+    paths = min(MOST_PATHS, EVALUATIONS // (videos * steps))
+    if paths < 1:
+        raise SearchError(
+            f"{videos} calibration videos x {steps} steps are more than {EVALUATIONS} evaluations; use at most "
+            f"{EVALUATIONS // steps} videos or fewer steps."
+        )
+    return paths
+
+
+def evaluate(
+    call: Call,
+    videos: Videos,
+    log: DenoiserLog,
+    team: Team,
+    steps: Optional[int] = None,
+    forward: Optional[Callable] = None,
+) -> int:
+    """Log the guided predictions along noised calibration videos; returns the number of guided evaluations."""
+    steps = steps or int(call.arguments["num_inference_steps"])
+    paths = number_of_paths(len(videos.paths), steps)
+    evaluations = 0
+    for path in videos.paths:
+        clean = videos.encoded(path, call.pipeline.vae)
+        for _ in range(paths):
+            oracle = _NoisedPath(clean, log, team)
+            args, kwargs = call.with_arguments(num_inference_steps=steps, output_type="latent", callback=None)
+            with Generation(
+                call.pipeline, None, None, call.block_path, call.hidden_states, step=oracle.step, forward=forward
+            ):
+                call.function(*args, **kwargs)
+            log.end_generation()
+            evaluations += oracle.calls
+    return evaluations
+
+
+class _NoisedPath:
+    """A step interceptor that leads the pipeline along x = x0 + s^2 W(lam), one Brownian motion W, from noise to data.
+
+    The pipeline's own initial noise is the first point: there the signal is below a hundredth of the noise.
+    """
+
+    def __init__(self, clean: torch.Tensor, log: DenoiserLog, team: Team):
+        self.clean, self.log, self.team = clean, log, team
+        self.calls = 0
+        self._motion: Optional[torch.Tensor] = None
+        self._snr = 0.0
+
+    def step(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        output, timestep, sample = step_arguments(args, kwargs)
+        self.log.observe(output, timestep, sample)
+        result = original(*args, **kwargs)
+        self.calls += 1
+        scheduler, levels = self.log.levels.scheduler, self.log.levels
+        if self._motion is None:
+            self._begin(sample, levels.sigma(timestep))
+        times = scheduler.timesteps
+        if self.calls < len(times):
+            following = self._at(levels.sigma(times[self.calls])) / levels.scale(levels.sigma(times[self.calls]))
+            following = following.to(sample.device, sample.dtype)
+            if isinstance(result, tuple):
+                return (following, *result[1:])
+            result.prev_sample = following
+        return result
+
+    def _begin(self, sample: torch.Tensor, sigma: float) -> None:
+        x = sample.float().cpu() * self.log.levels.scale(sigma)
+        self.clean = self._shard(self.clean.cpu(), x.shape)
+        self._snr = 1.0 / sigma**2
+        self._motion = (x - self.clean) * self._snr
+
+    def _shard(self, clean: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """This rank's frames of the encoded video."""
+        frames = shape[2] if len(shape) == 5 else clean.shape[2]
+        start = self.team.member * frames
+        mine = clean[:, :, start : start + frames] if self.team.size > 1 else clean
+        if mine.shape[1:] != shape[1:]:
+            raise SearchError(
+                f"The encoded calibration videos have shape {tuple(mine.shape[1:])}, the run's latents "
+                f"{tuple(shape[1:])}."
+            )
+        return mine.expand(shape)
+
+    def _at(self, sigma: float) -> torch.Tensor:
+        assert self._motion is not None
+        snr = 1.0 / sigma**2
+        # Two-stage samplers stand still or step back for a moment; the motion is only drawn forward.
+        if snr > self._snr:
+            noise = torch.randn(self._motion.shape)
+            self._motion = self._motion + noise * (snr - self._snr) ** 0.5
+            self._snr = snr
+        return self.clean + sigma**2 * self._motion

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Logs the guided denoised prediction at every step of a generation; calls nothing, changes nothing.
+
+Predictions are kept as a fixed, seeded subset of spatial-frequency coefficients, so memory is bounded by steps x
+`entries` and every video and every rank (each with its own frames) contributes the same coefficients.
+"""
+
+import math
+from typing import Any, Callable, Dict, List, Optional, Tuple
+
+import numpy as np
+import torch
+
+from osaccel.sampling.sigmas import sigma_table
+from osaccel.search.team import Team
+from osaccel.search.timesteps import Statistics
+
+_RINGS = 6
+
+
+def step_arguments(args: tuple, kwargs: dict) -> Tuple[torch.Tensor, Any, torch.Tensor]:
+    """model_output, timestep and sample of a `scheduler.step` call."""
+    given = dict(zip(("model_output", "timestep", "sample"), args))
+    given.update(kwargs)
+    return given["model_output"], given["timestep"], given["sample"]
+
+
+class NoiseLevels:
+    """s(t) of a scheduler's training schedule, and whether its samples are x (s grows) or x / sqrt(1 + s^2)."""
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.table = sigma_table(scheduler.alphas_cumprod.double())
+
+    def sigma(self, timestep: Any) -> float:
+        return float(np.interp(float(timestep), np.arange(len(self.table)), self.table))
+
+    def scale(self, sigma: float) -> float:
+        """What a sample of this scheduler is multiplied with to be x0 + s z."""
+        is_exploding = float(self.scheduler.init_noise_sigma) > 1.5
+        return 1.0 if is_exploding else math.sqrt(1.0 + sigma * sigma)
+
+    def denoised(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> torch.Tensor:
+        """D(x, s), float32."""
+        sigma = self.sigma(timestep)
+        x, output = sample.float() * self.scale(sigma), model_output.float()
+        kind = self.scheduler.config.get("prediction_type", "epsilon")
+        if kind == "epsilon":
+            return x - sigma * output
+        if kind == "v_prediction":
+            return x / (1 + sigma * sigma) - output * (sigma / math.sqrt(1 + sigma * sigma))
+        return output
+
+
+def cosine_matrix(size: int) -> torch.Tensor:
+    """The orthonormal DCT-II, shape (size, size)."""
+    places, orders = torch.arange(size).double() + 0.5, torch.arange(size).double()
+    matrix = torch.cos(math.pi / size * orders[:, None] * places[None, :]) * math.sqrt(2.0 / size)
+    matrix[0] /= math.sqrt(2.0)
+    return matrix.float()
+
+
+class _Coefficients:
+    """The chosen entries of latents of one shape: per band (channel and ring of spatial frequencies) an index set."""
+
+    def __init__(self, shape: torch.Size, entries: int, seed: int):
+        self.is_spatial = len(shape) >= 4
+        bands = torch.zeros(shape, dtype=torch.long)
+        if self.is_spatial:
+            self.rows, self.columns = cosine_matrix(shape[-2]), cosine_matrix(shape[-1])
+            high = torch.arange(shape[-2])[:, None] / shape[-2], torch.arange(shape[-1])[None, :] / shape[-1]
+            radius = (high[0] ** 2 + high[1] ** 2).sqrt() / math.sqrt(2.0)
+            rings = (radius * _RINGS).long().clamp(max=_RINGS - 1)
+            channels = torch.arange(shape[1]).reshape(1, -1, *([1] * (len(shape) - 2)))
+            bands = (channels * _RINGS + rings).expand(shape)
+        self.indices, sizes = [], []
+        flat = bands.reshape(-1)
+        generator = torch.Generator().manual_seed(seed)
+        names = [int(name) for name in flat.unique()]
+        for name in names:
+            members = (flat == name).nonzero().reshape(-1)
+            kept = min(len(members), max(16, entries // len(names)))
+            self.indices.append(members[torch.randperm(len(members), generator=generator)[:kept]].sort().values)
+            sizes.append(len(members))
+        self.shares = np.array(sizes, dtype=np.float64) / len(flat)
+        self.chosen = torch.cat(self.indices)
+
+    def of(self, denoised: torch.Tensor) -> torch.Tensor:
+        if self.is_spatial:
+            rows, columns = self.rows.to(denoised.device), self.columns.to(denoised.device)
+            denoised = rows @ denoised @ columns.T
+        return denoised.reshape(-1)[self.chosen.to(denoised.device)].cpu()
+
+
+class DenoiserLog:
+    """A step interceptor for `Generation(step=...)`, one log for any number of generations on one scheduler.
+
+    Args:
+        scheduler: the pipeline's.
+        entries: coefficients kept per step; 65,536 at 100 steps are 26 MB.
+        seed: chooses them.
+    """
+
+    def __init__(self, scheduler: Any, entries: int = 65536, seed: int = 0):
+        self.levels, self.entries, self.seed = NoiseLevels(scheduler), entries, seed
+        self.generations: List[np.ndarray] = []
+        self.timesteps: List[float] = []
+        self._coefficients: Optional[_Coefficients] = None
+        self._rows: Dict[float, torch.Tensor] = {}
+
+    def step(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        self.observe(*step_arguments(args, kwargs))
+        return original(*args, **kwargs)
+
+    def observe(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> None:
+        time = float(timestep)
+        # Two-stage samplers come back to a timestep; only the first prediction there belongs to the path.
+        if self._rows and time >= min(self._rows):
+            return
+        if self._coefficients is None:
+            self._coefficients = _Coefficients(sample.shape, self.entries, self.seed)
+        denoised = self.levels.denoised(model_output.detach(), timestep, sample.detach())
+        self._rows[time] = self._coefficients.of(denoised)
+
+    def end_generation(self) -> None:
+        """Reduce what was logged to its distances, (B, K, K); the predictions are forgotten."""
+        times, rows = list(self._rows), torch.stack(list(self._rows.values())).double()
+        self._rows = {}
+        if self.timesteps and times != self.timesteps:
+            raise ValueError("all generations of one search must use the same timesteps")
+        self.timesteps = times
+        assert self._coefficients is not None
+        distances, begin = [], 0
+        for indices in self._coefficients.indices:
+            band = rows[:, begin : begin + len(indices)]
+            begin += len(indices)
+            gram = band @ band.T / band.shape[1]
+            diagonal = gram.diagonal()
+            distances.append((diagonal[:, None] + diagonal[None] - 2 * gram).clamp_min(0))
+        self.generations.append(torch.stack(distances).numpy())
+
+    def statistics(self, team: Optional[Team] = None) -> Statistics:
+        """The mean over the generations and over the ranks of the team, the same on every rank."""
+        assert self._coefficients is not None and self.generations
+        distances = np.mean(self.generations, axis=0)
+        if team is not None and team.size > 1:
+            distances = team.sum(torch.from_numpy(distances)).numpy() / team.size
+        times = np.array(self.timesteps)
+        sigmas = np.array([self.levels.sigma(time) for time in times])
+        return Statistics(times, sigmas, distances, self._coefficients.shares)

@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OSACCEL_SEARCH=restep: a timestep list from the script's own generations, without one extra transformer forward."""
+
+import logging
+import os
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import numpy as np
+
+from osaccel import formats
+from osaccel.generation import Generation, find_blocks
+from osaccel.search import calibration, fingerprint, timesteps
+from osaccel.search.cache_search import SearchError
+from osaccel.search.denoiser_log import DenoiserLog
+from osaccel.search.journal import digest_of
+from osaccel.search.replay import Call
+from osaccel.search.session import Runner, Session
+
+logger = logging.getLogger("osaccel")
+
+
+class RestepRunner(Runner):
+    """Logs the recorded generations (or the calibration videos), then searches every asked number of steps."""
+
+    def __init__(self, session: Session):
+        super().__init__(session)
+        self.log: Optional[DenoiserLog] = None
+        self.forwards = {"script": 0, "search": 0}
+        self._videos: List[str] = []
+
+    def record(self, call: Call) -> Any:
+        self._check(call)
+        directory = self.session.settings.calibration_videos
+        log = self._log_of(call)
+        if directory is not None and not self._videos:
+            self._calibrate(call, log, directory)
+        counting = self._counter("script")
+        step = log.step if directory is None else None
+        with Generation(call.pipeline, None, None, call.block_path, call.hidden_states, step=step, forward=counting):
+            output = call.function(*call.args, **call.kwargs)
+        if directory is None:
+            log.end_generation()
+        return output
+
+    def search(self) -> Dict[str, Any]:
+        assert self.log is not None
+        settings, team = self.session.settings, self.session.team
+        statistics = self.log.statistics(team)
+        lists = _find(statistics, settings.target_steps, "wdp", timesteps.DEFAULTS)
+        # One decision: rounding may differ between the ranks' machines.
+        shared = team.share([[float(value) for value in lists[count]] for count in settings.target_steps])
+        if team.is_first:
+            report = make_report(statistics, dict(zip(settings.target_steps, shared)), "wdp", timesteps.DEFAULTS)
+            report["forwards"] = {**self.forwards, "extra": self.forwards["search"]}
+            report["calibration"] = self._videos or f"{len(self.log.generations)} generations of the script"
+            write(settings.timesteps_output or "", shared, settings.target_steps, report, self.session.calls[0])
+        return {"timesteps": tuple(shared[0])}
+
+    def _check(self, call: Call) -> None:
+        steps = call.arguments.get("num_inference_steps")
+        most = max(self.session.settings.target_steps)
+        if isinstance(steps, int) and most >= steps:
+            raise SearchError(
+                f"OSACCEL_TARGET_STEPS asks for {most} steps, but the script samples {steps}; a search chooses among "
+                f"the script's own steps, so at most {steps - 1} are allowed."
+            )
+        if not hasattr(call.pipeline.scheduler, "alphas_cumprod"):
+            raise SearchError(f"{type(call.pipeline.scheduler).__name__} has no training noise schedule to search on.")
+
+    def _log_of(self, call: Call) -> DenoiserLog:
+        if self.log is None:
+            self.log = DenoiserLog(call.pipeline.scheduler)
+        # Scripts may build a new pipeline for each round; the schedule is the same.
+        self.log.levels.scheduler = call.pipeline.scheduler
+        return self.log
+
+    def _calibrate(self, call: Call, log: DenoiserLog, directory: str) -> None:
+        videos = calibration.Videos(directory, call.arguments)
+        self._videos = [os.path.basename(path) for path in videos.paths]
+        calibration.evaluate(call, videos, log, self.session.team, forward=self._counter("search"))
+        call.state.restore()
+
+    def _counter(self, kind: str) -> Callable:
+        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
+            self.forwards[kind] += 1
+            return original(*args, **kwargs)
+
+        return forward
+
+
+def _find(
+    statistics: timesteps.Statistics, counts: Sequence[int], method: str, parameters: timesteps.Parameters
+) -> Dict[int, np.ndarray]:
+    try:
+        return timesteps.search(statistics, counts, method, parameters)
+    except ValueError as error:
+        raise SearchError(str(error)) from None
+
+
+def make_report(
+    statistics: timesteps.Statistics,
+    lists: Dict[int, List[float]],
+    method: str,
+    parameters: timesteps.Parameters,
+) -> Dict[str, Any]:
+    """What the sidecar keeps: the lists, what they are predicted to cost against even spacing, and the cost curve."""
+    costs = timesteps.pair_costs(statistics, parameters.exponent)
+    size = len(statistics.timesteps)
+    lengths = sorted({*range(5, size, 5), *lists})
+    curve = timesteps.shortest_paths(costs, lengths).costs
+    return {
+        "kind": "restep",
+        "method": method,
+        "parameters": dict(parameters._asdict()),
+        "teacher_steps": size,
+        "latent_variance": statistics.variance,
+        "lists": {str(count): list(values) for count, values in lists.items()},
+        "cost_curve": {str(length): curve[length] for length in lengths},
+        "cost_curve_even": {
+            str(length): timesteps.path_cost(costs, timesteps.even_places(size, length)) for length in lengths
+        },
+    }
+
+
+def paths_of(output: str, counts: Sequence[int]) -> List[str]:
+    """The file of each count: the first is `output` itself, the others have their count before the ending."""
+    stem, ending = os.path.splitext(output)
+    return [output if number == 0 else f"{stem}.{count}{ending}" for number, count in enumerate(counts)]
+
+
+def write(
+    output: str, lists: Sequence[Sequence[float]], counts: Sequence[int], report: Dict[str, Any], call: Call
+) -> None:
+    """Write each list and its sidecar report."""
+    blocks = _number_of_blocks(call)
+    for path, values in zip(paths_of(output, counts), lists):
+        # The fingerprint is of the list as a reader gets it back.
+        formats.write_timesteps(path, values)
+        stored: Tuple[float, ...] = formats.read_timesteps(path)
+        bound = {
+            **fingerprint.of_call(call.pipeline, call.arguments, blocks, stored),
+            "teacher_steps": report["teacher_steps"],
+            "guidance_scale": call.arguments.get("guidance_scale"),
+            # The cache search puts the same digest into its own fingerprint: the two files belong together.
+            "timesteps": digest_of([float(value) for value in stored]),
+            "versions": fingerprint.versions(),
+        }
+        formats.write_json(fingerprint.report_path(path), {**report, "fingerprint": bound})
+        logger.info("searched timesteps (%d steps) written to %s", len(values), path)
+
+
+def _number_of_blocks(call: Call) -> int:
+    try:
+        return len(find_blocks(call.pipeline, call.block_path))
+    except (TypeError, ValueError):
+        return 0
