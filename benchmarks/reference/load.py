@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the miniature and its prompts: what other benchmarks import."""
+
+from argparse import Namespace
+from pathlib import Path
+from typing import List
+
+from . import data
+from .parser import judge, score
+from .paths import CHECKPOINT
+
+GUIDANCE = 3.0  # the model's own best, see README.md
+STEPS = 100
+
+__all__ = ["GUIDANCE", "STEPS", "calibration_prompts", "heldout_prompts", "judge", "load_pipeline", "score"]
+
+
+def load_pipeline(sample_method: str = "EulerAncestralDiscrete", checkpoint: Path = CHECKPOINT):
+    """The miniature's OpenSoraPipeline in float32 on the CPU, its progress bar switched off."""
+    from opensora.sample import sample_t2v
+
+    folder = Path(checkpoint)
+    pipeline = sample_t2v.load_pipeline(
+        Namespace(
+            device="cpu",
+            cache_dir=None,
+            sample_method=sample_method,
+            ae="CausalVAEModel_D8_4x4x4",
+            ae_path=str(folder / "vae"),
+            model_path=str(folder / "model"),
+            text_encoder_name=str(folder / "text_encoder"),
+        )  # fmt: skip
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def heldout_prompts(n: int) -> List[str]:
+    """The first `n` prompts of combinations that no training and no calibration video shows (184 exist)."""
+    return [scene.caption for scene in data.scenes("heldout")][:n]
+
+
+def calibration_prompts(n: int) -> List[str]:
+    """The first `n` prompts that searches may look at (146 exist)."""
+    return [scene.caption for scene in data.scenes("calibration")][:n]

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much every block's delta changes from step to step: `python -m benchmarks.reference.redundancy`.
+
+A block's delta is its output minus its input; plotted is |delta(step) - delta(step - 1)| / |delta(step)|, the mean over
+prompts. This redundancy is what a cache lives on. Writes redundancy.json and redundancy.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .load import GUIDANCE, STEPS, calibration_prompts, load_pipeline
+from .paths import CHECKPOINT
+
+
+class DeltaWatch:
+    """Forward hooks that keep every block's last delta and record its relative change, (steps, blocks)."""
+
+    def __init__(self, blocks):
+        self.last, self.rows = [None] * len(blocks), []
+        self.handles = [
+            block.register_forward_hook(lambda module, args, output, place=place: self._see(place, args[0], output))
+            for place, block in enumerate(blocks)
+        ]
+
+    def _see(self, place, before, after):
+        delta = after - before
+        if place == 0:
+            self.rows.append([])
+        past = self.last[place]
+        self.rows[-1].append(float("nan") if past is None else ((delta - past).norm() / delta.norm()).item())
+        self.last[place] = delta
+
+    def close(self) -> np.ndarray:
+        for handle in self.handles:
+            handle.remove()
+        return np.array(self.rows)[1:]
+
+
+def measure(pipeline, prompts, steps: int, guidance: float, seed: int) -> np.ndarray:
+    """Relative change (steps - 1, blocks), the mean over prompts; a sampler with one forward per step is assumed."""
+    tables = []
+    for number, prompt in enumerate(prompts):
+        watch = DeltaWatch(pipeline.transformer.transformer_blocks)
+        noise = torch.Generator().manual_seed(seed + number)
+        pipeline(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=noise, max_sequence_length=16,
+                 output_type="latent")  # fmt: skip
+        tables.append(watch.close())
+    return np.mean(tables, axis=0)
+
+
+def plot(table: np.ndarray, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
+    image = left.imshow(table.T, aspect="auto", origin="lower", cmap="viridis", vmin=0)
+    left.set(xlabel="step", ylabel="block", title="relative change of the block's delta to the step before")
+    figure.colorbar(image, ax=left)
+    for block in range(0, table.shape[1], max(1, table.shape[1] // 4)):
+        right.plot(range(1, len(table) + 1), table[:, block], label=f"block {block}")
+    right.set(xlabel="step", ylabel="relative change", title="selected blocks", ylim=(0, None))
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--out", type=Path, default=Path("reference_evaluation"))
+    args = parser.parse_args()
+    pipeline = load_pipeline(checkpoint=args.checkpoint)
+    table = measure(pipeline, calibration_prompts(args.prompts), args.steps, args.guidance, args.seed)
+    args.out.mkdir(parents=True, exist_ok=True)
+    content = {"steps": args.steps, "prompts": args.prompts, "relative_change": table.round(5).tolist()}
+    (args.out / "redundancy.json").write_text(json.dumps(content) + "\n")
+    plot(table, args.out / "redundancy.png")
+    print(f"mean {table.mean():.3f}, least {table.min():.3f}, most {table.max():.3f} over steps and blocks")
+    print("per block", table.mean(0).round(3).tolist())
+
+
+if __name__ == "__main__":
+    main()
