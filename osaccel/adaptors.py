@@ -205,6 +205,33 @@ class DitCacheAdaptor:
             cache_step_interval=cache_step_interval,
         )
 
+    @torch.no_grad()
+    def search(
+        self, run_pipeline_and_save_videos: Callable[[Any], List[Any]], prompts_num: int = 1, num_videos: int = 1
+    ) -> DitCacheConfig:
+        """Find the configuration that reaches `config.cache_ratio` with the least change of the videos, and use it.
+
+        Args:
+            run_pipeline_and_save_videos: called with the pipeline; returns one (T, H, W, C) array per video, the same
+                videos for the same pipeline, so it must fix its seeds.
+            prompts_num, num_videos: their product is the number of videos it returns.
+
+        Raises:
+            ValueError: there is no search configuration, an argument is wrong, the ratio cannot be reached, or the
+                function returns another number of videos.
+        """
+        from osaccel.search.closure import search_by_closure
+
+        if self.search_config is None:
+            raise ValueError("search_config must be set before calling search()")
+        if not callable(run_pipeline_and_save_videos):
+            raise ValueError("run_pipeline_and_save_videos must be callable")
+        if isinstance(prompts_num, bool) or not isinstance(prompts_num, int) or prompts_num <= 0:
+            raise ValueError("prompts_num must be a positive integer")
+        self.dit_cache_config = search_by_closure(self, run_pipeline_and_save_videos, prompts_num * num_videos)
+        assert self.dit_cache_config is not None
+        return self.dit_cache_config
+
     def detach(self) -> None:
         """Stop caching and leave pipeline, scheduler and blocks as they were."""
         while self._undo:
@@ -215,13 +242,17 @@ class DitCacheAdaptor:
     def _attach(self, config: DitCacheConfig) -> None:
         policy = IntervalPolicy(config)
         check_regions(policy, len(self._blocks), "dit_cache_config")
-        names = _hidden_state_names(self._blocks[0], self.search_config.num_hidden_states if self.search_config else 1)
         self._config = config
         self._cache = BlockCache(
-            list(self._blocks), policy, self._clock, HiddenStates(names), begin_pass=self._begin_pass
+            list(self._blocks), policy, self._clock, self.hidden_states(), begin_pass=self._begin_pass
         )
         self._undo.append(self._cache.detach)
         self._follow_scheduler()
+
+    def hidden_states(self) -> HiddenStates:
+        """What the blocks call the hidden states they take and return."""
+        count = self.search_config.num_hidden_states if self.search_config else 1
+        return HiddenStates(_hidden_state_names(self._blocks[0], count))
 
     def _forget(self) -> None:
         if self._cache is not None:

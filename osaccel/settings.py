@@ -187,6 +187,7 @@ class Settings:
     Attributes:
         cache: the cache configuration, or None.
         timesteps: timesteps, descending, in [0, 1000], or None.
+        cache_file: the file `cache` was read from, None when it stood in the YAML file itself.
         search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
         cache_output, timesteps_output: where a search writes what it finds; what lies there already is not applied.
         strict, disable: see TABLE.
@@ -195,6 +196,7 @@ class Settings:
 
     cache: Optional[DitCacheConfig] = None
     timesteps: Optional[Tuple[float, ...]] = None
+    cache_file: Optional[str] = None
     search: Optional[str] = None
     cache_output: Optional[str] = None
     timesteps_output: Optional[str] = None
@@ -240,6 +242,8 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
             parsed[output] = _output(values, name)
     if "cache_config" in values and not parsed.get("cache_output"):
         parsed["cache"] = _cache(values["cache_config"])
+        if isinstance(values["cache_config"].raw, str):
+            parsed["cache_file"] = os.path.abspath(_path(values["cache_config"]))
     if "timesteps" in values and not parsed.get("timesteps_output"):
         parsed["timesteps"] = _timesteps(values["timesteps"])
     return Settings(sources={name: value.place for name, value in values.items()}, **parsed)

@@ -21,6 +21,7 @@ logger = logging.getLogger("osaccel")
 _settings: Optional[Settings] = None
 _session: Optional[Any] = None
 _running = set()  # type: ignore[var-annotated]
+_warned = set()  # type: ignore[var-annotated]
 
 
 def wrap_pipeline(module: Any) -> None:
@@ -95,6 +96,7 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
 
     agreement.check(settings, target.state_modules)
+    _check_fingerprint(wrapped, pipeline, args, kwargs, target, settings)
     generation = Generation(
         pipeline,
         policy=IntervalPolicy(settings.cache) if settings.cache else None,
@@ -118,6 +120,32 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
         return output
     finally:
         generation.close()
+
+
+def _check_fingerprint(
+    wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings
+) -> None:
+    """Warn, or refuse in strict mode, when the cache configuration was searched for another kind of generation."""
+    from osaccel.generation import find_blocks
+    from osaccel.search import fingerprint
+
+    if settings.cache is None or settings.cache_file is None:
+        return
+    try:
+        blocks = len(find_blocks(pipeline, target.block_path))
+    except (TypeError, ValueError):
+        # Not the upstream we know; opening the generation will say so.
+        return
+    found = fingerprint.of_call(pipeline, _bind(wrapped, args, kwargs), blocks, settings.timesteps)
+    differences = fingerprint.mismatches(settings.cache_file, found)
+    if not differences:
+        return
+    message = f"{settings.cache_file} was searched for another generation: {'; '.join(differences)}"
+    if settings.strict:
+        raise SettingsError(message + ". OSACCEL_STRICT refuses it; search again, or sample as it was searched.")
+    if message not in _warned:
+        _warned.add(message)
+        logger.warning("%s; quality and speed may differ from what was measured", message)
 
 
 def _has_own_timesteps(wrapped: Callable, args: tuple, kwargs: dict) -> bool:

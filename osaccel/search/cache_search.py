@@ -212,10 +212,14 @@ class Search:
     def _order(self) -> List[int]:
         if self.goal.min_psnr is not None:
             return self._order_for_psnr(self.goal.min_psnr)
-        measured = {c: e["error"] for c, e in self.done.items() if e["error"] is not None}
-        mean, deviation = self.belief.estimate(measured)
-        # Optimistic, so that what is uncertain is looked at once.
-        return list(np.lexsort((np.arange(len(mean)), mean - 0.5 * deviation)))
+        mean, deviation = self.belief.estimate(_measured(self.done))
+        best = self.best()
+        order = np.lexsort((np.arange(len(mean)), mean - 0.5 * deviation))
+        if best is None:
+            return list(order)
+        # Optimistic twice over: what cannot win even then is not worth a generation.
+        hope = mean - 2 * deviation
+        return [index for index in order if hope[index] < math.log(max(self.done[best]["error"], 1e-300))]
 
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
@@ -241,6 +245,17 @@ class Search:
         return max(
             keeping, key=lambda c: (c.speed_up(self.num_blocks, self.num_steps), -finished[c]["error"]), default=None
         )
+
+
+def _measured(done: Dict[Candidate, Dict[str, Any]]) -> Dict[Candidate, float]:
+    """The errors to learn from: of an abandoned run what it had reached, which tells nearly as much."""
+    found = {}
+    for candidate, evaluation in done.items():
+        reached = [value for value in evaluation.get("curves", [[]])[-1] if value]
+        error = reached[-1] if evaluation["abandoned"] and reached else evaluation["error"]
+        if error is not None and error > 0:
+            found[candidate] = error
+    return found
 
 
 def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:

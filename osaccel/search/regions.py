@@ -67,6 +67,9 @@ class RegionErrors:
     @torch.no_grad()
     def _observe(self, run: Dict[str, Any], index: int, step: int, before: Any, after: Any) -> None:
         if index == 0:
+            if step < run["step"]:
+                # The next generation: its first steps have nothing to reuse.
+                self._history.clear()
             run["branch"] = run["branch"] + 1 if run["step"] == step else 0
             run["step"], run["deltas"] = step, []
         run["deltas"].append(torch.cat([self._sample(b, a) for b, a in zip(before, after)]))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DitCacheAdaptor.search`: the same ranking and choice, where a candidate can only be judged by running a function.
+
+The plain run is observed block by block; the candidates it ranks best are run whole and compared frame by frame.
+"""
+
+import math
+import time
+from typing import Any, Callable, Dict, List
+
+import numpy as np
+import torch
+
+from osaccel.cache.config import DitCacheConfig
+from osaccel.generation import wrap_method
+from osaccel.search import cache_search
+from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
+from osaccel.search.regions import RegionErrors
+
+# Whole generations cannot be resumed, so fewer fit into the same cost.
+GENERATIONS = 6
+
+
+def search_by_closure(adaptor: Any, run: Callable[[Any], List[Any]], num_videos: int) -> DitCacheConfig:
+    """The best configuration for `adaptor.search_config`; ValueError when the ratio cannot be reached."""
+    settings = adaptor.search_config
+    num_steps, num_blocks = settings.num_sampling_steps, settings.dit_block_num
+    try:
+        pool = cache_search.candidates(num_blocks, num_steps, settings.cache_ratio, settings.cache_step_interval)
+    except SearchError as error:
+        raise ValueError(str(error)) from None
+    errors = RegionErrors(num_blocks, settings.cache_step_interval - 1)
+    plain = _observed(adaptor, run, num_videos, errors)
+    grams = errors.tensor(num_steps).numpy()
+    scores = cache_search.predict(pool, grams, np.ones(num_steps), np.ones(num_blocks + 1))
+    search = Search(pool, scores, num_blocks, num_steps, Goal(settings.cache_ratio), budget=math.inf)
+    while len(search.done) < GENERATIONS - 1:
+        round_ = search.next_round()
+        if not round_:
+            break
+        search.add(_evaluate(adaptor, run, num_videos, round_[0], plain))
+    best = search.best()
+    if best is None:
+        raise ValueError("No candidate gave finite videos.")
+    return best.config
+
+
+def _observed(adaptor: Any, run: Callable, num_videos: int, errors: RegionErrors) -> List[np.ndarray]:
+    """The plain videos; meanwhile `errors` sees the blocks."""
+    adaptor.detach()
+    settings = adaptor.search_config
+    clock = _Clock(settings.num_sampling_steps)
+    blocks = list(adaptor._blocks)
+    undo = [errors.attach(blocks, clock, adaptor.hidden_states()), clock.follow(adaptor.pipeline, blocks[-1])]
+    try:
+        return _checked(run(adaptor.pipeline), num_videos)
+    finally:
+        while undo:
+            undo.pop()()
+
+
+class _Clock:
+    """The step of the observed run: from the scheduler, or, without one, one pass through the blocks per step."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps, self.step = num_steps, 0
+
+    def follow(self, pipeline: Any, last_block: torch.nn.Module) -> Callable[[], None]:
+        scheduler = getattr(pipeline, "scheduler", None)
+        if not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
+            handle = last_block.register_forward_hook(lambda *_: self._advance((self.step + 1) % self.num_steps))
+            return handle.remove
+        undo = [
+            wrap_method(scheduler, "set_timesteps", scheduler.set_timesteps, self._wrapper(lambda: 0)),
+            wrap_method(scheduler, "step", scheduler.step, self._wrapper(lambda: self.step + 1)),
+        ]
+
+        def detach() -> None:
+            while undo:
+                undo.pop()()
+
+        return detach
+
+    def _wrapper(self, following: Callable[[], int]) -> Callable:
+        def wrapper(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+            result = wrapped(*args, **kwargs)
+            self._advance(following())
+            return result
+
+        return wrapper
+
+    def _advance(self, step: int) -> None:
+        self.step = step
+
+
+def _evaluate(
+    adaptor: Any, run: Callable, num_videos: int, candidate: Candidate, plain: List[np.ndarray]
+) -> Dict[str, Any]:
+    started = time.perf_counter()
+    adaptor.dit_cache_config = candidate.config
+    try:
+        videos = _checked(run(adaptor.pipeline), num_videos)
+    finally:
+        adaptor.detach()
+    # Of rank 0's videos: in the upstream's scripts every rank decodes all of them.
+    error = float(np.mean([np.mean((a - b) ** 2) for a, b in zip(plain, videos)])) ** 0.5
+    return {
+        "config": candidate.config.to_dict(),
+        "error": _agreed(error) if math.isfinite(error) else None,
+        "psnr": None,
+        "abandoned": False,
+        "seconds": time.perf_counter() - started,
+        "curves": [[]],
+    }
+
+
+def _agreed(error: float) -> float:
+    """Rank 0's value on all ranks, so that all go on with the same candidate."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return error
+    holder = [error]
+    torch.distributed.broadcast_object_list(holder, src=0)
+    return holder[0]
+
+
+def _checked(videos: Any, num_videos: int) -> List[np.ndarray]:
+    if not isinstance(videos, list) or len(videos) != num_videos:
+        found = len(videos) if hasattr(videos, "__len__") else type(videos).__name__
+        raise ValueError(
+            f"run_pipeline_and_save_videos must return a video list with length equal to prompts_num: "
+            f"{found}!={num_videos}"
+        )
+    return [np.asarray(video, dtype=np.float64) for video in videos]
+
+
+__all__ = ["GENERATIONS", "search_by_closure"]

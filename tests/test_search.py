@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache search's parts: exact replays, the region errors against brute force, the family, the journal's memory."""
+
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DEISMultistepScheduler,
+    DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    KDPM2AncestralDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from osaccel.cache.executor import HiddenStates
+from osaccel.cache.policy import IntervalPolicy
+from osaccel.generation import Generation
+from osaccel.search import cache_search
+from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
+from osaccel.search.evaluate import Evaluator
+from osaccel.search.journal import Journal, digest_of, weights_digest
+from osaccel.search.regions import RegionErrors
+from osaccel.search.replay import Call, RandomState, Replay
+from osaccel.search.team import Team
+
+SCHEDULERS = (
+    DDIMScheduler, DEISMultistepScheduler, DPMSolverMultistepScheduler, DPMSolverSinglestepScheduler,
+    EulerAncestralDiscreteScheduler, EulerDiscreteScheduler, HeunDiscreteScheduler, KDPM2AncestralDiscreteScheduler,
+    PNDMScheduler,
+)  # fmt: skip
+
+
+class UnseededPipeline(tiny.Pipeline):
+    """Draws its noise from the global random state, as the upstream's scripts make it do."""
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=10, guidance_scale=7.5):
+        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+        latents = torch.randn(1, 5, tiny.WIDTH) * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            noise = self.predict(self.scheduler.scale_model_input(latents, t), t.float(), guidance_scale)
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+        return latents
+
+
+def make_call(pipeline, **kwargs):
+    return Call(type(pipeline).__call__, pipeline, (pipeline,), kwargs)
+
+
+def full_run(call, candidate):
+    call.state.restore()
+    with Generation(call.pipeline, IntervalPolicy(candidate.config)):
+        return call.function(*call.args, **call.kwargs)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
+def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(scheduler):
+    pipeline = UnseededPipeline(scheduler=scheduler(clip_sample=False) if scheduler is DDIMScheduler else scheduler())
+    replay = Replay(make_call(pipeline))
+    plain = replay.record()
+    steps = replay.recording.steps
+    candidate = Candidate(1, 5, steps // 2, 2)
+    before = pipeline.block_calls()
+    resumed, _ = replay.run(IntervalPolicy(candidate.config), candidate.first)
+    calls = [now - then for now, then in zip(pipeline.block_calls(), before)]
+    assert torch.equal(resumed, full_run(replay.call, candidate))
+    assert calls[0] == steps - candidate.first, "no step before the first stored delta is recomputed"
+    assert 0 < calls[2] < calls[0], "the region was reused"
+    assert torch.equal(replay.decode(), plain)
+    assert torch.equal(replay.decode(torch.ones_like(plain)), torch.ones_like(plain))
+
+
+def test_replays_restore_every_random_state_and_generators_among_the_arguments():
+    generator = torch.Generator().manual_seed(3)
+    state = RandomState([generator])
+    first = torch.rand(2), np.random.rand(), torch.rand(2, generator=generator)
+    state.restore()
+    second = torch.rand(2), np.random.rand(), torch.rand(2, generator=generator)
+    assert torch.equal(first[0], second[0]) and first[1] == second[1] and torch.equal(first[2], second[2])
+
+
+@pytest.mark.parametrize("forwards", (1, 2))
+def test_region_errors_are_those_of_the_deltas(forwards):
+    pipeline = UnseededPipeline(num_blocks=4, forwards=forwards)
+    errors, seen = RegionErrors(4, 2), {}
+    replay = Replay(make_call(pipeline, num_inference_steps=6))
+
+    def attach(generation):
+        detach = errors.attach(pipeline.transformer.transformer_blocks, generation.clock, HiddenStates())
+        for index, block in enumerate(pipeline.transformer.transformer_blocks):
+            inner = block.forward
+
+            def spy(hidden_states, inner=inner, index=index, **kwargs):
+                output = inner(hidden_states, **kwargs)
+                seen.setdefault((generation.clock.step, index), []).append(output - hidden_states)
+                return output
+
+            block.__dict__["forward"] = spy
+        return detach
+
+    replay.record(attach)
+    grams = errors.tensor(6)
+    for start, stop, step, gap in ((0, 4, 3, 1), (1, 3, 5, 2), (2, 3, 1, 1)):
+        wanted = sum(
+            (sum(seen[step, b][k] - seen[step - gap, b][k] for b in range(start, stop)) ** 2).sum().item()
+            for k in range(forwards)
+        )
+        got = grams[gap - 1, step, start:stop, start:stop].sum().item()
+        assert got == pytest.approx(wanted, rel=1e-3)
+    assert grams[1, 1].abs().sum() == 0
+
+
+def test_region_errors_stay_within_their_memory():
+    torch.manual_seed(0)
+    blocks = torch.nn.ModuleList([tiny.Block() for _ in range(5)])
+    limit = 60_000
+    errors = RegionErrors(5, 5, memory=limit)
+    clock = SimpleNamespace(step=0)
+    detach = errors.attach(blocks, clock, HiddenStates())
+    exact = RegionErrors(5, 5)
+    with torch.no_grad():
+        for step in range(8):
+            clock.step = step
+            hidden = torch.randn(2, 2000, tiny.WIDTH)
+            for block in blocks:
+                hidden = block(hidden, timestep=torch.tensor(float(step)))
+    detach()
+    assert 0 < errors.bytes_used <= limit
+    assert exact.bytes_used == 0
+    assert errors.tensor(8)[0, 1].diagonal().min() > 0
+
+
+@pytest.mark.parametrize("ratio", (1.05, 1.3, 1.8, 2.0))
+def test_every_candidate_reaches_the_ratio_and_none_tightly_fewer(ratio):
+    found = cache_search.candidates(8, 20, ratio)
+    assert all(candidate.speed_up(8, 20) >= ratio - 1e-9 for candidate in found)
+    assert {candidate.start for candidate in found} >= {0}
+    assert len(set(found)) == len(found)
+
+
+def test_an_unreachable_ratio_says_what_is_reachable():
+    with pytest.raises(SearchError, match=r"at most 1\.500 is reachable"):
+        cache_search.candidates(4, 3, 1.9, max_interval=2)
+
+
+def evaluation(candidate, error, abandoned=False):
+    return {
+        "config": candidate.config.to_dict(), "error": error, "abandoned": abandoned, "psnr": None, "steps_run": 20,
+        "curves": [[error] * 20],
+    }  # fmt: skip
+
+
+def make_search(**kwargs):
+    pool = cache_search.candidates(6, 20, 1.3)
+    scores = 1 + np.arange(len(pool)) / len(pool)
+    return Search(pool, scores, 6, 20, Goal(1.3), **kwargs), pool
+
+
+def test_a_search_stays_within_its_budget_and_is_a_function_of_what_was_measured():
+    runs = []
+    for _ in range(2):
+        search, pool = make_search()
+        order = []
+        while search.next_round():
+            candidate = search.next_round()[0]
+            order.append(candidate)
+            search.add(evaluation(candidate, 1.0 + (pool.index(candidate) * 7919 % 13) * 0.1))
+        assert search.spent <= 6
+        runs.append(order)
+    assert runs[0] == runs[1]
+    assert len(runs[0]) >= 2
+
+
+def test_what_is_not_finite_loses_and_never_wins():
+    search, pool = make_search()
+    search.add(evaluation(pool[0], None))
+    assert search.best() is None
+    search.add(evaluation(pool[1], 0.5))
+    search.add(evaluation(pool[2], None, abandoned=True))
+    assert search.best() == pool[1]
+    scores = np.full(len(pool), math.nan)
+    scores[3] = 1.0
+    only = Search(pool, scores, 6, 20, Goal(1.3))
+    assert only.next_round() == [pool[3]]
+
+
+def test_a_candidate_that_turns_nan_is_recorded_as_lost():
+    pipeline = UnseededPipeline()
+    replay = Replay(make_call(pipeline))
+    replay.record()
+    block = pipeline.transformer.transformer_blocks[5]
+    original, plain_calls = block.forward, []
+
+    def poisoned(hidden_states, **kwargs):
+        plain_calls.append(1)
+        return original(hidden_states, **kwargs) * float("nan")
+
+    block.forward = poisoned
+    found = Evaluator([replay], Team())(Candidate(0, 3, 2, 2))
+    assert found["error"] is None and found["abandoned"]
+    json.dumps(found, allow_nan=False)
+
+
+def test_hopeless_candidates_are_abandoned_early():
+    pipeline = UnseededPipeline()
+    replay = Replay(make_call(pipeline, num_inference_steps=20))
+    replay.record()
+    evaluate = Evaluator([replay], Team())
+    good, bad = evaluate(Candidate(2, 3, 10, 2)), Candidate(0, 6, 0, 6)
+    stopped = evaluate(bad, best=good)
+    assert stopped["abandoned"] and stopped["steps_run"] < 20 and stopped["error"] is None
+    assert stopped["block_forwards"] < evaluate(bad)["block_forwards"]
+
+
+def test_the_journal_ignores_a_torn_line_and_never_glues_to_it(tmp_path):
+    journal = Journal(str(tmp_path / "j"), {"steps": 20})
+    journal.add({"error": 1.0})
+    path = tmp_path / "j" / "evaluations-0.jsonl"
+    path.write_text(path.read_text() + '{"error": 2.')
+    journal.add({"error": 3.0})
+    assert [e["error"] for e in Journal(str(tmp_path / "j"), {"steps": 20}).evaluations()] == [1.0, 3.0]
+
+
+@pytest.mark.parametrize("key", ("steps", "model", "prompt", "resolution"))
+def test_another_fingerprint_starts_anew_and_says_why(tmp_path, key):
+    known = {"steps": 20, "model": "a", "prompt": "b", "resolution": [9, 64, 64]}
+    Journal(str(tmp_path / "j"), known).add({"error": 1.0})
+    journal = Journal(str(tmp_path / "j"), dict(known, **{key: "changed"}))
+    assert journal.evaluations() == []
+    assert journal.started_anew == f"{key} was {known[key]!r}, is now 'changed'"
+
+
+def test_digests_tell_weights_and_arguments_apart():
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    assert weights_digest(first) == weights_digest(first) != weights_digest(second)
+    assert digest_of({"prompt": "a", "seed": 1}) != digest_of({"prompt": "a", "seed": 2})
+    assert digest_of([torch.zeros(2)]) != digest_of([torch.ones(2)])
