@@ -130,15 +130,14 @@ class Result:
 def finish(command, environ, out, stop_after_first_round, limit=400):
     """Run to the end; sample_t2v_sp samples again forever, so it is stopped when its first round is saved."""
     with open(out / "log", "w") as log:
-        process = subprocess.Popen(
-            command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
-        )
-        signal.signal(signal.SIGALRM, lambda *_: os.killpg(process.pid, signal.SIGKILL))
+        process = subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        # torchrun's workers have sessions of their own, but it ends them when it is asked to end.
+        signal.signal(signal.SIGALRM, lambda *_: process.terminate())
         signal.alarm(limit)
         for line in process.stdout:
             log.write(line)
             if stop_after_first_round and line.startswith("save path"):
-                os.killpg(process.pid, signal.SIGKILL)
+                process.terminate()
         signal.alarm(0)
     status = process.wait()
     return Result(status, (out / "log").read_text(), out)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What osaccel costs and what a cached loop gains: `python -m benchmarks.overhead`; ratios measured in one run.
+
+1. Seconds of a generation with osaccel active and nothing configured / without osaccel. Both arms alternate in one
+   process; the median ratio comes with a 95 % bootstrap interval.
+2. Measured speed-up of a cached transformer loop / the ideal speed-up of its configuration, with blocks of over 5 ms.
+3. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+import types
+from typing import Callable, Dict, List, Tuple
+
+import numpy as np
+import torch
+from diffusers import EulerAncestralDiscreteScheduler
+from torch import nn
+
+from osaccel import hooks
+from osaccel.cache.config import DitCacheConfig
+from osaccel.cache.policy import IntervalPolicy
+from osaccel.generation import Generation
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, hidden_states, timestep=None):
+        hidden_states = hidden_states + self.attention(hidden_states, hidden_states, hidden_states)[0]
+        return hidden_states + self.mlp(hidden_states)
+
+
+class OpenSoraPipeline:
+    """A denoising loop and nothing else, so that what is measured is the transformer's loop."""
+
+    def __init__(self, blocks: int, width: int, tokens: int):
+        torch.manual_seed(0)
+        self.transformer = nn.Module()
+        self.transformer.transformer_blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.scheduler = EulerAncestralDiscreteScheduler()
+        self.shape = (2, tokens, width)
+
+    @torch.no_grad()
+    def __call__(self, num_inference_steps=20):
+        self.scheduler.set_timesteps(num_inference_steps)
+        latents = torch.zeros(self.shape)
+        for t in self.scheduler.timesteps:
+            hidden = self.scheduler.scale_model_input(latents, t)
+            for block in self.transformer.transformer_blocks:
+                hidden = block(hidden, timestep=t)
+            latents = self.scheduler.step(0.01 * hidden, t, latents, return_dict=False)[0]
+        return latents
+
+
+def seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def median_ratio(first: List[float], second: List[float]) -> Tuple[float, float, float]:
+    """Median of the pairwise ratios first / second, with its 95 % bootstrap interval."""
+    ratios = np.array(first) / np.array(second)
+    resampled = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
+    return float(np.median(ratios)), float(low), float(high)
+
+
+def idle_overhead(pairs: int) -> Tuple[float, float, float]:
+    """Arms alternate, and so does which of them goes first."""
+    module = types.ModuleType("opensora.sample.pipeline_opensora")
+    module.OpenSoraPipeline = type("OpenSoraPipeline", (OpenSoraPipeline,), {"__call__": OpenSoraPipeline.__call__})
+    pipeline = OpenSoraPipeline(8, 64, 64)
+    with_hooks = module.OpenSoraPipeline(8, 64, 64)
+    sys.modules[module.__name__] = module
+    hooks.install()
+    arms = {"active": with_hooks, "plain": pipeline}
+    times: Dict[str, List[float]] = {name: [] for name in arms}
+    for pair in range(pairs + 2):
+        for name in sorted(arms, reverse=bool(pair % 2)):
+            spent = seconds(arms[name])
+            if pair >= 2:
+                times[name].append(spent)
+    hooks.uninstall()
+    return median_ratio(times["active"], times["plain"])
+
+
+def cached_speed(repeats: int) -> Dict[str, float]:
+    pipeline = OpenSoraPipeline(12, 512, 192)
+    config = DitCacheConfig(cache_block_start=1, cache_num_blocks=10, cache_step_start=2, cache_step_interval=2)
+    block = pipeline.transformer.transformer_blocks[0]
+    with torch.no_grad():
+        block_ms = 1000 * min(seconds(lambda: block(torch.zeros(pipeline.shape))) for _ in range(10))
+    gains, ideal = [], 0.0
+    for _ in range(repeats):
+        plain = seconds(pipeline)
+        with Generation(pipeline, policy=IntervalPolicy(config)) as generation:
+            cached = seconds(pipeline)
+            ideal = generation.cache.total_blocks / generation.cache.computed_blocks
+        gains.append(plain / cached)
+    measured, low, high = median_ratio(gains, [1.0] * len(gains))
+    return {
+        "block_ms": block_ms, "ideal": ideal, "measured": measured, "of_ideal": measured / ideal,
+        "of_ideal_low": low / ideal, "of_ideal_high": high / ideal,
+    }  # fmt: skip
+
+
+def import_cost(repeats: int) -> float:
+    code = "import time; t = time.perf_counter(); import osaccel.auto; print(1000 * (time.perf_counter() - t))"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(repeats)]
+    return float(np.median([float(run.stdout) for run in runs]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--json", help="also write the numbers to this file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    ratio, low, high = idle_overhead(arguments.pairs)
+    speed, cost = cached_speed(5), import_cost(9)
+    print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    print(
+        f"cached loop: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x, {speed['of_ideal']:.3f} of ideal "
+        f"({speed['of_ideal_low']:.3f} to {speed['of_ideal_high']:.3f}; a block takes {speed['block_ms']:.1f} ms)"
+    )
+    print(f"import osaccel.auto                            {cost:.1f} ms")
+    if arguments.json:
+        with open(arguments.json, "w") as file:
+            json.dump({"idle_ratio": [ratio, low, high], "cached": speed, "import_ms": cost}, file, indent=2)
+
+
+if __name__ == "__main__":
+    main()
