@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m osaccel.report PATH`: plots and one self-contained HTML page from a cache search's sidecar report."""
+"""`python -m osaccel.report PATH`: plots and one self-contained HTML page from a search's sidecar report."""
 
 import argparse
 import base64
@@ -13,6 +13,7 @@ import numpy as np
 from osaccel import formats
 from osaccel.cache.config import CACHE_KEYS
 from osaccel.formats import SettingsError
+from osaccel.search import restep_plots
 
 SUFFIX = ".report.json"
 
@@ -21,6 +22,8 @@ def load(path: str) -> Dict[str, Any]:
     """The report at `path`, which may be the configuration file or the report itself."""
     path = path if path.endswith(SUFFIX) else path + SUFFIX
     report = formats.read_file(path)
+    if isinstance(report, dict) and report.get("kind") == "restep" and "cost_curve" in report:
+        return {**report, "frames": None, "stem": path[: -len(SUFFIX)]}
     missing = [key for key in ("chosen", "evaluations", "fingerprint") if key not in (report or {})]
     if not isinstance(report, dict) or missing:
         raise SettingsError(f"{path}: not a report of a cache search; missing {', '.join(missing)}.")
@@ -39,15 +42,16 @@ def write(report: Dict[str, Any], directory: Optional[str] = None) -> str:
     if directory is not None:
         os.makedirs(directory, exist_ok=True)
         stem = os.path.join(directory, os.path.basename(stem))
+    is_restep = report.get("kind") == "restep"
     images = {}
-    for name, draw in PLOTS.items():
+    for name, draw in (restep_plots.plots(report) if is_restep else PLOTS).items():
         images[name] = f"{stem}.{name}.png"
         _draw(draw, report, images[name])
     if report["frames"]:
         images["frames"] = f"{stem}.frames.png"
         _draw(draw_frames, report, images["frames"])
     path = stem + ".report.html"
-    formats.write_atomically(path, lambda file: file.write(page(report, images)))
+    formats.write_atomically(path, lambda file: file.write((restep_page if is_restep else page)(report, images)))
     return path
 
 
@@ -130,6 +134,9 @@ _TITLES = {
     "blocks": "Which blocks compute at which step",
     "change": "Where the blocks change",
     "frames": "Plain above, cached below",
+    "timesteps": "The timesteps found against even spacing",
+    "costs": "Predicted error by number of steps",
+    "gaps": "Gap to the full number of steps closed",
 }
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
@@ -149,12 +156,29 @@ def page(report: Dict[str, Any], images: Dict[str, str]) -> str:
         "resolution (frames, height, width)": report["fingerprint"].get("resolution"),
         "versions": ", ".join(f"{name} {value}" for name, value in report.get("versions", {}).items()),
     }
+    return _html("Cache search", {"The configuration": report["chosen"], "What it does": facts}, images)
+
+
+def restep_page(report: Dict[str, Any], images: Dict[str, str]) -> str:
+    """The same for a timestep search."""
+    facts = {
+        "method": report["method"],
+        "parameters": report["parameters"],
+        "chosen among": f"{report['teacher_steps']} steps",
+        "extra transformer forwards": report.get("forwards", {}).get("extra"),
+        **{key: report.get("fingerprint", {}).get(key) for key in ("sampler", "resolution", "versions")},
+    }
+    lists = {
+        f"{count} steps": ", ".join(f"{value:.6g}" for value in values) for count, values in report["lists"].items()
+    }
+    return _html("Timestep search", {"Timesteps": lists, "How they were found": facts}, images)
+
+
+def _html(title: str, tables: Dict[str, Dict[str, Any]], images: Dict[str, str]) -> str:
     parts = [
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>osaccel cache search</title>",
-        f"<style>{_STYLE}</style></head><body><h1>Cache search</h1><h2>The configuration</h2>",
-        _table(report["chosen"]),
-        "<h2>What it does</h2>",
-        _table(facts),
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>osaccel: {title}</title>",
+        f"<style>{_STYLE}</style></head><body><h1>{title}</h1>",
+        *(f"<h2>{heading}</h2>{_table(values)}" for heading, values in tables.items()),
     ]
     for name, path in images.items():
         with open(path, "rb") as file:

@@ -29,7 +29,7 @@ class Parameters(NamedTuple):
             what an error in the logged predictions can do: no region of noise levels is left without steps.
     """
 
-    exponent: float = 1.15
+    exponent: float = 1.25
     max_gap: float = 3.0
 
 

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots of a timestep search's sidecar report; matplotlib is imported when one is drawn and never shown."""
+
+from typing import Any, Dict, List, Mapping
+
+import numpy as np
+
+
+def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
+    """The lists found against even spacing."""
+    for count, values in report["lists"].items():
+        places = np.linspace(0, 1, len(values))
+        axes.plot(places, values, marker=".", markersize=3, label=f"{count} steps, found")
+    axes.plot([0, 1], [values[0], values[-1]], color="grey", linestyle="--", label="even spacing")
+    axes.set(xlabel="part of the steps done", ylabel="timestep", title="timesteps found")
+    axes.legend()
+
+
+def plot_costs(axes: Any, report: Mapping[str, Any]) -> None:
+    """The cost of the best list of each length, and of even spacing."""
+    for name, label in (("cost_curve", "found (no gap limit)"), ("cost_curve_even", "even spacing")):
+        curve = {int(length): cost for length, cost in report[name].items()}
+        axes.plot(list(curve), list(curve.values()), marker=".", label=label)
+    axes.set(xlabel="steps", ylabel="predicted error (weighted)", yscale="log", title="cost by number of steps")
+    axes.legend()
+
+
+def plot_gap_closed(axes: Any, gaps: Mapping[str, Mapping[str, List[float]]]) -> None:
+    """Part of the gap to the teacher closed per arm, with intervals; as `benchmarks.schedules` writes it."""
+    measures = list(next(iter(gaps.values())))
+    for number, (arm, values) in enumerate(gaps.items()):
+        centre = np.array([values[measure] for measure in measures])
+        error = np.abs(centre[:, 1:] - centre[:, :1]).T
+        axes.errorbar(np.arange(len(measures)) + 0.1 * number, centre[:, 0], error, fmt="o", label=arm)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.set_xticks(range(len(measures)), measures)
+    axes.set(ylabel="gap closed", title="0 = even spacing, 1 = as good as the teacher")
+    axes.legend()
+
+
+def plots(report: Mapping[str, Any]) -> Dict[str, Any]:
+    """By name, functions of (report, figure): the plots the report has data for."""
+    found: Dict[str, Any] = {
+        "timesteps": lambda report, figure: plot_timesteps(figure.subplots(), report),
+        "costs": lambda report, figure: plot_costs(figure.subplots(), report),
+    }
+    if report.get("gap closed"):
+        found["gaps"] = lambda report, figure: plot_gap_closed(figure.subplots(), report["gap closed"])
+    return found
