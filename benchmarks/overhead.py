@@ -128,7 +128,7 @@ def main() -> None:
     speed, cost = cached_speed(5), import_cost(9)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     print(
-        f"cached loop: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x, {speed['of_ideal']:.3f} of ideal "
+        f"cached loop: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x = {speed['of_ideal']:.3f} of it "
         f"({speed['of_ideal_low']:.3f} to {speed['of_ideal_high']:.3f}; a block takes {speed['block_ms']:.1f} ms)"
     )
     print(f"import osaccel.auto                            {cost:.1f} ms")
