@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published cache rules, written from their papers, on the miniature's blocks: each skips blocks 1.. as one region.
+"""Published cache rules, written from their papers, on the miniature's blocks: each skips all blocks, or all but the first.
 
-All share one mechanism: blocks `first ..` run, and their residual (output minus input) is kept; or none of them runs and
-the kept residual is added. They differ in when they skip. Warm-up steps always run.
+All share one mechanism: blocks `first ..` run, and their residual (output minus input) is kept; or none of them runs
+and the kept residual is added. They differ in when they skip. Warm-up steps always run.
 """
 
 from typing import Any, Callable, Dict, List, Optional
@@ -64,8 +64,7 @@ class Rule:
             self.entered = hidden
         if index >= self.first and self.skipping:
             return hidden + self.residual if index == self.first else hidden
-        if index == 0 or index >= self.first:
-            self.computed += 1
+        self.computed += 1
         output = original(hidden, **kwargs)
         if index == len(self.blocks) - 1:
             residual = output - self.entered
