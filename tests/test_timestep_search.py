@@ -350,7 +350,8 @@ def _logged(log, halves):
 
 def test_two_ranks_have_the_costs_of_the_whole_video(tmp_path):
     port = 29500 + torch.randint(0, 2000, ()).item()
-    multiprocessing.spawn(_rank, args=(port, str(tmp_path)), nprocs=2)
+    # Forked: importing everything again in each rank takes longer than all other tests together.
+    multiprocessing.start_processes(_rank, args=(port, str(tmp_path)), nprocs=2, start_method="fork")
     ranks = [torch.load(str(tmp_path / f"{rank}.pt"), weights_only=False) for rank in (0, 1)]
     assert np.array_equal(ranks[0]["distances"], ranks[1]["distances"])
     whole = _logged(DenoiserLog(EulerAncestralDiscreteScheduler()), [0, 1]).statistics()
