@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published cache rules, written from their papers, on the miniature's blocks: each skips all blocks, or all but the first.
+"""Published cache rules, written from their papers, on the miniature: each skips all blocks, or all but the first.
 
 All share one mechanism: blocks `first ..` run, and their residual (output minus input) is kept; or none of them runs
 and the kept residual is added. They differ in when they skip. Warm-up steps always run.

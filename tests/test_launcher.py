@@ -54,7 +54,7 @@ def test_torchrun_workers_are_active(tmp_path):
     script.write_text(
         "import sys\nsys.stdout.write(str(any(type(f).__name__ == '_PipelineFinder' for f in sys.meta_path)))"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     result = launch("--", *torchrun, str(script), OMP_NUM_THREADS="1")
     assert result.stdout == "TrueTrue", result.stderr
 

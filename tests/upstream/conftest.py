@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -66,6 +67,12 @@ COUNTING_SITECUSTOMIZE = """
 METHOD = "EulerAncestralDiscrete"
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 class Upstream:
     """Runs the scripts, each distinct command once per session."""
 
@@ -102,7 +109,7 @@ class Upstream:
     def _command(self, script, out, steps, method, frames):
         start = [sys.executable]
         if script != "sample_t2v":
-            start += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29631"]
+            start += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
         options = {
             "model_path": f"{TINY}/model", "ae": "CausalVAEModel_D4_4x8x8", "ae_path": f"{TINY}/vae",
             "text_encoder_name": f"{TINY}/mt5", "text_prompt": f"{TINY}/prompts.txt", "save_img_path": out / "videos",
