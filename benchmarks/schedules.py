@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timestep lists judged on the trained miniature: searched on calibration prompts, measured on held-out ones.
 
-    python -m benchmarks.schedules [--videos 48] [--steps 50 20] [--seeds 5] [--json FILE]
+    python -m benchmarks.schedules [--videos 48] [--steps 50 20] [--seeds 5] [--exponents 1] [--json FILE]
 
 All arms of one prompt share the initial noise and the Brownian motion. Fresh data are encoded videos of the held-out
 prompts; the floor is the same measure between two halves of such data.
@@ -20,7 +20,7 @@ from benchmarks import measures, oracle
 from benchmarks.reference import data, load
 from osaccel.generation import Generation
 from osaccel.search import timesteps
-from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels
+from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, step_arguments
 
 
 def latent_shape(pipeline: Any) -> Sequence[int]:
@@ -82,12 +82,24 @@ def parser_scores(pipeline: Any, results: Dict[str, torch.Tensor], prompts: Sequ
     return scores
 
 
-def seed_spread(pipeline: Any, counts: Sequence[int], seeds: int, videos: int) -> Dict[str, Any]:
-    """The wdp list found with other prompts and noise: spread per entry, in timesteps."""
-    prompts, found = load.calibration_prompts(seeds * videos), {count: [] for count in counts}
-    for seed in range(seeds):
-        chosen = prompts[seed * videos : (seed + 1) * videos]
-        for count, values in timesteps.wdp(search_statistics(pipeline, chosen, 40 + seed), counts).items():
+def seed_spread(pipeline: Any, counts: Sequence[int], seeds: int) -> Dict[str, Any]:
+    """The wdp lists found from one generation each, with other prompts and noise: spread per entry, in timesteps."""
+    logs = [DenoiserLog(pipeline.scheduler) for _ in range(seeds)]
+
+    def step(original: Any, args: tuple, kwargs: dict) -> Any:
+        output, timestep, sample = step_arguments(args, kwargs)
+        for number, log in enumerate(logs):
+            log.observe(output[number : number + 1], timestep, sample[number : number + 1])
+        return original(*args, **kwargs)
+
+    torch.manual_seed(40)
+    prompts = load.calibration_prompts(100)[-seeds:]
+    with Generation(pipeline, step=step):
+        generate(pipeline, prompts, 100, torch.randn(seeds, *latent_shape(pipeline)))
+    found: Dict[int, List[np.ndarray]] = {count: [] for count in counts}
+    for log in logs:
+        log.end_generation()
+        for count, values in timesteps.wdp(log.statistics(), counts).items():
             found[count].append(values)
     spread = {}
     for count, lists in found.items():
@@ -105,21 +117,32 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--seeds", type=int, default=0, help="repeat the search with this many seeds")
+    parser.add_argument("--exponents", type=float, nargs="*", default=[], help="further wdp arms with this weight")
+    parser.add_argument("--arms", nargs="*", help="only arms whose name begins with one of these words")
     parser.add_argument("--json")
     options = parser.parse_args()
     started = time.time()
     pipeline = load.load_pipeline()
     statistics = search_statistics(pipeline, load.calibration_prompts(options.calibration), seed=1)
     lists = oracle.arms(statistics, options.steps)
+    for count in options.steps:
+        for exponent in options.exponents:
+            given = timesteps.Parameters(exponent)
+            lists[f"wdp g={exponent:g} {count}"] = timesteps.wdp(statistics, [count], given)[count].tolist()
+    if options.arms:
+        lists = {name: times for name, times in lists.items() if name.startswith(("plain", *options.arms))}
     prompts = load.heldout_prompts(options.videos)
     with torch.no_grad():
         results = sample_arms(pipeline, lists, prompts, options.batch)
         reference = [fresh_data(pipeline, prompts, seed) for seed in (1, 2)]
+        if options.seeds:
+            spread = seed_spread(pipeline, options.steps, options.seeds)
+            print({count: (value["mean"], value["largest"]) for count, value in spread.items()}, flush=True)
         report = measures.compare(results, reference, options.steps)
         report["parser"] = parser_scores(pipeline, results, prompts)
         report["lists"] = lists
         if options.seeds:
-            report["seeds"] = seed_spread(pipeline, options.steps, options.seeds, 1)
+            report["seeds"] = spread
     report["seconds"] = time.time() - started
     print(measures.table(report))
     print("\nparser: share of videos with all prompted attributes")

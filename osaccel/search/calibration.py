@@ -91,8 +91,17 @@ class Videos:
         inner = getattr(vae, "vae", vae)
         parameter = next(inner.parameters())
         pixels = torch.from_numpy(self.frames[path]).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+        dtype = parameter.dtype
         with torch.no_grad():
-            return vae.encode(pixels.to(parameter.device, parameter.dtype)).float()
+            try:
+                return vae.encode(pixels.to(parameter.device, dtype)).float()
+            except NotImplementedError:
+                # On a CPU torch has no 3-D pooling in half precision. There and back the weights lose nothing.
+                inner.float()
+                try:
+                    return vae.encode(pixels.to(parameter.device)).float()
+                finally:
+                    inner.to(dtype)
 
 
 def _checked(path: str, frames: np.ndarray, arguments: Mapping[str, Any]) -> np.ndarray:
