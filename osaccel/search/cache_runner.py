@@ -26,8 +26,6 @@ from osaccel.search.session import Runner, Session
 
 logger = logging.getLogger("osaccel")
 
-# Steps at which the scheduler's response is probed; the others are interpolated.
-_PROBES = 24
 _POLL_SECONDS = 0.2
 _JOIN_SECONDS = 600.0
 
@@ -156,9 +154,9 @@ class CacheRunner(Runner):
         if any(replay.recording.steps != num_steps for replay in self.replays):
             raise SearchError("The recorded calls have different numbers of steps; one configuration cannot fit them.")
         grams = self.team.sum(self.grams).numpy()
-        weights = step_weights(self.replays[0], self.team)
+        weights, gains = cache_search.default_weights(self.num_blocks, num_steps)
         pool = cache_search.pool_for(self.goal, self.num_blocks, num_steps)
-        scores = cache_search.predict(pool, grams, weights, np.ones(self.num_blocks + 1))
+        scores = cache_search.predict(pool, grams, weights, gains)
         self.scores = self.team.share(dict(zip(pool, scores.tolist())))
         self.weights, self.summed = weights, grams
         ordered = np.array([self.scores[candidate] for candidate in pool])
@@ -469,7 +467,8 @@ def describe(call: Call, num_blocks: int, timesteps: Optional[Sequence[float]], 
     owner = pipeline
     for part in call.block_path.split(".")[:-1]:
         owner = getattr(owner, part)
-    config = dict(getattr(pipeline.scheduler, "config", {}))
+    # diffusers keeps private entries there, one of them a list in the order of a set, another in every process.
+    config = {key: value for key, value in getattr(pipeline.scheduler, "config", {}).items() if key[:1] != "_"}
     found = {
         **fingerprint.of_call(pipeline, call.arguments, num_blocks, timesteps),
         "model": weights_digest(owner),
@@ -484,32 +483,6 @@ def describe(call: Call, num_blocks: int, timesteps: Optional[Sequence[float]], 
         "versions": fingerprint.versions(),
     }
     return session.team.share(found)
-
-
-def step_weights(replay: Replay, team: Any) -> np.ndarray:
-    """How far one unit of error in a step's prediction moves the final latents, the later predictions held fixed.
-
-    Measured on the scheduler itself, so it is right for every sampler; the transformer is not called.
-    """
-    recording = replay.recording
-    count = recording.steps
-    probes = sorted(set(np.linspace(0, count - 1, min(count, _PROBES)).round().astype(int).tolist()))
-    gains = []
-    for step in probes:
-        plain = recording.predictions[step]
-        generator = torch.Generator().manual_seed(step)
-        sign = torch.randint(0, 2, plain.shape, generator=generator).to(plain.dtype) * 2 - 1
-        change = 0.1 * plain.float().square().mean().sqrt().to(plain.dtype) * sign
-        final: Dict[str, torch.Tensor] = {}
-
-        def keep(_: int, latents: torch.Tensor, final: Dict[str, torch.Tensor] = final) -> None:
-            final["latents"] = latents.detach().cpu()
-
-        replay.run(resume=count, watch=keep, changed={step: plain + change})
-        moved = (final["latents"].double() - recording.latents[-1].double()).square().sum()
-        sums = team.sum(torch.stack([moved, change.double().square().sum()]))
-        gains.append(float((sums[0] / sums[1].clamp_min(1e-30)).sqrt()))
-    return np.interp(np.arange(count), probes, gains)
 
 
 def measured_speed_up(

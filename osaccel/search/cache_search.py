@@ -16,6 +16,8 @@ from osaccel.cache.policy import IntervalPolicy, computed_blocks
 MAX_INTERVAL = 6
 # Block forwards a search may spend, in plain generations, the observed one included.
 BUDGET = 6.0
+# Where candidates are so cheap that the budget would buy far more, they also differ too little to go on.
+MAX_VERIFIED = 32
 
 
 class SearchError(RuntimeError):
@@ -194,6 +196,8 @@ class Search:
     def next_round(self) -> List[Candidate]:
         """The candidates to verify now, at most one per worker; empty when the search is over."""
         chosen: List[Candidate] = []
+        if len(self.done) >= MAX_VERIFIED:
+            return chosen
         spent, plain = self.spent, self.num_blocks * self.num_steps
         for index in self._order():
             candidate = self.belief.pool[index]
@@ -212,14 +216,10 @@ class Search:
     def _order(self) -> List[int]:
         if self.goal.min_psnr is not None:
             return self._order_for_psnr(self.goal.min_psnr)
-        mean, deviation = self.belief.estimate(_measured(self.done))
         best = self.best()
-        order = np.lexsort((np.arange(len(mean)), mean - 0.5 * deviation))
-        if best is None:
-            return list(order)
-        # Optimistic twice over: what cannot win even then is not worth a generation.
-        hope = mean - 2 * deviation
-        return [index for index in order if hope[index] < math.log(max(self.done[best]["error"], 1e-300))]
+        mean, deviation = self.belief.estimate(_measured(self.done, best))
+        # Optimistic, so that what is uncertain is looked at once.
+        return list(np.lexsort((np.arange(len(mean)), mean - 0.5 * deviation)))
 
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
@@ -247,15 +247,28 @@ class Search:
         )
 
 
-def _measured(done: Dict[Candidate, Dict[str, Any]]) -> Dict[Candidate, float]:
-    """The errors to learn from: of an abandoned run what it had reached, which tells nearly as much."""
+def _measured(done: Dict[Candidate, Dict[str, Any]], best: Optional[Candidate]) -> Dict[Candidate, float]:
+    """The errors to learn from; an abandoned run is taken to go on as the best one did from there."""
     found = {}
     for candidate, evaluation in done.items():
-        reached = [value for value in evaluation.get("curves", [[]])[-1] if value]
-        error = reached[-1] if evaluation["abandoned"] and reached else evaluation["error"]
+        error = evaluation["error"]
+        if evaluation["abandoned"] and best is not None:
+            curve, rival = evaluation["curves"][-1], done[best]["curves"][len(evaluation["curves"]) - 1]
+            if curve and curve[-1] and rival[len(curve) - 1]:
+                error = curve[-1] / rival[len(curve) - 1] * rival[-1]
         if error is not None and error > 0:
             found[candidate] = error
     return found
+
+
+def default_weights(num_blocks: int, num_steps: int) -> Tuple[np.ndarray, np.ndarray]:
+    """`weights` and `gains` for `predict`.
+
+    What a step gets wrong at high noise is largely repaired by the steps after it, and an error that enters early
+    passes through more blocks. Set on the trained miniature; the measured errors correct what is left.
+    """
+    weights = np.sqrt(np.linspace(0.2, 1.0, num_steps))
+    return weights, np.exp(-1.2 * np.arange(num_blocks + 1) / num_blocks)
 
 
 def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:
@@ -290,7 +303,7 @@ def candidate_of(evaluation: Dict[str, Any]) -> Candidate:
     )
 
 
-def should_abandon(step: int, error: float, best_curve: Sequence[float], margin: float = 1.5) -> bool:
+def should_abandon(step: int, error: float, best_curve: Sequence[float], margin: float = 1.2) -> bool:
     """Whether a running error is hopeless: larger, by `margin`, than any the best one had from this step on.
 
     A sampler shrinks early errors again, so the comparison with the best one's end alone would stop early starters.

@@ -32,7 +32,7 @@ def search_by_closure(adaptor: Any, run: Callable[[Any], List[Any]], num_videos:
     errors = RegionErrors(num_blocks, settings.cache_step_interval - 1)
     plain = _observed(adaptor, run, num_videos, errors)
     grams = errors.tensor(num_steps).numpy()
-    scores = cache_search.predict(pool, grams, np.ones(num_steps), np.ones(num_blocks + 1))
+    scores = cache_search.predict(pool, grams, *cache_search.default_weights(num_blocks, num_steps))
     search = Search(pool, scores, num_blocks, num_steps, Goal(settings.cache_ratio), budget=math.inf)
     while len(search.done) < GENERATIONS - 1:
         round_ = search.next_round()
@@ -66,7 +66,7 @@ class _Clock:
         self.num_steps, self.step = num_steps, 0
 
     def follow(self, pipeline: Any, last_block: torch.nn.Module) -> Callable[[], None]:
-        scheduler = getattr(pipeline, "scheduler", None)
+        scheduler: Any = getattr(pipeline, "scheduler", None)
         if not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
             handle = last_block.register_forward_hook(lambda *_: self._advance((self.step + 1) % self.num_steps))
             return handle.remove

@@ -168,17 +168,14 @@ class Replay:
         watch: Optional[Callable[[int, torch.Tensor], None]] = None,
         final: Optional[torch.Tensor] = None,
         decode: bool = False,
-        changed: Optional[Dict[int, torch.Tensor]] = None,
     ) -> Any:
         """Run again under `policy`, taking the steps before `resume` from the recording.
 
         watch: called with (step, latents) after every step from `resume` on; may raise Abandoned.
         final: latents to end with in place of the sampled ones, to have them decoded.
-        changed: by step before `resume`, what the scheduler is to get in place of the recorded prediction.
         Returns the pipeline's output and the number of blocks that were computed.
         """
         recording, clock = self.recording, {"step": 0}
-        predictions = {**dict(enumerate(recording.predictions)), **(changed or {})}
 
         def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
             return recording.stand_in if clock["step"] < resume else original(*args, **kwargs)
@@ -187,9 +184,9 @@ class Replay:
             now = clock["step"]
             clock["step"] += 1
             if now < resume:
-                args, kwargs = _with_prediction(args, kwargs, predictions[now])
+                args, kwargs = _with_prediction(args, kwargs, recording.predictions[now])
             result = original(*args, **kwargs)
-            if watch is not None and (now >= resume or changed):
+            if now >= resume and watch is not None:
                 watch(now, latents_of(result))
             if final is not None and now == recording.steps - 1:
                 result = _with_latents(result, final)
