@@ -20,6 +20,9 @@ mode, prompts, steps = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 slow = float(sys.argv[4]) if len(sys.argv) > 4 else 0.0
 rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
+if "PID_DIR" in os.environ:
+    with open(os.path.join(os.environ["PID_DIR"], f"rank-{rank}.pid"), "w") as file:
+        file.write(str(os.getpid()))
 if world > 1:
     dist.init_process_group("gloo")
 

@@ -43,12 +43,16 @@ def finished_lines(tmp_path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def kill_after(process, tmp_path, evaluations):
+def kill_after(process, tmp_path, evaluations, rank=None):
+    """SIGKILL the process group, or one rank (torchrun gives its ranks groups of their own and ends the others)."""
     until = time.time() + 90
     while finished_lines(tmp_path) < evaluations:
         assert time.time() < until and process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
+    if rank is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    else:
+        os.kill(int((tmp_path / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
     process.communicate()
 
 
@@ -109,7 +113,7 @@ def test_sequence_parallel_ranks_decide_as_one_and_all_end(tmp_path):
 
 
 def test_a_killed_sequence_parallel_search_resumes(tmp_path):
-    kill_after(start(tmp_path, mode="sp", ranks=2, slow=0.01), tmp_path, 1)
+    kill_after(start(tmp_path, mode="sp", ranks=2, slow=0.03, PID_DIR=str(tmp_path)), tmp_path, 1, rank=1)
     assert "resuming" in finish(start(tmp_path, mode="sp", ranks=2))
 
 
