@@ -186,6 +186,8 @@ def _background(pixels: np.ndarray, masks: np.ndarray) -> str:
     grown = np.stack([ndimage.binary_dilation(mask, iterations=1) for mask in masks])
     level = np.where(grown, np.nan, pixels.mean(-1))
     seen = ~np.isnan(level).all(0)
+    if seen.sum() < 16:  # vivid noise all over
+        return "none"
     backdrop = np.nanmedian(level[:, seen], axis=0)
     rows, columns = np.nonzero(seen)
     plane = np.stack([rows, columns, np.ones_like(rows)], axis=1).astype(np.float32)
