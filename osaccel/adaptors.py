@@ -15,8 +15,9 @@ from osaccel.cache.config import DitCacheConfig
 from osaccel.cache.executor import BlockCache, HiddenStates
 from osaccel.cache.policy import IntervalPolicy, check_regions
 from osaccel.generation import find_blocks, wrap_method
+from osaccel.restep_adaptor import ReStepAdaptor, ReStepSearchConfig
 
-__all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig"]
+__all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig", "ReStepAdaptor", "ReStepSearchConfig"]
 
 
 @dataclass
