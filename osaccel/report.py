@@ -110,7 +110,10 @@ def draw_map(report: Dict[str, Any], figure: Any) -> None:
 def draw_change(report: Dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
     change = np.array(report["delta_change"]).T
-    image = axes.imshow(np.log10(np.maximum(change, 1e-12))[:, 1:], aspect="auto", origin="lower", cmap="viridis")
+    shown = np.log10(np.maximum(change, 1e-12))
+    # The first step has none before it.
+    shown[:, :1] = np.nan
+    image = axes.imshow(shown, aspect="auto", origin="lower", cmap="viridis")
     axes.set_xlabel("step")
     axes.set_ylabel("block")
     axes.set_title("Change of each block's delta since the step before (log10)")
