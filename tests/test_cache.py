@@ -60,6 +60,7 @@ def test_block_calls_are_the_formula_s():
         {"sequence_first": True},
         {"forwards": 2},
         {"dtype": torch.bfloat16},
+        {"dtype": torch.float16},
         {"dtype": torch.float64},
         {"scheduler": HeunDiscreteScheduler},
     ],
