@@ -71,10 +71,12 @@ def test_every_way_a_pipeline_runs_its_blocks(options, guidance_scale):
     if "scheduler" in options:
         options = {"scheduler": options["scheduler"]()}
     config = config_of(2, 3, 2, 2)
-    call = {"guidance_scale": guidance_scale, "batch": 2}
+    # Half precision overflows where these untrained blocks are guided strongly.
+    is_half = options.get("dtype") == torch.float16
+    call = {"guidance_scale": min(guidance_scale, 1.5) if is_half else guidance_scale, "batch": 2}
     expected = reference_loop(Pipeline(**copy.deepcopy(options)), dict(config), **call)
     output, _ = accelerated(Pipeline(**options), config, **call)
-    assert torch.equal(output, expected)
+    assert torch.isfinite(output).all() and torch.equal(output, expected)
 
 
 def test_two_forwards_a_step_keep_two_deltas():
