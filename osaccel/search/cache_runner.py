@@ -505,7 +505,7 @@ def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
     return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
 
 
-def _write_frames(path: str, frames: Dict[str, np.ndarray]) -> None:
+def _write_frames(path: str, frames: Dict[str, Any]) -> None:
     temporary = f"{path}.{os.getpid()}.part"
     with open(temporary, "wb") as file:
         np.savez_compressed(file, **frames)
