@@ -5,6 +5,7 @@ Everything finished is in the journal beside the output, so a killed search goes
 split over ranks, the ranks are the workers of rank 0's search: rounds of one candidate per worker, results in files.
 """
 
+import json
 import logging
 import os
 import time
@@ -366,6 +367,9 @@ class _Workers:
     def finish(self, found: Any) -> None:
         if self.team.workers > 1 and self.team.is_leader:
             assert self.journal is not None
+            if self.team.worker == 0:
+                # A rank that comes when the directory is gone finds the result here.
+                self._store().set(self._result_key(), json.dumps(found.to_dict()))
             self.journal.save(f"done-{self.token}.pt", found.to_dict())
             self._wait_until_seen()
         if self.team.is_first and self.journal is not None:
@@ -391,18 +395,38 @@ class _Workers:
         runner = self.runner
         self.token = self._agree_on_token()
         self.journal = runner.journal = Journal(runner.output + ".search", {}, is_writer=False)
-        plan = self._wait_for(f"plan-{self.token}-{self.team.member}.pt")
-        if plan is None:
+        try:
+            found = self._join(call)
+        except FileNotFoundError:
+            # Rank 0 was done, and took the directory away while this rank was joining.
+            found = self._result()
+        if found is None:
             raise SearchError(
                 f"Rank 0 has published no search in {self.journal.directory} for {_JOIN_SECONDS:g} s. The directory of "
                 "OSACCEL_CACHE_CONFIG must be shared by all ranks, and rank 0 must make OSACCEL_SEARCH_PROMPTS calls."
             )
+        return {"cache": DitCacheConfig(**found)}
+
+    def _join(self, call: Call) -> Optional[Dict[str, int]]:
+        """Work on rank 0's candidates until it is done; its result, or None when it never published a plan."""
+        assert self.journal is not None
+        plan = self._wait_for(f"plan-{self.token}-{self.team.member}.pt")
+        if plan is None:
+            return self._result()
         self.journal.claim(f"joined-{self.token}-{self.team.worker}")
         self._adopt(call, plan)
-        evaluator = Evaluator(runner.replays, self.team, runner.goal.min_psnr is not None)
+        evaluator = Evaluator(self.runner.replays, self.team, self.runner.goal.min_psnr is not None)
         found = self._work(evaluator)
         self.journal.claim(f"left-{self.token}-{self.team.worker}")
-        return {"cache": DitCacheConfig(**found)}
+        return found
+
+    def _result_key(self) -> str:
+        return f"osaccel/found-{self.token}"
+
+    def _result(self) -> Optional[Dict[str, int]]:
+        if not self._store().check([self._result_key()]):
+            return None
+        return json.loads(self._store().get(self._result_key()).decode())
 
     def _adopt(self, call: Call, plan: List[Dict[str, Any]]) -> None:
         """Make rank 0's recorded calls this rank's own, on its own pipeline and device."""
@@ -445,17 +469,21 @@ class _Workers:
         until = time.time() + _JOIN_SECONDS
         while time.time() < until:
             content = self.journal.load(name)
-            if content is not None:
+            if content is not None or self._result() is not None:
                 return content
             time.sleep(_POLL_SECONDS)
         return None
+
+    @staticmethod
+    def _store() -> Any:
+        return torch.distributed.distributed_c10d._get_default_store()
 
     def _agree_on_token(self) -> str:
         """A name for this run, so that what a killed run left behind is not taken for this one's.
 
         From the rendezvous store, which is no collective: ranks may come at any time.
         """
-        store = torch.distributed.distributed_c10d._get_default_store()
+        store = self._store()
         if self.team.worker == 0 and self.team.is_leader:
             store.set("osaccel/search", f"{os.getpid()}-{int(time.time())}")
         return store.get("osaccel/search").decode()
