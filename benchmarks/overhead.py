@@ -93,19 +93,22 @@ def idle_overhead(pairs: int) -> Tuple[float, float, float]:
 
 
 def cached_speed(repeats: int) -> Dict[str, float]:
-    pipeline = OpenSoraPipeline(12, 512, 192)
+    pipeline = OpenSoraPipeline(12, 384, 128)
     config = DitCacheConfig(cache_block_start=1, cache_num_blocks=10, cache_step_start=2, cache_step_interval=2)
     block = pipeline.transformer.transformer_blocks[0]
     with torch.no_grad():
         block_ms = 1000 * min(seconds(lambda: block(torch.zeros(pipeline.shape))) for _ in range(10))
-    gains, ideal = [], 0.0
-    for _ in range(repeats):
-        plain = seconds(pipeline)
-        with Generation(pipeline, policy=IntervalPolicy(config)) as generation:
-            cached = seconds(pipeline)
-            ideal = generation.cache.total_blocks / generation.cache.computed_blocks
-        gains.append(plain / cached)
-    measured, low, high = median_ratio(gains, [1.0] * len(gains))
+    times: Dict[str, List[float]] = {"plain": [], "cached": []}
+    ideal = 0.0
+    for repeat in range(repeats):
+        for name in sorted(times, reverse=bool(repeat % 2)):
+            if name == "plain":
+                times[name].append(seconds(pipeline))
+                continue
+            with Generation(pipeline, policy=IntervalPolicy(config)) as generation:
+                times[name].append(seconds(pipeline))
+                ideal = generation.cache.total_blocks / generation.cache.computed_blocks
+    measured, low, high = median_ratio(times["plain"], times["cached"])
     return {
         "block_ms": block_ms, "ideal": ideal, "measured": measured, "of_ideal": measured / ideal,
         "of_ideal_low": low / ideal, "of_ideal_high": high / ideal,
@@ -125,7 +128,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     ratio, low, high = idle_overhead(arguments.pairs)
-    speed, cost = cached_speed(5), import_cost(9)
+    speed, cost = cached_speed(14), import_cost(9)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     print(
         f"cached loop: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x = {speed['of_ideal']:.3f} of it "

@@ -53,8 +53,8 @@ def write_picture(path: Path, arms: Mapping[str, Sequence[np.ndarray]], prompts:
     figure, axes = pyplot.subplots(rows, shown, figsize=(1.3 * shown, 1.4 * rows + 0.4), squeeze=False)
     for number, prompt in enumerate(prompts):
         for row, (name, videos) in enumerate(arms.items(), start=number * len(arms)):
-            _show(axes[row], videos[number], f"{name}", prompt if row == number * len(arms) else "")
-    figure.tight_layout(pad=0.4)
+            _show(axes[row], videos[number], name, prompt if row == number * len(arms) else "")
+    figure.subplots_adjust(left=0.2, right=0.99, top=0.97, bottom=0.01, wspace=0.05, hspace=0.25)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
@@ -65,5 +65,5 @@ def _show(axes: Any, video: np.ndarray, label: str, title: str) -> None:
         axis.imshow(video[frame], interpolation="nearest")
         axis.set_xticks([])
         axis.set_yticks([])
-    axes[0].set_ylabel(label, fontsize=8)
+    axes[0].set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center")
     axes[0].set_title(title, fontsize=8, loc="left")
