@@ -91,7 +91,6 @@ class Generation:
         self.block_path, self.hidden_states, self.source = block_path, hidden_states, source
         self._intercept_step, self._intercept_forward = step, forward
         self.clock = StepClock()
-        self.steps_done = 0
         self.cache: Optional[BlockCache] = None
         self._undo: List[Callable[[], None]] = []
 
@@ -149,7 +148,7 @@ class Generation:
 
     def _on_set_timesteps(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         result = wrapped(*args, **kwargs)
-        self.clock.step = self.steps_done = 0
+        self.clock.step = 0
         if self.cache:
             self.cache.clear()
         return result
@@ -160,7 +159,6 @@ class Generation:
         else:
             result = self._intercept_step(wrapped, args, kwargs)
         self.clock.step += 1
-        self.steps_done += 1
         return result
 
     def _attach_blocks(self, policy: IntervalPolicy) -> None:
@@ -210,7 +208,7 @@ class Generation:
             computed, total = self.cache.computed_blocks, self.cache.total_blocks
             blocks = f"{computed} of {total} blocks computed, ideal speed-up {total / max(computed, 1):.3f}x"
         spacing = "searched timesteps" if self.timesteps is not None else "default timesteps"
-        return f"generation: {self.steps_done} steps ({spacing}), {blocks}, {seconds:.2f} s"
+        return f"generation: {self.clock.step} steps ({spacing}), {blocks}, {seconds:.2f} s"
 
 
 def is_rank_zero() -> bool:
