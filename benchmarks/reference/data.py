@@ -23,7 +23,7 @@ COLOURS = {
     "cyan": (0.10, 0.85, 0.90),
 }
 # Radius of the disc of equal area, so that size and shape are independent attributes.
-RADII = {"small": (2.9, 3.3), "large": (4.2, 4.7)}
+RADII = {"small": (3.4, 3.8), "large": (5.2, 5.8)}
 # Edges of the polygon (0 is a disc) and the distance of an edge from the centre for the disc radius 1.
 SHAPES = {"circle": (0, 1.0), "square": (4, 0.8862), "triangle": (3, 0.7776)}
 BACKGROUNDS = ("dark", "light", "striped")
@@ -36,7 +36,7 @@ COUNTS = {"one": 1, "two": 2}
 # Share of the 256 hash buckets; the split of a prompt depends on its text alone.
 SPLITS = {"train": (0, 200), "calibration": (200, 226), "heldout": (226, 256)}
 GAP = 2.5  # pixels between two shapes, so that they stay two connected regions
-GROWTH = (2.9, 4.6)  # radii at the two ends of growing and shrinking
+GROWTH = (3.3, 5.6)  # radii at the two ends of growing and shrinking
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,8 @@ class Scene:
 
 
 def _allowed(scene: Scene) -> bool:
+    if scene.count == "two":  # what fits side by side
+        return scene.size == "small" and scene.motion in SLIDES + BOUNCES
     if scene.motion in SCALINGS:
         return scene.size == ""
     if scene.motion == "spinning":  # a disc shows no turn, and a small polygon too little of it

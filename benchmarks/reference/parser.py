@@ -15,8 +15,8 @@ from . import data
 
 VIVID = 0.40  # least spread between the largest and smallest colour channel of a shape's pixel
 GREY = 0.12  # spread of a backdrop's pixel at most
-LEAST_AREA = 8  # pixels; the smallest shape drawn has 26
-BETWEEN = 3.75  # radius between small and large
+LEAST_AREA = 10  # pixels; the smallest shape drawn has 32
+BETWEEN = 4.5  # radius between small and large
 STEADY = 0.8  # share of the frames that must show the same number of shapes
 
 

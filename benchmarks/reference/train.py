@@ -20,20 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 from . import data
-from .loop import Loop, learning_rate, rank, share, step_generator, workers
+from .loop import Loop, adamw, learning_rate, rank, share, step_generator, workers
 from .paths import CHECKPOINT  # noqa: F401  (puts the miniature on sys.path)
 
 STAGES = ("autoencoder", "latents", "transformer")
-
-
-@dataclass(frozen=True)
-class Phase:
-    """From step `first` on: `batch` videos a step, the cosine ends at `horizon`, noise levels weighted or not."""
-
-    first: int
-    batch: int
-    horizon: int
-    weighted: bool
 
 
 @dataclass(frozen=True)
@@ -42,19 +32,19 @@ class Config:
 
     seed: int = 0
     autoencoder_bf16: bool = True
-    bf16: bool = False  # for the transformer: at this width the casts cost more than they save
-    autoencoder_steps: int = 2200
-    autoencoder_batch: int = 8
+    bf16: bool = True
+    autoencoder_steps: int = 4000
+    autoencoder_batch: int = 16
     autoencoder_rate: float = 2e-3
     latent_noise: float = 0.1  # keeps the decoder calm about the small errors of a sampler
-    chunks: int = 32
+    chunks: int = 64
     chunk: int = 1000
-    # Plain noise errors are dominated by the fine detail of nearly clean latents, and left scenes incoherent; so the
-    # second phase lets every noise level count about the same.
-    phases: Tuple[Phase, ...] = (Phase(0, 32, 7000, False), Phase(3500, 16, 6000, True))
-    rate: float = 1.2e-3
-    warmup: int = 300
+    steps: int = 20000
+    batch: int = 64
+    rate: float = 2e-3
+    warmup: int = 200
     decay: float = 0.999
+    compiled: bool = True  # the blocks, by torch.compile; needs a C++ compiler
     layers: int = 12
     heads: int = 4
     head_dim: int = 24
@@ -62,22 +52,18 @@ class Config:
     caption_dropout: float = 0.1
     save_every: int = 250
 
-    @property
-    def steps(self) -> int:
-        return self.phases[-1].horizon
-
-    def phase(self, step: int) -> Phase:
-        return [phase for phase in self.phases if phase.first <= step][-1]
-
 
 def tiny() -> Config:
     return Config(
         autoencoder_steps=4,
         autoencoder_batch=2,
         autoencoder_bf16=False,
+        bf16=False,
+        compiled=False,
         chunks=2,
         chunk=4,
-        phases=(Phase(0, 4, 8, False), Phase(4, 2, 8, True)),
+        steps=8,
+        batch=4,
         warmup=2,
         layers=2,
         heads=2,
@@ -119,11 +105,15 @@ def autoencoder_loop(config: Config, out: Path, read_only: bool = False) -> Loop
     def rate_at(step):
         return learning_rate(config.autoencoder_rate, step, steps, steps // 20 + 1)
 
-    return Loop(model, out / "autoencoder.pt", steps, rate_at, 0.995, config.autoencoder_bf16, read_only)
+    return Loop(
+        model, [adamw(model.parameters())], out / "autoencoder.pt", steps, rate_at, 0.995, config.autoencoder_bf16,
+        read_only,
+    )  # fmt: skip
 
 
 def train_autoencoder(config: Config, out: Path, stop_at: int = 0) -> nn.Module:
     loop = autoencoder_loop(config, out)
+    deviation = loop.model.config.latent_deviation
     part = share(config.autoencoder_batch)
     source = batches(config.autoencoder_batch, loop.step, config.autoencoder_steps, part)
 
@@ -134,7 +124,7 @@ def train_autoencoder(config: Config, out: Path, stop_at: int = 0) -> nn.Module:
         noise = torch.randn(config.autoencoder_batch, *latents.shape[1:], generator=draw)[part]
         # Noise of a random strength: clean latents must decode sharply, noisy ones sensibly.
         strength = torch.rand(config.autoencoder_batch, 1, 1, 1, 1, generator=draw)[part]
-        error = model.decode(latents + 2 * config.latent_noise * strength * noise).float() - videos
+        error = model.decode(latents + 2 * config.latent_noise * deviation * strength * noise).float() - videos
         # Shapes cover few pixels and are what is judged, so vivid pixels count for more.
         weight = 1 + 2 * (videos.amax(1, keepdim=True) - videos.amin(1, keepdim=True))
         return (weight * (error.abs() + error.pow(2))).mean()
@@ -230,20 +220,32 @@ def alphas_cumprod() -> torch.Tensor:
     return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0).float()
 
 
+def noise_weight(alphas: torch.Tensor, variance: float) -> torch.Tensor:
+    """Weight (1000,) of every timestep's error, mean 1: all noise levels count about the same.
+
+    Plain noise errors are dominated by the fine detail of nearly clean latents, and leave scenes incoherent.
+    1 / (share of the signal in the noisy latents' variance) is the error of the velocity (arXiv 2202.00512); the floor
+    bounds it where nearly all is noise.
+    """
+    signal = alphas * variance / (alphas * variance + 1 - alphas)
+    weight = 1 / (0.03 + signal)
+    return weight / weight.mean()
+
+
 class Examples:
     """Noised batches of the stored latents; batch `step` is a pure function of (seed, step)."""
 
     def __init__(self, config: Config, latents: torch.Tensor, captions: List[str]):
         tokens = make_tokenizer()(captions, padding="max_length", max_length=12, return_tensors="pt")
         self.config, self.latents, self.alphas = config, latents, alphas_cumprod()
+        self.weight = noise_weight(self.alphas, latents.float().var().item())
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.empty = make_tokenizer()("", padding="max_length", max_length=12, return_tensors="pt")
 
     def batch(self, step: int):
         """(noisy latents, timesteps, word ids, word mask, the noise to predict, the weight of its error)."""
         config, draw = self.config, step_generator(self.config.seed + 2, step)
-        phase = config.phase(step)
-        size = phase.batch
+        size = config.batch
         chosen = torch.randint(len(self.latents), (size,), generator=draw)
         # One timestep from each of `batch` equal parts of the schedule: the same mean, less variance.
         parts = (torch.arange(size) + torch.rand(size, generator=draw)) / size
@@ -254,8 +256,8 @@ class Examples:
         clean = self.latents[chosen].float()
         noise = torch.randn(clean.shape, generator=draw)
         signal = self.alphas[timestep].view(-1, 1, 1, 1, 1)
-        weight = 1 / (0.03 + signal) if phase.weighted else torch.ones_like(signal)
-        return signal.sqrt() * clean + (1 - signal).sqrt() * noise, timestep, ids, mask, noise, weight
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        return noisy, timestep, ids, mask, noise, self.weight[timestep].view_as(signal)
 
 
 def transformer_loop(config: Config, out: Path, read_only: bool = False) -> Loop:
@@ -263,17 +265,30 @@ def transformer_loop(config: Config, out: Path, read_only: bool = False) -> Loop
     model = Denoiser(config, len(make_tokenizer()))
 
     def rate_at(step):
-        return learning_rate(config.rate, step, config.phase(step).horizon, config.warmup)
+        return learning_rate(config.rate, step, config.steps, config.warmup)
 
-    return Loop(model, out / "transformer.pt", config.steps, rate_at, config.decay, config.bf16, read_only)
+    return Loop(
+        model, optimizers(model), out / "transformer.pt", config.steps, rate_at, config.decay, config.bf16, read_only
+    )
+
+
+def optimizers(model: Denoiser) -> List[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, in updates of Adam's size, and Adam for all else."""
+    layers = [layer for layer in model.transformer.transformer_blocks.modules() if isinstance(layer, nn.Linear)]
+    matrices = [layer.weight for layer in layers]
+    chosen = {id(weight) for weight in matrices}
+    muon = torch.optim.Muon(matrices, lr=1e-3, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+    return [muon, adamw([weight for weight in model.parameters() if id(weight) not in chosen])]
 
 
 def train_transformer(config: Config, out: Path, stop_at: int = 0) -> Denoiser:
     loop = transformer_loop(config, out)
     examples = Examples(config, *load_latents(config, out))
+    for block in loop.model.transformer.transformer_blocks if config.compiled else ():
+        block.compile(dynamic=False)
 
     def loss_at(model, step):
-        part = share(config.phase(step).batch)
+        part = share(config.batch)
         noisy, timestep, ids, mask, noise, weight = (tensor[part] for tensor in examples.batch(step))
         return (weight * (model(noisy, timestep, ids, mask).float() - noise).pow(2)).mean()
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A causal video autoencoder, 4x in time and 4x4 in space: latent t depends on no frame after pixel frame 4t.
 
-The scale of the latents (mean 0, deviation 1 per channel) is part of `encode` and `decode`, because the pipeline of the
-upstream knows no scaling factor.
+The scale of the latents (mean 0, one deviation for every channel) is part of `encode` and `decode`, because the pipeline
+of the upstream knows no scaling factor. The deviation is 3 and not 1: a small picture is drowned by less noise than a
+large one, so this places the decisions of a 32 x 32 video where the upstream's noise schedule spends its steps.
 """
 
 import torch
@@ -47,7 +48,13 @@ class CausalVAEModel(ModelMixin, ConfigMixin):
     """Videos (B, 3, 1 + 4n, H, W) in [-1, 1] to and from latents (B, latent_channels, 1 + n, H / 4, W / 4)."""
 
     @register_to_config
-    def __init__(self, latent_channels: int = 8, outer_channels: int = 48, inner_channels: int = 96):
+    def __init__(
+        self,
+        latent_channels: int = 8,
+        outer_channels: int = 48,
+        inner_channels: int = 96,
+        latent_deviation: float = 3.0,
+    ):
         super().__init__()
         outer, inner = outer_channels, inner_channels
         self.encoder_in = nn.Conv3d(3 * 16, outer, 1)
@@ -64,10 +71,12 @@ class CausalVAEModel(ModelMixin, ConfigMixin):
         # Three copies of the first frame make it a group of its own, so a single image has a latent too.
         x = torch.cat([video[:, :, :1]] * 3 + [video], dim=2)
         x = self.encoder_outer(self.encoder_in(space_to_depth(x, 4, 2)))
-        return self.scale(self.encoder_out(self.encoder_inner(space_to_depth(x, 1, 2))))
+        latents = self.scale(self.encoder_out(self.encoder_inner(space_to_depth(x, 1, 2))))
+        return latents * self.config.latent_deviation
 
     def decode(self, latents):
-        x = depth_to_space(self.decoder_inner(self.decoder_in(latents)), 1, 2)
+        x = self.decoder_in(latents / self.config.latent_deviation)
+        x = depth_to_space(self.decoder_inner(x), 1, 2)
         return depth_to_space(self.decoder_out(self.decoder_outer(x)), 4, 2)[:, :, 3:]
 
     def forward(self, video):

@@ -20,5 +20,6 @@ def rotation(frame, height, width, head_dim, scale_thw, device, dtype):
 
 def rotate(x, cos, sin):
     """Turn x (batch, heads, tokens, head_dim): within each third, dimension i pairs with i + third / 2."""
-    swapped = x.unflatten(-1, (3, 2, -1)).flip(-2).flatten(-3)
+    halves = x.chunk(6, dim=-1)
+    swapped = torch.cat([halves[index] for index in (1, 0, 3, 2, 5, 4)], dim=-1)
     return x * cos + swapped * sin
