@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Callable, Dict, List
+from typing import Callable, Dict
 
 import torch
 import torch.distributed as dist
@@ -44,17 +44,12 @@ def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
 
 
-def adamw(parameters) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
-
-
 class Loop:
     """Warm-up, cosine, gradient clipping and a moving average; `run` continues where a checkpoint ended."""
 
     def __init__(
         self,
         model: nn.Module,
-        optimizers: List[torch.optim.Optimizer],
         path: Path,
         steps: int,
         rate_at: Callable[[int], float],
@@ -62,9 +57,11 @@ class Loop:
         bf16: bool,
         read_only: bool = False,
     ):
-        self.model, self.optimizers, self.path, self.steps, self.rate_at = model, optimizers, path, steps, rate_at
+        self.model, self.path, self.steps, self.rate_at = model, path, steps, rate_at
         self.decay, self.bf16, self.step, self.read_only = decay, bf16, 0, read_only
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
+        settings = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
         self.losses = path.with_suffix(".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -91,17 +88,15 @@ class Loop:
 
     def _update(self, loss_at) -> float:
         rate = self.rate_at(self.step)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
             loss = loss_at(self.model, self.step)
         self.model.zero_grad()
         loss.backward()
         loss = self._mean_over_workers(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
         self._average()
         return loss.item()
 
@@ -134,7 +129,7 @@ class Loop:
             "step": step,
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizer": self.optimizer.state_dict(),
         }
         temporary = self.path.with_suffix(".tmp")
         torch.save(state, temporary)
@@ -144,8 +139,7 @@ class Loop:
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
         if rank() > 0 or self.read_only:
             return
         # Lines past the checkpoint belong to steps that are about to be repeated.
