@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from osaccel.cache.policy import IntervalPolicy, Region, RegionPlan
+from osaccel.cache.policy import Policy, Region, RegionPlan
 
 Streams = Tuple[torch.Tensor, ...]
 _ABSENT = object()
@@ -183,7 +183,7 @@ class BlockCache:
 
     Args:
         blocks: the transformer's blocks, in the order they run. Only blocks of the policy's regions are touched.
-        policy: has `regions`, `history` and `plan(region, step)`, see `osaccel.cache.policy`.
+        policy: see `osaccel.cache.policy`.
         clock: has `step`, the index of the current denoising step.
         states: the names of the blocks' hidden-state arguments; any shape, batch first or sequence first.
         compile_forward: applied to each block's own forward, for models that run compiled.
@@ -193,7 +193,7 @@ class BlockCache:
     def __init__(
         self,
         blocks: Sequence[torch.nn.Module],
-        policy: IntervalPolicy,
+        policy: Policy,
         clock: Any,
         states: Optional[HiddenStates] = None,
         compile_forward: Optional[Callable[[Callable], Callable]] = None,
@@ -259,5 +259,5 @@ class BlockCache:
             self._replaced.pop().restore()
 
 
-def _plan_of(policy: IntervalPolicy, region: int) -> Callable[[int], RegionPlan]:
+def _plan_of(policy: Policy, region: int) -> Callable[[int], RegionPlan]:
     return lambda step: policy.plan(region, step)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cache policies: pure functions of the step index, so that every rank decides alike without communication."""
 
-from typing import NamedTuple, Optional, Tuple
+from typing import Dict, NamedTuple, Optional, Protocol, Sequence, Set, Tuple
 
 from osaccel.cache.config import DitCacheConfig
 
@@ -32,11 +32,22 @@ STORE = RegionPlan(store=True)
 REUSE = RegionPlan(coefficients=(1.0,))
 
 
-class IntervalPolicy:
-    """msModelSlim's rule for one region: warm-up, then every interval-th step computes and the others reuse its delta.
+class Policy(Protocol):
+    """What the executor needs; `history` is the number of deltas that the coefficients reach back."""
 
-    A policy is any object with `regions` and `plan`; `history` is the number of deltas its coefficients reach back.
-    """
+    @property
+    def history(self) -> int: ...
+
+    @property
+    def regions(self) -> Tuple[Region, ...]: ...
+
+    def plan(self, region: int, step: int) -> RegionPlan:
+        """What region number `region` does at step index `step` (0 is the first, noisiest one)."""
+        ...
+
+
+class IntervalPolicy:
+    """msModelSlim's rule for one region: after a warm-up every interval-th step computes, the others reuse."""
 
     history = 1
 
@@ -47,14 +58,63 @@ class IntervalPolicy:
         self.regions: Tuple[Region, ...] = (Region(start, stop),) if config.cache_num_blocks else ()
 
     def plan(self, region: int, step: int) -> RegionPlan:
-        """What region number `region` does at step index `step` (0 is the first, noisiest one)."""
         since_start = step - self.config.cache_step_start
         if since_start < 0:
             return COMPUTE
         return STORE if since_start % self.config.cache_step_interval == 0 else REUSE
 
 
-def check_regions(policy: IntervalPolicy, num_blocks: int, source: str) -> None:
+class MaskPolicy:
+    """One region, computed at the steps that a mask names; at the others its delta is reused, or forecast.
+
+    Args:
+        region: the blocks that are computed or not as one.
+        mask: for every step of the generation, whether the region is computed; the first must be.
+        forecast: extrapolate in the step index along the two newest deltas instead of reusing the newest. It keeps one
+            more delta, and reuses where only one step has been computed.
+
+    Raises:
+        ValueError: the mask is empty or does not begin with a computed step; `plan`: a step past the mask's end.
+    """
+
+    def __init__(self, region: Region, mask: Sequence[bool], forecast: bool = False):
+        if not mask or not mask[0]:
+            raise ValueError("The mask's first step must be computed: there is no delta to replace it yet.")
+        self.regions: Tuple[Region, ...] = (region,)
+        self.history = 2 if forecast else 1
+        self._plans = _mask_plans(mask, self.history)
+
+    def plan(self, region: int, step: int) -> RegionPlan:
+        if step >= len(self._plans):
+            raise ValueError(f"The mask has {len(self._plans)} steps, but the generation takes more of them.")
+        return self._plans[step]
+
+
+def _mask_plans(mask: Sequence[bool], history: int) -> Tuple[RegionPlan, ...]:
+    reconstructed: Dict[int, Tuple[float, ...]] = {}
+    needed: Set[int] = set()
+    computed: Tuple[int, ...] = ()
+    for step, runs in enumerate(mask):
+        if runs:
+            computed = (step, *computed)[:history]
+        else:
+            reconstructed[step] = _coefficients(step, computed)
+            needed.update(computed)
+    return tuple(
+        RegionPlan(coefficients=reconstructed[step]) if step in reconstructed else RegionPlan(store=step in needed)
+        for step in range(len(mask))
+    )
+
+
+def _coefficients(step: int, computed: Tuple[int, ...]) -> Tuple[float, ...]:
+    """Weights of the deltas of the newest `computed` steps: newest + (step - newest) * slope."""
+    if len(computed) == 1:
+        return (1.0,)
+    ahead = (step - computed[0]) / (computed[0] - computed[1])
+    return (1.0 + ahead, -ahead)
+
+
+def check_regions(policy: Policy, num_blocks: int, source: str) -> None:
     """Raise ValueError, opening with `source`, when a region reaches past the last of `num_blocks` blocks."""
     for region in policy.regions:
         if region.stop > num_blocks:
@@ -64,7 +124,7 @@ def check_regions(policy: IntervalPolicy, num_blocks: int, source: str) -> None:
             )
 
 
-def computed_blocks(policy: IntervalPolicy, num_blocks: int, num_steps: int) -> int:
+def computed_blocks(policy: Policy, num_blocks: int, num_steps: int) -> int:
     """Block calls of one branch in a generation of `num_steps` steps; without cache it would be blocks * steps."""
     skipped = 0
     for number, region in enumerate(policy.regions):
