@@ -1,161 +1,265 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Caches at equal computed blocks on the trained miniature: `python -m benchmarks.caches`.
+"""Caches at equal computed blocks on the trained miniature.
 
-Every arm samples the same held-out prompts from the same noise, prompt by prompt. Rules with a threshold get the one
-that meets the budget of computed blocks on a calibration prompt. Fidelity is against the plain 100-step run; plain 50
-steps draws other noise by design, so only the parser judges it. Intervals are 95 % bootstrap over prompts.
+    python -m benchmarks.caches [--prompts 12] [--ratio 1.6] [--json FILE]      one table
+    python -m benchmarks.caches --curve FILE.png [--json FILE]                  fidelity against computed blocks
+
+The ratio is all block calls of the plain 100-step run / those of an arm. Every arm samples the same held-out prompts
+from the same noise and with the same warm-up. Methods with a threshold get the lowest one that meets the budget on a
+calibration prompt. Intervals are 95 % bootstrap over prompts; errors are against the plain 100-step run.
 """
 
 import argparse
+import functools
 import json
-import time
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-import numpy as np
-import torch
-
-from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, judge, load_pipeline
-from benchmarks.rules import FirstBlockCache, MagCache, Rule, TaylorSeer, TeaCache
+from benchmarks import packages, rules
+from benchmarks.harness import Arm, Bench, judged, meet_budget, run_arms
+from benchmarks.reference.load import STEPS, calibration_prompts, heldout_prompts, load_pipeline
+from benchmarks.reference.paths import CHECKPOINT
 from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy, computed_blocks
-from osaccel.demo.compare import psnr, ssim
+from osaccel.cache.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks
+from osaccel.formats import read_cache_config
 from osaccel.generation import Generation
 
 WARMUP = 10
-REGION = DitCacheConfig(cache_block_start=1, cache_num_blocks=10, cache_step_start=WARMUP, cache_step_interval=2)
+RATIO, RATIOS = 1.6, (1.3, 1.5, 1.8, 2.2)
+CALIBRATION_SEED = 10**6
 
 
-class Sample(NamedTuple):
-    latents: torch.Tensor
-    frames: np.ndarray
-    computed: int
-    seconds: float
+def cached(policy: Any, steps: int) -> Arm:
+    return Arm(lambda pipeline: Generation(pipeline, policy=policy), steps)
 
 
-def generate(pipeline: Any, prompt: str, seed: int, steps: int = STEPS) -> torch.Tensor:
-    torch.manual_seed(seed)
-    return pipeline(
-        prompt, negative_prompt="", num_inference_steps=steps, guidance_scale=GUIDANCE, max_sequence_length=16,
-        output_type="latent",
-    ).images  # fmt: skip
+def fewer_steps(budget: int, num_blocks: int) -> int:
+    return budget // num_blocks
 
 
-def finished(pipeline: Any, latents: torch.Tensor, computed: int, started: float) -> Sample:
-    seconds = time.perf_counter() - started
-    with torch.no_grad():
-        frames = pipeline.decode_latents(latents)[0].numpy()
-    return Sample(latents, frames, computed, seconds)
+def interval_config(budget: int, num_blocks: int, steps: int, warmup: int) -> DitCacheConfig:
+    """The four keys that come closest to the budget from below: block 0 runs where that is possible."""
+    candidates = []
+    for interval in range(2, 9):
+        for count in range(1, num_blocks + 1):
+            config = DitCacheConfig(
+                cache_block_start=min(1, num_blocks - count), cache_num_blocks=count,
+                cache_step_start=warmup, cache_step_interval=interval,
+            )  # fmt: skip
+            computed = computed_blocks(IntervalPolicy(config), num_blocks, steps)
+            if computed <= budget:
+                candidates.append((-computed, interval, count, config))
+    if not candidates:
+        raise ValueError(f"no interval up to 8 keeps {num_blocks} blocks x {steps} steps within {budget} block calls")
+    return min(candidates, key=lambda found: found[:3])[3]
 
 
-def plain(pipeline: Any, steps: int) -> Callable[[str, int], Sample]:
-    def sample(prompt: str, seed: int) -> Sample:
-        started = time.perf_counter()
-        latents = generate(pipeline, prompt, seed, steps)
-        return finished(pipeline, latents, steps * len(pipeline.transformer.transformer_blocks), started)
-
-    return sample
-
-
-def region(pipeline: Any, config: DitCacheConfig) -> Callable[[str, int], Sample]:
-    def sample(prompt: str, seed: int) -> Sample:
-        with Generation(pipeline, policy=IntervalPolicy(config)) as generation:
-            started = time.perf_counter()
-            latents = generate(pipeline, prompt, seed)
-            return finished(pipeline, latents, generation.cache.computed_blocks, started)
-
-    return sample
+def even_mask(budget: int, num_blocks: int, steps: int, warmup: int) -> List[bool]:
+    """Block 0 always runs, the others in the warm-up and then at steps as evenly spread as the budget allows."""
+    runs = (budget - steps) // (num_blocks - 1) - warmup
+    if not 0 < runs <= steps - warmup:
+        raise ValueError(f"{budget} block calls do not fit {warmup} warm-up steps of {steps}")
+    later = {warmup + number * (steps - warmup) // runs for number in range(runs)}
+    return [step < warmup or step in later for step in range(steps)]
 
 
-def ruled(rule: Rule) -> Callable[[str, int], Sample]:
-    def sample(prompt: str, seed: int) -> Sample:
-        rule.reset()
-        with rule:
-            started = time.perf_counter()
-            latents = generate(rule.pipeline, prompt, seed)
-        return finished(rule.pipeline, latents, rule.computed, started)
-
-    return sample
-
-
-def meet_budget(rule: Rule, budget: int, rounds: int = 9) -> Rule:
-    """Set the lowest threshold whose computed blocks stay within the budget on a calibration prompt, by bisection."""
-    prompt, low, high = calibration_prompts(1)[0], 0.0, 1.0
-    for _ in range(rounds):
-        rule.threshold = (low + high) / 2
-        if ruled(rule)(prompt, 10**6).computed > budget:
-            low = rule.threshold
-        else:
-            high = rule.threshold
-    rule.threshold = high
-    return rule
+def taylor_schedule(budget: int, num_blocks: int, steps: int, warmup: int) -> Tuple[int, int]:
+    """Interval and warm-up of TaylorSeer: the smallest interval within the budget, and what is left as warm-up."""
+    runs = budget // num_blocks
+    for interval in range(2, steps):
+        for start in range(steps, warmup - 1, -1):
+            later = sum((step - start - 1) % interval == 0 for step in range(start, steps))
+            if start + later <= runs:
+                return interval, start
+    raise ValueError(f"no interval keeps TaylorSeer within {budget} block calls")
 
 
-def make_arms(pipeline: Any) -> Dict[str, Callable[[str, int], Sample]]:
-    budget = computed_blocks(IntervalPolicy(REGION), len(pipeline.transformer.transformer_blocks), STEPS)
-    prompt = calibration_prompts(1)[0]
-    for rule in (TeaCache, MagCache):
-        rule.calibrate(pipeline, lambda: generate(pipeline, prompt, 10**6))
-    arms = {
-        "plain 100": plain(pipeline, STEPS),
-        "plain 50": plain(pipeline, STEPS // 2),
-        "osaccel, blocks 1-10, interval 2": region(pipeline, REGION),
-        "TaylorSeer order 1, interval 2": ruled(TaylorSeer(pipeline, 2, WARMUP)),
-    }
-    for rule in (FirstBlockCache, TeaCache, MagCache):
-        arms[rule.__name__] = ruled(meet_budget(rule(pipeline, 0.0, WARMUP), budget))
-    return arms
+class Comparison:
+    """The arms at one budget; `attach` functions are tuned by generations on a calibration prompt."""
+
+    def __init__(self, bench: Bench, ratio: float, steps: int = STEPS, warmup: int = WARMUP):
+        self.bench, self.steps, self.warmup = bench, steps, warmup
+        self.budget = int(steps * bench.num_blocks / ratio)
+        self.size = (self.budget, bench.num_blocks, steps, warmup)
+        self.thresholds: Dict[str, float] = {}
+
+    def own(self, config: Optional[DitCacheConfig]) -> Dict[str, Arm]:
+        """osaccel: the four keys, a mask with reuse, a mask with forecast; a searched configuration if there is one."""
+        last, arms = self.bench.num_blocks - 1, {}
+        for label, keys in (("", interval_config(*self.size)), (" (file)", config)):
+            if keys is not None:
+                name = f"osaccel, {IntervalPolicy(keys).regions[0]}, interval {keys.cache_step_interval}{label}"
+                arms[name] = cached(IntervalPolicy(keys), self.steps)
+        for forecast, word in ((False, "reuse"), (True, "forecast")):
+            policy = MaskPolicy(Region(1, last + 1), even_mask(*self.size), forecast)
+            arms[f"osaccel, {policy.regions[0]}, mask, {word}"] = cached(policy, self.steps)
+        return arms
+
+    def calibrate(self, attach: Callable) -> int:
+        prompt = calibration_prompts(1)[0]
+        return self.bench.sample(Arm(attach, self.steps), prompt, CALIBRATION_SEED).computed
+
+    def tuned(self, name: str, make: Callable[[Any, float], Any]) -> Arm:
+        """The arm of a method with a threshold: `make(pipeline, threshold)` attaches it."""
+
+        def computed(threshold: float) -> int:
+            return self.calibrate(lambda pipeline: make(pipeline, threshold))
+
+        threshold = meet_budget(computed, self.budget, slack=self.bench.num_blocks)
+        self.thresholds[name] = threshold
+        return Arm(lambda pipeline: make(pipeline, threshold), self.steps)
+
+    def of_packages(self, absent: Dict[str, str]) -> Dict[str, Arm]:
+        arms: Dict[str, Arm] = {}
+        given = (self.steps, self.warmup)
+        if "cache-dit" not in absent:
+            for taylor, word in ((False, ""), (True, " + TaylorSeer")):
+                name = f"cache-dit DBCache{word}, threshold"
+                attach = functools.partial(packages.cache_dit, taylor=taylor)
+                arms[name] = self.tuned(name, lambda own, value, attach=attach: attach(own, *given, value))
+            mask = even_mask(*self.size)
+            arms["cache-dit DBCache + TaylorSeer, mask"] = Arm(
+                lambda own: packages.cache_dit(own, *given, mask=mask, taylor=True), self.steps
+            )
+        if "diffusers" not in absent:
+            ratios = packages.mag_ratios(self.steps, self.calibrate)
+            makers: Dict[str, Callable] = {
+                "FirstBlockCache": lambda own, value: packages.first_block(own, *given, value),
+                "MagCache": lambda own, value: packages.mag_cache(own, *given, value, ratios),
+                "SeaCache": lambda own, value: packages.sea_cache(own, *given, value),
+            }
+            for short, make in makers.items():
+                arms[f"diffusers {short}"] = self.tuned(f"diffusers {short}", make)
+            every, start = taylor_schedule(*self.size)
+            arms[f"diffusers TaylorSeer, interval {every}"] = Arm(
+                lambda own: packages.taylor_seer(own, self.steps, start, every), self.steps
+            )
+        return arms
+
+    def arms(self, absent: Dict[str, str], config: Optional[DitCacheConfig] = None) -> Dict[str, Arm]:
+        """All arms, the plain run first."""
+        fewer = [self.steps // 2, fewer_steps(self.budget, self.bench.num_blocks)]
+        polynomial = rules.tea_polynomial(self.calibrate)
+        return {
+            f"plain {self.steps}": Arm(steps=self.steps),
+            **{f"plain {count}": Arm(steps=count) for count in fewer},
+            **self.own(config),
+            **self.of_packages(absent),
+            "TeaCache (rule)": self.tuned(
+                "TeaCache (rule)", lambda own, value: rules.tea_cache(own, self.warmup, value, polynomial)
+            ),
+        }
 
 
-def interval(values: Sequence[float]) -> List[float]:
-    draws = np.random.default_rng(0).choice(np.asarray(values), (2000, len(values))).mean(axis=1)
-    return [float(np.mean(values)), *map(float, np.percentile(draws, [2.5, 97.5]))]
+def compare(
+    bench: Bench, ratio: float, prompts: Sequence[str], absent: Dict[str, str], config: Optional[DitCacheConfig] = None,
+    **sizes: int,
+) -> Dict[str, Any]:  # fmt: skip
+    """One budget's report: every arm's row, the budget in block calls, the thresholds found."""
+    comparison = Comparison(bench, ratio, **sizes)
+    arms = comparison.arms(absent, config)
+    samples = run_arms(bench, arms, prompts)
+    reference = next(iter(samples.values()))
+    rows = {name: judged(own, reference, prompts) for name, own in samples.items()}
+    return {"ratio": ratio, "budget": comparison.budget, "thresholds": comparison.thresholds, "rows": rows}
 
 
-def compare(samples: List[Sample], reference: List[Sample], prompts: Sequence[str], same_noise: bool) -> Dict[str, Any]:
-    row: Dict[str, Any] = {
-        "computed": float(np.mean([sample.computed for sample in samples])),
-        "speedup": interval([base.seconds / sample.seconds for sample, base in zip(samples, reference)]),
-        "as_prompted": interval([judge(sample.frames, prompt)["valid"] for sample, prompt in zip(samples, prompts)]),
-    }
-    if same_noise and samples is not reference:
-        pairs = list(zip(samples, reference))
-        row["latent_error"] = interval([float((a.latents - b.latents).norm() / b.latents.norm()) for a, b in pairs])
-        row["psnr"] = interval([psnr(a.frames, b.frames) for a, b in pairs])
-        row["ssim"] = interval([ssim(a.frames, b.frames) for a, b in pairs])
-    return row
-
-
-def show(rows: Dict[str, Dict[str, Any]]) -> str:
-    head = f"{'':<34}{'blocks':>8}{'latent rel. L2':>24}{'PSNR dB':>20}{'SSIM':>7}{'as prompted':>13}{'speed-up':>10}"
-    lines = [head]
-    for name, row in rows.items():
-        error, quality = row.get("latent_error"), row.get("psnr")
-        errors = f"{error[0]:.4f} ({error[1]:.4f}-{error[2]:.4f})" if error else "-"
-        decibels = f"{quality[0]:.1f} ({quality[1]:.1f}-{quality[2]:.1f})" if quality else "-"
-        likeness = f"{row['ssim'][0]:.3f}" if "ssim" in row else "-"
+def show(report: Dict[str, Any]) -> str:
+    """The readable table of one budget."""
+    lines = [
+        f"budget {report['budget']} block calls ({report['ratio']:g}x)",
+        f"{'':<45}{'blocks':>7}{'latent rel. L2':>25}{'PSNR dB':>20}{'SSIM':>7}{'as prompted':>13}{'speed-up':>22}",
+    ]
+    for name, row in report["rows"].items():
+        errors = _cell(row.get("latent_error"), "{:.4f} ({:.4f}-{:.4f})")
+        quality = _cell(row.get("psnr"), "{:.1f} ({:.1f}-{:.1f})")
+        likeness = _cell(row.get("ssim"), "{:.3f}")
+        speed = _cell(row["speedup"], "{:.2f}x ({:.2f}-{:.2f})")
         lines.append(
-            f"{name:<34}{row['computed']:>8.0f}{errors:>24}{decibels:>20}{likeness:>7}"
-            f"{100 * row['as_prompted'][0]:>11.0f} %{row['speedup'][0]:>9.2f}x"
+            f"{name:<45}{row['computed']:>7.0f}{errors:>25}{quality:>20}{likeness:>7}"
+            f"{100 * row['as_prompted'][0]:>11.0f} %{speed:>22}"
         )
     return "\n".join(lines)
+
+
+def _cell(values: Optional[Sequence[float]], form: str) -> str:
+    return "-" if values is None else form.format(*values)
+
+
+def plot(reports: Sequence[Dict[str, Any]], path: Path) -> None:
+    """Latent error and PSNR against the share of blocks computed, one line per method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lines: Dict[str, List[Tuple[float, Dict[str, Any]]]] = {}
+    for report in reports:
+        for name, row in report["rows"].items():
+            if "latent_error" in row:
+                share = row["computed"] / next(iter(report["rows"].values()))["computed"]
+                lines.setdefault(method_of(name), []).append((share, row))
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6))
+    for number, (name, points) in enumerate(lines.items()):
+        points = sorted(points, key=lambda point: point[0])
+        own = name.startswith("osaccel")
+        style = {"marker": "o" if own else "sv^D"[number % 4], "linewidth": 2.2 if own else 1.1, "markersize": 4,
+                 "linestyle": "--" if name.startswith("fewer") else "-", "color": f"C{number % 10}"}  # fmt: skip
+        for axis, measure in zip(axes, ("latent_error", "psnr")):
+            axis.plot([share for share, _ in points], [row[measure][0] for _, row in points], label=name, **style)
+    axes[0].set(xlabel="share of block calls computed", ylabel="relative L2 of the final latents", yscale="log")
+    axes[1].set(xlabel="share of block calls computed", ylabel="PSNR of the frames, dB")
+    axes[0].legend(fontsize=8)
+    for axis in axes:
+        axis.grid(alpha=0.3, which="both")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def method_of(name: str) -> str:
+    """The line of the plot to which an arm belongs: its name without what the budget decides."""
+    if name.startswith("plain"):
+        return "fewer steps"
+    if name.startswith("osaccel") and "interval" in name:
+        return "osaccel, interval (file)" if "(file)" in name else "osaccel, interval"
+    return name.split(", interval")[0]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=12, help="held-out prompts (12)")
-    parser.add_argument("--json", help="also write the numbers to this file")
-    arguments = parser.parse_args()
+    parser.add_argument("--ratio", type=float, nargs="+", help=f"block calls saved ({RATIO}; for a curve {RATIOS})")
+    parser.add_argument("--curve", type=Path, help="several budgets, plotted to this PNG")
+    parser.add_argument("--cache-config", type=Path, help="also a dit_cache_config.json, at its own budget")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    options = parser.parse_args()
+    absent = packages.missing()
+    print("\n".join(absent.values()), flush=True)
+    reports = run(options, absent)
+    if options.json:
+        options.json.write_text(json.dumps({"prompts": options.prompts, "budgets": reports}, indent=1) + "\n")
+    if options.curve:
+        plot(reports, options.curve)
+
+
+def run(options: argparse.Namespace, absent: Dict[str, str]) -> List[Dict[str, Any]]:
+    """Every ratio's comparison, each table printed as soon as it is there."""
+    import torch
+
     torch.set_num_threads(1)
-    pipeline, prompts = load_pipeline(), heldout_prompts(arguments.prompts)
-    rows, reference = {}, []
-    for name, sample in make_arms(pipeline).items():
-        samples = [sample(prompt, seed) for seed, prompt in enumerate(prompts)]
-        reference = reference or samples
-        rows[name] = compare(samples, reference, prompts, same_noise=name != "plain 50")
-    print(show(rows))
-    if arguments.json:
-        with open(arguments.json, "w") as file:
-            json.dump(rows, file, indent=2)
+    ratios = options.ratio or (RATIOS if options.curve else (RATIO,))
+    pipeline, prompts = load_pipeline(checkpoint=options.checkpoint), heldout_prompts(options.prompts)
+    num_blocks = len(pipeline.transformer.transformer_blocks)
+    fewer = [fewer_steps(int(STEPS * num_blocks / ratio), num_blocks) for ratio in ratios]
+    bench = Bench(pipeline, [STEPS, STEPS // 2, *fewer])
+    config = read_cache_config(str(options.cache_config)) if options.cache_config else None
+    reports = []
+    for ratio in ratios:
+        reports.append(compare(bench, ratio, prompts, absent, config))
+        print(show(reports[-1]) + "\n", flush=True)
+    return reports
 
 
 if __name__ == "__main__":

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published cache rules, written from their papers, on the miniature: each skips all blocks, or all but the first.
+"""Published cache rules that no package offers, written from their papers."""
 
-All share one mechanism: blocks `first ..` run, and their residual (output minus input) is kept; or none of them runs
-and the kept residual is added. They differ in when they skip. Warm-up steps always run.
-"""
-
-from typing import Any, Callable, Dict, List, Optional
+import contextlib
+from typing import Any, Callable, Dict, Iterator, List, Optional
 
 import numpy as np
 import torch
@@ -17,171 +14,83 @@ def relative_l1(now: torch.Tensor, before: torch.Tensor) -> float:
     return float((now - before).abs().mean() / before.abs().mean())
 
 
-class Rule:
-    """Skip blocks `first ..` whenever `may_skip` says so; a context manager around generations of one pipeline."""
+class TeaCache:
+    """TeaCache (arXiv 2411.19108) on the blocks of one generation.
 
-    first = 0
+    It accumulates a degree-4 polynomial of the relative L1 change of block 0's modulated input against the previous
+    step. While the sum stays below the threshold no block runs and the residual of all blocks is added again; else the
+    sum starts anew. The first `warmup` steps always run.
+    """
 
-    def __init__(self, pipeline: Any, threshold: float, warmup: int):
-        self.pipeline, self.threshold, self.warmup = pipeline, threshold, warmup
-        self.blocks = list(pipeline.transformer.transformer_blocks)
-        self.undo: List[Callable[[], None]] = []
-        self.reset()
-
-    def reset(self) -> None:
-        """Before every generation."""
-        self.step, self.computed, self.skipping = -1, 0, False
-        self.residual: Optional[torch.Tensor] = None
-
-    def may_skip(self, hidden: torch.Tensor, timestep: torch.Tensor) -> bool:
-        """At the input of block `first`: the rule itself; called at every step."""
-        raise NotImplementedError
-
-    def on_computed(self, residual: torch.Tensor) -> None:
-        """The region has run."""
-
-    def __enter__(self) -> "Rule":
-        for index, block in enumerate(self.blocks):
-            self.undo.append(ReplacedForward(block, self._maker(index)).restore)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        while self.undo:
-            self.undo.pop()()
-
-    def _maker(self, index: int) -> Callable[[Callable], Callable]:
-        def make(original: Callable) -> Callable:
-            return lambda hidden_states, **kwargs: self._forward(index, original, hidden_states, kwargs)
-
-        return make
-
-    def _forward(self, index: int, original: Callable, hidden: torch.Tensor, kwargs: Dict[str, Any]) -> torch.Tensor:
-        if index == 0:
-            self.step += 1
-        if index == self.first:
-            wants = self.may_skip(hidden, kwargs["timestep"])
-            self.skipping = wants and self.residual is not None and self.step >= self.warmup
-            self.entered = hidden
-        if index >= self.first and self.skipping:
-            return hidden + self.residual if index == self.first else hidden
-        self.computed += 1
-        output = original(hidden, **kwargs)
-        if index == len(self.blocks) - 1:
-            residual = output - self.entered
-            self.on_computed(residual)
-            self.residual = residual
-        return output
-
-
-class FirstBlockCache(Rule):
-    """ParaAttention's First-Block-Cache (also cache-dit's DBCache F1B0): block 0 always runs; skip while its residual
-    differs from that of the last computed step by less than the threshold (relative L1)."""
-
-    first = 1
-
-    def reset(self) -> None:
-        super().reset()
-        self.reference: Optional[torch.Tensor] = None
-
-    def _forward(self, index, original, hidden, kwargs):
-        if index == 0:
-            self.before = hidden
-        return super()._forward(index, original, hidden, kwargs)
-
-    def may_skip(self, hidden, timestep):
-        self.probe = hidden - self.before
-        return self.reference is not None and relative_l1(self.probe, self.reference) < self.threshold
-
-    def on_computed(self, residual):
-        self.reference = self.probe
-
-
-class TeaCache(Rule):
-    """TeaCache (arXiv 2411.19108): accumulate a degree-4 polynomial of the relative L1 change of block 0's modulated
-    input against the previous step; skip while the sum is below the threshold, reset it on compute."""
-
-    polynomial = np.poly1d([1.0, 0.0])
-
-    def reset(self) -> None:
-        super().reset()
+    def __init__(self, blocks: List[torch.nn.Module], warmup: int, threshold: float, polynomial: Callable = float):
+        self.blocks, self.warmup, self.threshold, self.polynomial = blocks, warmup, threshold, polynomial
+        self.step, self.total, self.is_skipping = -1, 0.0, False
         self.previous: Optional[torch.Tensor] = None
-        self.total = 0.0
         self.changes: List[float] = []
+        self.residuals: List[torch.Tensor] = []
+        self.keep = 1
 
-    def may_skip(self, hidden, timestep):
-        block = self.blocks[0]
-        shift, scale = (block.scale_shift_table[None] + timestep.reshape(len(hidden), 6, -1)).chunk(6, dim=1)[:2]
+    def make_forward(self, index: int, original: Callable) -> Callable:
+        def forward(hidden_states: torch.Tensor, **arguments: Any) -> torch.Tensor:
+            if index == 0:
+                self.step += 1
+                self.is_skipping = self._may_skip(hidden_states, arguments)
+                self.entered = hidden_states
+            if self.is_skipping:
+                return hidden_states + self.residuals[-1] if index == 0 else hidden_states
+            output = original(hidden_states, **arguments)
+            if index == len(self.blocks) - 1:
+                self.residuals = [*self.residuals, output - self.entered][-self.keep :]
+            return output
+
+        return forward
+
+    def _may_skip(self, hidden: torch.Tensor, arguments: Dict[str, Any]) -> bool:
+        block: Any = self.blocks[0]
+        table = block.scale_shift_table[None] + arguments["timestep"].reshape(len(hidden), 6, -1)
+        shift, scale = table.chunk(6, dim=1)[:2]
         now = block.norm1(hidden) * (1 + scale) + shift
         change = 0.0 if self.previous is None else relative_l1(now, self.previous)
         self.previous = now
         self.changes.append(change)
         self.total += max(float(self.polynomial(change)), 0.0)
-        if self.total < self.threshold and self.step >= self.warmup:
+        if self.step >= self.warmup and self.residuals and self.total < self.threshold:
             return True
         self.total = 0.0
         return False
 
-    @classmethod
-    def calibrate(cls, pipeline: Any, generate: Callable[[], Any]) -> None:
-        """Fit the polynomial from input change to residual change on one plain generation, as the paper does."""
-        rule, residuals = cls(pipeline, -1.0, 0), []
-        rule.on_computed = residuals.append  # type: ignore[method-assign]
-        with rule:
-            generate()
-        outputs = [relative_l1(now, before) for before, now in zip(residuals, residuals[1:])]
-        cls.polynomial = np.poly1d(np.polyfit(rule.changes[1:], outputs, 4))
+
+@contextlib.contextmanager
+def tea_cache(pipeline: Any, *arguments: Any) -> Iterator[TeaCache]:
+    """`TeaCache(blocks, *arguments)` attached to the pipeline's transformer."""
+    blocks = list(pipeline.transformer.transformer_blocks)
+    rule = TeaCache(blocks, *arguments)
+    replaced = [
+        ReplacedForward(block, lambda original, index=index: rule.make_forward(index, original))
+        for index, block in enumerate(blocks)
+    ]
+    try:
+        yield rule
+    finally:
+        for block in replaced:
+            block.restore()
 
 
-class MagCache(Rule):
-    """MagCache (arXiv 2506.09045): calibrated magnitude ratios of consecutive residuals; skip while the accumulated
-    |1 - product of the skipped ratios| is below the threshold, at most `most` times in a row."""
+def tea_polynomial(generate: Callable[[Callable], Any]) -> np.poly1d:
+    """Fitted as the paper does: from the change of the input to that of the residual, over one plain generation.
 
-    ratios: List[float] = []
-    most = 4
+    `generate(attach)` runs one generation.
+    """
+    rules: List[TeaCache] = []
 
-    def reset(self) -> None:
-        super().reset()
-        self.product, self.error, self.in_a_row = 1.0, 0.0, 0
+    @contextlib.contextmanager
+    def attach(pipeline: Any) -> Iterator[None]:
+        with tea_cache(pipeline, 10**9, 0.0) as rule:
+            rule.keep = 10**9
+            rules.append(rule)
+            yield
 
-    def may_skip(self, hidden, timestep):
-        if self.step < self.warmup or self.step >= len(self.ratios):
-            return False
-        self.product *= self.ratios[self.step]
-        self.error += abs(1 - self.product)
-        self.in_a_row += 1
-        if self.error < self.threshold and self.in_a_row <= self.most:
-            return True
-        self.product, self.error, self.in_a_row = 1.0, 0.0, 0
-        return False
-
-    @classmethod
-    def calibrate(cls, pipeline: Any, generate: Callable[[], Any]) -> None:
-        rule, norms = cls(pipeline, -1.0, 10**9), []
-        rule.on_computed = lambda residual: norms.append(residual.norm(dim=-1).mean())  # type: ignore[method-assign]
-        with rule:
-            generate()
-        cls.ratios = [1.0] + [float(now / before) for before, now in zip(norms, norms[1:])]
-
-
-class TaylorSeer(Rule):
-    """TaylorSeer (arXiv 2503.06923), order 1 on the region's residual: every `interval`-th step computes, the others
-    extrapolate linearly in the step index. The threshold is the interval."""
-
-    def reset(self) -> None:
-        super().reset()
-        self.newest: Optional[torch.Tensor] = None
-        self.slope: Optional[torch.Tensor] = None
-        self.computed_at = 0
-
-    def may_skip(self, hidden, timestep):
-        if self.step < self.warmup or (self.step - self.warmup) % int(self.threshold) == 0:
-            return False
-        assert self.newest is not None
-        ahead = self.step - self.computed_at
-        self.residual = self.newest if self.slope is None else self.newest + ahead * self.slope
-        return True
-
-    def on_computed(self, residual):
-        if self.newest is not None:
-            self.slope = (residual - self.newest) / (self.step - self.computed_at)
-        self.newest, self.computed_at = residual, self.step
+    generate(attach)
+    residuals = rules[0].residuals
+    outputs = [relative_l1(now, before) for before, now in zip(residuals, residuals[1:])]
+    return np.poly1d(np.polyfit(rules[0].changes[1:], outputs, 4))

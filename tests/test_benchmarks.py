@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The comparison harness: real block counts, budgets that are met, packages that may be missing."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("scipy")
+
+from benchmarks import caches, packages, rules  # noqa: E402
+from benchmarks.harness import Arm, Bench, meet_budget  # noqa: E402
+from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
+from osaccel.cache.policy import MaskPolicy, Region  # noqa: E402
+
+STEPS, WARMUP, BLOCKS, SEED = 12, 3, 12, 1
+PROMPT = heldout_prompts(1)[0]
+MASK = caches.even_mask(100, BLOCKS, STEPS, WARMUP)
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Bench(load_pipeline(), [STEPS, STEPS // 2, 8])
+
+
+def sampled(bench, attach):
+    return bench.sample(Arm(attach, STEPS), PROMPT, SEED)
+
+
+def own(forecast):
+    return caches.cached(MaskPolicy(Region(1, BLOCKS), MASK, forecast), STEPS).attach
+
+
+def test_blocks_are_counted_where_they_run(bench):
+    plain = bench.sample(Arm(steps=STEPS), PROMPT, SEED)
+    assert plain.computed == STEPS * BLOCKS
+    assert sampled(bench, own(False)).computed == STEPS + sum(MASK) * (BLOCKS - 1) == 100
+    again = bench.sample(Arm(steps=STEPS), PROMPT, SEED)
+    assert torch.equal(plain.latents, again.latents)
+
+
+def test_fewer_steps_follow_the_same_motion(bench):
+    """Coupled to the plain run: nearer to it than a plain run from other noise."""
+    plain, half, other = (
+        bench.sample(Arm(steps=steps), PROMPT, seed).latents for steps, seed in ((STEPS, 1), (6, 1), (STEPS, 2))
+    )
+    assert (half - plain).norm() < 0.7 * (other - plain).norm()
+
+
+@pytest.mark.parametrize("forecast", [False, True])
+def test_cache_dit_with_the_same_mask_is_the_same_rule(bench, forecast):
+    pytest.importorskip("cache_dit")
+    theirs = sampled(bench, lambda own: packages.cache_dit(own, STEPS, WARMUP, mask=MASK, taylor=forecast))
+    ours = sampled(bench, own(forecast))
+    assert theirs.computed == ours.computed
+    assert (theirs.latents - ours.latents).norm() < 1e-3 * ours.latents.norm()
+
+
+PACKAGED = {
+    "cache-dit": lambda own, value: packages.cache_dit(own, STEPS, WARMUP, value),
+    "cache-dit TaylorSeer": lambda own, value: packages.cache_dit(own, STEPS, WARMUP, value, taylor=True),
+    "FirstBlockCache": lambda own, value: packages.first_block(own, STEPS, WARMUP, value),
+    "SeaCache": lambda own, value: packages.sea_cache(own, STEPS, WARMUP, value),
+    "MagCache": lambda own, value: packages.mag_cache(own, STEPS, WARMUP, value, [1.0, *[0.9] * (STEPS - 1)]),
+    "TeaCache": lambda own, value: rules.tea_cache(own, WARMUP, value),
+}
+
+
+@pytest.mark.parametrize("name", PACKAGED)
+def test_thresholds_skip_after_the_warm_up_and_leave_nothing_behind(bench, name):
+    if any(word in str(packages.missing()) for word in (name.split()[0], "diffusers")):
+        pytest.skip("package missing")
+    plain = sampled(bench, own(False))
+    lowest, highest = (sampled(bench, lambda own, value=value: PACKAGED[name](own, value)) for value in (1e-9, 1e9))
+    assert lowest.computed == STEPS * BLOCKS
+    assert WARMUP * BLOCKS <= highest.computed < STEPS * BLOCKS
+    assert torch.equal(sampled(bench, own(False)).latents, plain.latents)
+
+
+def test_taylor_seer_keeps_to_its_schedule(bench):
+    if "diffusers" in packages.missing():
+        pytest.skip("package missing")
+    every, start = caches.taylor_schedule(100, BLOCKS, STEPS, WARMUP)
+    found = sampled(bench, lambda own: packages.taylor_seer(own, STEPS, start, every))
+    assert 100 - BLOCKS < found.computed <= 100
+
+
+def test_the_budget_is_met_from_below():
+    blocks = lambda threshold: 40 - int(30 * min(threshold, 1))  # noqa: E731
+    assert 20 <= blocks(meet_budget(blocks, 24, slack=4)) <= 24
+    with pytest.raises(ValueError, match="no threshold keeps the computed blocks within 5"):
+        meet_budget(blocks, 5, slack=4)
+
+
+@pytest.mark.parametrize("ratio", [1.3, 1.5, 1.6, 1.8, 2.2])
+def test_fixed_schedules_fill_the_budget(ratio):
+    size = budget, *_ = (int(1200 / ratio), 12, 100, 10)
+    computed = caches.computed_blocks(caches.IntervalPolicy(caches.interval_config(*size)), 12, 100)
+    assert 0.95 * budget < computed <= budget
+    assert 0.95 * budget < 100 + 11 * sum(caches.even_mask(*size)) <= budget
+    every, start = caches.taylor_schedule(*size)
+    runs = sum(step < start or (step - start - 1) % every == 0 for step in range(100))
+    assert 0.95 * budget < 12 * runs <= budget
+
+
+def test_a_missing_package_is_one_clear_line(bench, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cache_dit", None)
+    absent = packages.missing()
+    assert list(absent) == ["cache-dit"] and "cache-dit left out" in absent["cache-dit"]
+    assert "pip install" in absent["cache-dit"] and "\n" not in absent["cache-dit"]
+    everything = {**absent, "diffusers": "diffusers left out"}
+    names = list(caches.Comparison(bench, 1.5, STEPS, WARMUP).arms(everything))
+    assert names[0] == f"plain {STEPS}" and not any(name.startswith(("cache-dit", "diffusers")) for name in names)
+
+
+def test_tables_and_curve(bench, tmp_path):
+    """The whole comparison on a few steps, without the packages."""
+    everything = {"cache-dit": "", "diffusers": ""}
+    report = caches.compare(bench, 1.5, heldout_prompts(2), everything, steps=STEPS, warmup=WARMUP)
+    rows, fixed = report["rows"], [name for name in report["rows"] if name not in report["thresholds"]][1:]
+    assert rows["plain 12"]["computed"] == 144 and "latent_error" not in rows["plain 12"]
+    assert rows["plain 6"]["computed"] == 72 and rows["plain 8"]["computed"] == report["budget"] == 96
+    assert all(rows[name]["computed"] <= 96 and len(rows[name]["latent_error_each"]) == 2 for name in fixed)
+    json.dumps(report)
+    assert len(caches.show(report).splitlines()) == len(rows) + 2
+    caches.plot([report], tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
