@@ -5,8 +5,8 @@
     python -m benchmarks.caches --curve FILE.png [--json FILE]                  fidelity against computed blocks
 
 The ratio is all block calls of the plain 100-step run / those of an arm. Every arm samples the same held-out prompts
-from the same noise and with the same warm-up. Methods with a threshold get the lowest one that meets the budget on a
-calibration prompt. Intervals are 95 % bootstrap over prompts; errors are against the plain 100-step run.
+from the same noise and with the same warm-up. Methods with a threshold get one that meets the budget on
+calibration prompts. Intervals are 95 % bootstrap over prompts; errors are against the plain 100-step run.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from osaccel.generation import Generation
 
 WARMUP = 10
 RATIO, RATIOS = 1.6, (1.3, 1.5, 1.8, 2.2)
-CALIBRATION_SEED = 10**6
+CALIBRATION_SEED, CALIBRATION_PROMPTS = 10**6, 2
 
 
 def cached(policy: Any, steps: int) -> Arm:
@@ -55,11 +55,11 @@ def interval_config(budget: int, num_blocks: int, steps: int, warmup: int) -> Di
 
 
 def even_mask(budget: int, num_blocks: int, steps: int, warmup: int) -> List[bool]:
-    """Block 0 always runs, the others in the warm-up and then at steps as evenly spread as the budget allows."""
+    """Block 0 always runs, the others in the warm-up, at the last step and as evenly between as the budget allows."""
     runs = (budget - steps) // (num_blocks - 1) - warmup
-    if not 0 < runs <= steps - warmup:
+    if not 1 < runs <= steps - warmup:
         raise ValueError(f"{budget} block calls do not fit {warmup} warm-up steps of {steps}")
-    later = {warmup + number * (steps - warmup) // runs for number in range(runs)}
+    later = {warmup + number * (steps - 1 - warmup) // (runs - 1) for number in range(runs)}
     return [step < warmup or step in later for step in range(steps)]
 
 
@@ -75,7 +75,7 @@ def taylor_schedule(budget: int, num_blocks: int, steps: int, warmup: int) -> Tu
 
 
 class Comparison:
-    """The arms at one budget; `attach` functions are tuned by generations on a calibration prompt."""
+    """The arms at one budget; `attach` functions are tuned by generations on calibration prompts."""
 
     def __init__(self, bench: Bench, ratio: float, steps: int = STEPS, warmup: int = WARMUP):
         self.bench, self.steps, self.warmup = bench, steps, warmup
@@ -95,14 +95,16 @@ class Comparison:
             arms[f"osaccel, {policy.regions[0]}, mask, {word}"] = cached(policy, self.steps)
         return arms
 
-    def calibrate(self, attach: Callable) -> int:
-        prompt = calibration_prompts(1)[0]
-        return self.bench.sample(Arm(attach, self.steps), prompt, CALIBRATION_SEED).computed
+    def calibrate(self, attach: Callable) -> float:
+        """Computed blocks on the calibration prompts, their mean."""
+        prompts, arm = calibration_prompts(CALIBRATION_PROMPTS), Arm(attach, self.steps)
+        samples = [self.bench.sample(arm, prompt, CALIBRATION_SEED + number) for number, prompt in enumerate(prompts)]
+        return sum(sample.computed for sample in samples) / len(samples)
 
     def tuned(self, name: str, make: Callable[[Any, float], Any]) -> Arm:
         """The arm of a method with a threshold: `make(pipeline, threshold)` attaches it."""
 
-        def computed(threshold: float) -> int:
+        def computed(threshold: float) -> float:
             return self.calibrate(lambda pipeline: make(pipeline, threshold))
 
         threshold = meet_budget(computed, self.budget, slack=self.bench.num_blocks)

@@ -95,10 +95,10 @@ def counted(transformer: torch.nn.Module) -> Iterator[List[int]]:
             handle.remove()
 
 
-def meet_budget(compute: Callable[[float], int], budget: int, slack: int, rounds: int = 12) -> float:
+def meet_budget(compute: Callable[[float], float], budget: int, slack: int, rounds: int = 12) -> float:
     """A threshold in 1e-4 .. 10 whose computed blocks are within the budget, by bisection of its logarithm.
 
-    `compute(threshold)` is a generation on a calibration prompt; more blocks are computed the lower the threshold is.
+    `compute(threshold)` counts them on calibration prompts; more are computed the lower the threshold is.
     Found is one that leaves less than `slack` blocks of the budget, or else the lowest within it. Raises ValueError
     when even the highest threshold exceeds the budget.
     """

@@ -44,15 +44,21 @@ def contact_sheet(videos: np.ndarray, rows: int = 16, scale: int = 3) -> np.ndar
     return np.concatenate(strips).repeat(scale, axis=0).repeat(scale, axis=1)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=48)
-    parser.add_argument("--split", choices=("heldout", "calibration"), default="heldout")
+def sampling_options(description: str, prompts: int) -> argparse.ArgumentParser:
+    """The command line of every measurement on samples of the miniature."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=prompts)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--out", type=Path, default=Path("reference_evaluation"))
+    return parser
+
+
+def main() -> None:
+    parser = sampling_options(__doc__, prompts=48)
+    parser.add_argument("--split", choices=("heldout", "calibration"), default="heldout")
     args = parser.parse_args()
     prompts = (heldout_prompts if args.split == "heldout" else calibration_prompts)(args.prompts)
     pipeline, began = load_pipeline(checkpoint=args.checkpoint), time.time()

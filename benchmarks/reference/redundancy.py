@@ -5,15 +5,14 @@ A block's delta is its output minus its input; plotted is |delta(step) - delta(s
 prompts. This redundancy is what a cache lives on. Writes redundancy.json and redundancy.png.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from .load import GUIDANCE, STEPS, calibration_prompts, load_pipeline
-from .paths import CHECKPOINT
+from .evaluate import sampling_options
+from .load import calibration_prompts, load_pipeline
 
 
 class DeltaWatch:
@@ -59,9 +58,13 @@ def plot(table: np.ndarray, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5))
-    image = left.imshow(table.T, aspect="auto", origin="lower", cmap="viridis", vmin=0)
+    # The last step changes far more than the others, and would leave them all one colour.
+    image = left.imshow(
+        table.T, aspect="auto", origin="lower", vmin=0, vmax=np.percentile(table, 98),
+        extent=(0.5, len(table) + 0.5, -0.5, table.shape[1] - 0.5),
+    )  # fmt: skip
     left.set(xlabel="step", ylabel="block", title="relative change of the block's delta to the step before")
-    figure.colorbar(image, ax=left)
+    figure.colorbar(image, ax=left, extend="max")
     for block in range(0, table.shape[1], max(1, table.shape[1] // 4)):
         right.plot(range(1, len(table) + 1), table[:, block], label=f"block {block}")
     right.set(xlabel="step", ylabel="relative change", title="selected blocks", ylim=(0, None))
@@ -71,14 +74,7 @@ def plot(table: np.ndarray, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--guidance", type=float, default=GUIDANCE)
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=Path("reference_evaluation"))
-    args = parser.parse_args()
+    args = sampling_options(__doc__, prompts=3).parse_args()
     pipeline = load_pipeline(checkpoint=args.checkpoint)
     table = measure(pipeline, calibration_prompts(args.prompts), args.steps, args.guidance, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
