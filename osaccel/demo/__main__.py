@@ -12,6 +12,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from osaccel.demo.compare import psnr, ssim, write_picture, write_video
+from osaccel.demo.parser import score
 from osaccel.formats import read_timesteps
 
 HERE = Path(__file__).resolve().parent
@@ -72,15 +73,6 @@ def sample(arm: Arm, prompts: Sequence[str], out: Path, seed: int) -> Outcome:
     )
 
 
-def parser_score(videos: Sequence[np.ndarray], prompts: Sequence[str]) -> Optional[float]:
-    """Share of the videos that show what their prompt says; None outside the repository, where the parser lives."""
-    try:
-        from benchmarks.reference.parser import score
-    except ImportError:
-        return None
-    return score(videos, prompts)["valid"]
-
-
 def table(outcomes: Dict[Arm, Outcome], prompts: Sequence[str]) -> str:
     plain = next(iter(outcomes.values()))
     lines = [f"{'':<20}{'s/video':>9}{'speed-up':>10}{'blocks':>15}{'PSNR dB':>9}{'SSIM':>7}{'as prompted':>13}"]
@@ -89,8 +81,7 @@ def table(outcomes: Dict[Arm, Outcome], prompts: Sequence[str]) -> str:
         pairs = list(zip(found.videos, plain.videos)) if arm.same_noise and found is not plain else []
         quality = f"{np.mean([psnr(*pair) for pair in pairs]):>9.2f}" if pairs else f"{'-':>9}"
         likeness = f"{np.mean([ssim(*pair) for pair in pairs]):>7.3f}" if pairs else f"{'-':>7}"
-        score = parser_score(found.videos, prompts)
-        prompted = "-" if score is None else f"{100 * score:.0f} %"
+        prompted = f"{100 * score(found.videos, prompts)['valid']:.0f} %"
         speed = f"{plain.seconds / found.seconds:.2f}x"
         lines.append(f"{arm.name:<20}{found.seconds:>9.2f}{speed:>10}{blocks:>15}{quality}{likeness}{prompted:>13}")
     lines.append("PSNR and SSIM: against the plain run from the same noise; '-' where the noise differs by design.")
