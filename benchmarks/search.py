@@ -1,230 +1,318 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache search against msModelSlim's two-stage loop and against brute force, on the trained miniature.
 
-    python -m benchmarks.search --steps 100 --out benchmarks/results/search
+    python -m benchmarks.search --jobs 2          ratios 1.3, 1.5, 1.8, one process each, 100 steps
+    python -m benchmarks.search --ratios 1.5      one ratio; --table only writes the table of what is there
 
-Every figure is an error of final latents against the plain generation with the same noise; costs are transformer block
-forwards. All evaluations are kept beside the results, so an interrupted run goes on.
+Every error is one of final latents, relative to the plain generation with the same noise; costs are transformer block
+forwards. Brute force evaluates the whole family, each candidate resumed exactly from the recorded plain generation;
+its cost is given as what running every candidate from the start would take, as the two-stage loop does. Held-out
+figures are means over prompts that neither training nor search saw, with 95 % bootstrap intervals. Finished
+evaluations are kept in OUT/*.journal: an interrupted run goes on, another checkpoint or step count starts anew.
 """
 
 import argparse
 import json
 import math
+import multiprocessing
 import tempfile
-import time
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from benchmarks.reference.load import GUIDANCE, calibration_prompts, heldout_prompts, load_pipeline
+from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, load_pipeline
+from benchmarks.reference.paths import CHECKPOINT
 from osaccel import formats
-from osaccel.search.cache_search import Candidate, candidates, cost
+from osaccel.cache.executor import HiddenStates
+from osaccel.search import fingerprint
+from osaccel.search.cache_search import Candidate, candidate_of, candidates, cost
 from osaccel.search.evaluate import Evaluator
+from osaccel.search.journal import Journal
+from osaccel.search.observe import watch_blocks
 from osaccel.search.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.search.team import Team
 from osaccel.settings import Settings
 
 RATIOS = (1.3, 1.5, 1.8)
-# Names of the miniature's call; frames, height and width are what it was trained on.
+METHODS = ("ours", "two-stage", "brute force")
+# The miniature's call; frames, height and width are what it was trained on.
 SIZE = {"num_frames": 17, "height": 32, "width": 32, "max_sequence_length": 16}
+BLOCKS, NAMES = "transformer.transformer_blocks", ("hidden_states",)
+
+
+class Case(NamedTuple):
+    """What is sampled: a prompt and the seed of its noise."""
+
+    prompt: str
+    seed: int
 
 
 class Bench:
-    """Evaluates configurations on calls of one pipeline, each at most once."""
+    """Evaluates candidates on calls of one pipeline, each pair at most once, whatever is interrupted."""
 
-    def __init__(self, steps: int, out: Path):
-        self.pipeline, self.steps, self.out = load_pipeline(), steps, out
-        self.num_blocks = len(self.pipeline.transformer.transformer_blocks)
-        self.replays: Dict[Tuple[str, int], Replay] = {}
-        self.known: Dict[str, float] = {}
-        self.file = out / f"evaluations-{steps}.jsonl"
-        if self.file.exists():
-            for line in self.file.read_text().splitlines():
-                self.known.update(json.loads(line))
+    def __init__(self, steps: int, checkpoint: Path, journal: Path):
+        self.pipeline, self.steps = load_pipeline(checkpoint=checkpoint), steps
+        self.blocks = list(self.pipeline.transformer.transformer_blocks)
+        self.replays: Dict[Case, Replay] = {}
+        bound = fingerprint.of_search(self._call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
+        self.journal = Journal(str(journal), json.loads(json.dumps(bound)))
+        if self.journal.started_anew:
+            print(f"{journal}: starting anew: {self.journal.started_anew}", flush=True)
+        self.known = {_key(*entry["of"]): entry for entry in self.journal.evaluations()}
+
+    @property
+    def plain(self) -> int:
+        """Block forwards of a plain generation."""
+        return len(self.blocks) * self.steps
 
     def arguments(self, prompt: str) -> Dict[str, Any]:
         return dict(SIZE, prompt=prompt, num_inference_steps=self.steps, guidance_scale=GUIDANCE)
 
-    def replay(self, prompt: str, seed: int) -> Replay:
-        key = prompt, seed
-        if key not in self.replays:
-            torch.manual_seed(seed)
-            replay = Replay(Call(type(self.pipeline).__call__, self.pipeline, (self.pipeline,), self.arguments(prompt)))
-            replay.record(decode=False)
-            self.replays[key] = replay
-        return self.replays[key]
+    def _call(self, case: Case) -> Call:
+        torch.manual_seed(case.seed)
+        return Call(type(self.pipeline).__call__, self.pipeline, (self.pipeline,), self.arguments(case.prompt))
 
-    def error(self, candidate: Candidate, prompt: str, seed: int) -> float:
-        name = f"{prompt} {seed} {tuple(candidate)}"
-        if name not in self.known:
-            found = Evaluator([self.replay(prompt, seed)], Team())(candidate)["error"]
-            self.known[name] = math.inf if found is None else found
-            with open(self.file, "a") as file:
-                file.write(json.dumps({name: self.known[name]}) + "\n")
-        return self.known[name]
+    def replay(self, case: Case) -> Replay:
+        if case not in self.replays:
+            replay = self.replays[case] = Replay(self._call(case))
+            states = HiddenStates(NAMES)
+            replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, replay.boundaries.observe), decode=False)
+        return self.replays[case]
 
-    def ours(self, ratio: float, prompt: str, seed: int) -> Dict[str, Any]:
-        """What OSACCEL_SEARCH=1 finds and reports."""
+    def forget(self, case: Case) -> None:
+        """Its recording is not needed any more; what was evaluated stays known."""
+        self.replays.pop(case, None)
+
+    def error(self, candidate: Candidate, case: Case) -> float:
+        key = _key(candidate, case)
+        if key not in self.known:
+            found = Evaluator([self.replay(case)], Team())(candidate)["error"]
+            self.known[key] = {"of": [list(candidate), list(case)], "error": found}
+            self.journal.add(self.known[key])
+        error = self.known[key]["error"]
+        return math.inf if error is None else error
+
+    def speed_up(self, candidate: Candidate) -> float:
+        return candidate.speed_up(len(self.blocks), self.steps)
+
+    def whole(self, pool: Sequence[Candidate]) -> int:
+        """Block forwards of a plain generation and of every candidate's own, from the first step on."""
+        return self.plain + sum(cost(candidate, len(self.blocks), self.steps, resume=0) for candidate in pool)
+
+
+def _key(candidate: Sequence[int], case: Sequence[Any]) -> Tuple[Any, ...]:
+    return (*candidate, *case)
+
+
+class Found(NamedTuple):
+    """What a method chose, from how many generations or parts of them, for how many block forwards."""
+
+    candidate: Candidate
+    evaluations: int
+    block_forwards: int
+
+
+def ours(bench: Bench, ratio: float, case: Case) -> Found:
+    """What OSACCEL_SEARCH=1 finds and reports."""
+    name = f"ours-{case.seed}.pt"
+    report = bench.journal.load(name)
+    if report is None:
         with tempfile.TemporaryDirectory() as folder:
             output = str(Path(folder) / "dit_cache_config.json")
             settings = Settings(search="dit_cache", cache_ratio=ratio, cache_output=output, search_then="continue")
-            torch.manual_seed(seed)
-            session = Session(settings, None, "transformer.transformer_blocks", ("hidden_states",))
-            kwargs = self.arguments(prompt)
-            session.on_call(type(self.pipeline).__call__, self.pipeline, (self.pipeline,), kwargs)
-            report = formats.read_file(output + ".report.json")
-            chosen = formats.read_cache_config(output).to_dict()
-        start = chosen["cache_block_start"]
-        stop = start + chosen["cache_num_blocks"]
-        candidate = Candidate(start, stop, chosen["cache_step_start"], chosen["cache_step_interval"])
-        return {"candidate": candidate, "report": report, "cost": report["cost"]["plain_generations"]}
-
-    def whole_cost(self, candidate: Candidate) -> float:
-        """A full generation with this cache, in plain generations."""
-        return cost(candidate._replace(first=0), self.num_blocks, self.steps) / (self.num_blocks * self.steps)
-
-    def two_stage(self, ratio: float, prompt: str, seed: int) -> Dict[str, Any]:
-        """msModelSlim's published loop bounds: every start but block 0 at the least length, then 3 starts x 8 x 2.
-
-        Judged by latents, which is kinder than its own re-encoded videos; lengths rounded so that the ratio is reached.
-        """
-        reaching = [
-            Candidate(start, start + length, first, 2)
-            for first in (0, 5)
-            for length in range(1, self.num_blocks)
-            for start in range(1, self.num_blocks - length + 1)
-            if Candidate(start, start + length, first, 2).speed_up(self.num_blocks, self.steps) >= ratio
-        ]
-        if not reaching:
-            return {"candidate": None, "cost": 1.0, "generations": 1}
-        least = min(c.stop - c.start for c in reaching if c.first == 0)
-        stage = [c for c in reaching if c.first == 0 and c.stop - c.start == least]
-        starts = sorted(stage, key=lambda c: self.error(c, prompt, seed))[:3]
-        lengths = range(least, least + 8)
-        stage += [
-            c
-            for c in reaching
-            if c.start in {s.start for s in starts} and c.stop - c.start in lengths and c not in stage
-        ]
-        best = min(stage, key=lambda c: self.error(c, prompt, seed))
-        spent = 1 + sum(self.whole_cost_from_start(c) for c in stage)
-        return {"candidate": best, "cost": spent, "generations": 1 + len(stage)}
-
-    def whole_cost_from_start(self, candidate: Candidate) -> float:
-        """Its search runs every step of every candidate."""
-        return 1 / candidate.speed_up(self.num_blocks, self.steps)
-
-    def brute_force(self, ratio: float, prompt: str, seed: int) -> Dict[str, Any]:
-        pool = candidates(self.num_blocks, self.steps, ratio)
-        started = time.time()
-        for number, candidate in enumerate(pool):
-            self.error(candidate, prompt, seed)
-            if number % 100 == 0:
-                print(f"ratio {ratio}: {number} of {len(pool)}, {time.time() - started:.0f} s", flush=True)
-        ranked = sorted(pool, key=lambda c: self.error(c, prompt, seed))
-        spent = 1 + sum(self.whole_cost_from_start(c) for c in pool)
-        return {"candidate": ranked[0], "cost": spent, "generations": 1 + len(pool), "ranked": ranked}
+            torch.manual_seed(case.seed)
+            session = Session(settings, None, BLOCKS, NAMES)
+            session.on_call(
+                type(bench.pipeline).__call__, bench.pipeline, (bench.pipeline,), bench.arguments(case.prompt)
+            )
+            report = formats.read_file(fingerprint.report_path(output))
+        bench.journal.save(name, report)
+    found = candidate_of({"config": report["chosen"]})
+    return Found(found, len(report["evaluations"]), report["cost"]["block_forwards"])
 
 
-def bootstrap(values: List[float], rounds: int = 2000) -> Tuple[float, float]:
+def two_stage(bench: Bench, ratio: float, case: Case) -> Found:
+    """msModelSlim's published loop bounds: every start but block 0 at the least length, then 3 starts x 8 x 2.
+
+    Judged by latents, which is kinder than its own re-encoded videos; lengths rounded so that the ratio is reached.
+    """
+    blocks = len(bench.blocks)
+    reaching = [
+        Candidate(start, start + length, first, 2)
+        for first in (0, 5)
+        for length in range(1, blocks)
+        for start in range(1, blocks - length + 1)
+        if Candidate(start, start + length, first, 2).speed_up(blocks, bench.steps) >= ratio
+    ]
+    if not reaching:
+        raise ValueError(f"the two-stage loop has no configuration that reaches {ratio:g} with {blocks} blocks")
+    least = min(c.stop - c.start for c in reaching if c.first == 0)
+    tried = [c for c in reaching if c.first == 0 and c.stop - c.start == least]
+    starts = {c.start for c in sorted(tried, key=lambda c: bench.error(c, case))[:3]}
+    lengths = range(least, least + 8)
+    tried += [c for c in reaching if c.start in starts and c.stop - c.start in lengths and c not in tried]
+    return Found(min(tried, key=lambda c: bench.error(c, case)), len(tried), bench.whole(tried))
+
+
+def ranked(bench: Bench, pool: Sequence[Candidate], case: Case, label: str) -> List[Candidate]:
+    """The whole family, best first."""
+    for number, candidate in enumerate(pool):
+        bench.error(candidate, case)
+        if number % 50 == 49:
+            print(f"{label}: {number + 1} of {len(pool)} evaluated", flush=True)
+    return sorted(pool, key=lambda candidate: bench.error(candidate, case))
+
+
+def bootstrap(values: Sequence[float], rounds: int = 2000) -> Tuple[float, float]:
     """95 % interval of the mean."""
     generator = np.random.default_rng(0)
     picked = generator.choice(np.array(values), size=(rounds, len(values))).mean(1)
     return float(np.percentile(picked, 2.5)), float(np.percentile(picked, 97.5))
 
 
-def compare(bench: Bench, ratio: float, prompt: str, seed: int, heldout: List[str]) -> Dict[str, Any]:
-    """One row per method: its configuration, its errors, its cost."""
-    brute = bench.brute_force(ratio, prompt, seed)
-    found = {
-        "ours": bench.ours(ratio, prompt, seed),
-        "two-stage": bench.two_stage(ratio, prompt, seed),
-        "brute force": brute,
+def compare(bench: Bench, ratio: float, case: Case, heldout: List[Case], rank_cases: List[Case]) -> Dict[str, Any]:
+    """One row per method, and where the found configuration stands in the family."""
+    own = ours(bench, ratio, case)
+    pool = candidates(len(bench.blocks), bench.steps, ratio)
+    order = ranked(bench, pool, case, f"ratio {ratio:g}, calibration prompt")
+    found = dict(zip(METHODS, (own, two_stage(bench, ratio, case), Found(order[0], len(pool), bench.whole(pool)))))
+    bench.forget(case)
+    errors: Dict[str, List[float]] = {method: [] for method in METHODS}
+    for held in heldout:
+        for method, result in found.items():
+            errors[method].append(bench.error(result.candidate, held))
+        bench.forget(held)
+    best = bench.error(order[0], case)
+    rows = {
+        method: row(bench, result, bench.error(result.candidate, case) / best - 1, bench.error(result.candidate, case))
+        for method, result in found.items()
     }
-    best = bench.error(brute["candidate"], prompt, seed)
-    rows: Dict[str, Any] = {}
-    errors: Dict[str, List[float]] = {}
-    for method, result in found.items():
-        candidate = result["candidate"]
-        if candidate is None:
-            rows[method] = {"config": None, "cost": result["cost"]}
-            continue
-        errors[method] = [bench.error(candidate, text, 1000 + i) for i, text in enumerate(heldout)]
-        rows[method] = {
-            "config": candidate.config.to_dict(),
-            "speed_up": candidate.speed_up(bench.num_blocks, bench.steps),
-            "calibration_error": bench.error(candidate, prompt, seed),
-            "over_best": bench.error(candidate, prompt, seed) / best - 1,
-            "heldout_error": float(np.mean(errors[method])),
-            "heldout_interval": bootstrap(errors[method]),
-            "cost_plain_generations": result["cost"],
-            "block_forwards": round(result["cost"] * bench.num_blocks * bench.steps),
-            "generations": result.get("generations", len(result.get("report", {}).get("evaluations", [])) + 1),
-        }
-    for method in rows:
-        if method in errors and method != "ours":
-            difference = [a / b - 1 for a, b in zip(errors["ours"], errors[method])]
-            rows[method]["ours_over_this_heldout"] = float(np.mean(difference))
-            rows[method]["ours_over_this_interval"] = bootstrap(difference)
-    ours = found["ours"]["candidate"]
-    rows["ours"]["rank"] = 1 + brute["ranked"].index(ours) if ours in brute["ranked"] else None
-    rows["family"] = len(brute["ranked"])
-    rows["heldout_rank_among_top"] = heldout_rank(bench, ours, brute["ranked"][:10], heldout[:4])
-    return rows
+    for method in METHODS:
+        rows[method].update(against(errors["ours"], errors[method]))
+    ranks = [heldout_rank(bench, pool, own.candidate, order[0], held, ratio) for held in rank_cases]
+    return {"rows": rows, "family": len(pool), "rank": 1 + order.index(own.candidate), "heldout_ranks": ranks}
 
 
-def heldout_rank(bench: Bench, ours: Candidate, top: List[Candidate], heldout: List[str]) -> int:
-    """The place ours takes on held-out prompts among the brute-force ten best of the calibration prompt."""
+def row(bench: Bench, found: Found, over_best: float, error: float) -> Dict[str, Any]:
+    return {
+        "config": found.candidate.config.to_dict(),
+        "speed_up": bench.speed_up(found.candidate),
+        "calibration_error": error,
+        "over_best": over_best,
+        "evaluations": found.evaluations,
+        "block_forwards": found.block_forwards,
+        "plain_generations": found.block_forwards / bench.plain,
+    }
 
-    def mean(candidate: Candidate) -> float:
-        return float(np.mean([bench.error(candidate, text, 1000 + i) for i, text in enumerate(heldout)]))
 
-    own = mean(ours)
-    return 1 + sum(mean(candidate) < own for candidate in top if candidate != ours)
+def against(own: Sequence[float], other: Sequence[float]) -> Dict[str, Any]:
+    """A method's held-out errors, and how much larger ours are, prompt by prompt."""
+    difference = [a / b - 1 for a, b in zip(own, other)]
+    return {
+        "heldout_error": float(np.mean(other)),
+        "heldout_interval": bootstrap(other),
+        "ours_over_this": float(np.mean(difference)),
+        "ours_over_this_interval": bootstrap(difference),
+    }
+
+
+def heldout_rank(
+    bench: Bench, pool: Sequence[Candidate], own: Candidate, brute: Candidate, case: Case, ratio: float
+) -> Dict[str, Any]:
+    """Where ours, and the best of the calibration prompt, stand when the whole family runs on a held-out prompt."""
+    order = ranked(bench, pool, case, f"ratio {ratio:g}, held-out prompt")
+    bench.forget(case)
+    best = bench.error(order[0], case)
+    return {
+        "prompt": case.prompt,
+        "ours": 1 + order.index(own),
+        "ours_over_best": bench.error(own, case) / best - 1,
+        "brute_force": 1 + order.index(brute),
+        "brute_force_over_best": bench.error(brute, case) / best - 1,
+    }
 
 
 def table(results: Dict[str, Any]) -> str:
+    """Markdown: every ratio's rows, then the ranks."""
     lines = [
-        "| ratio | method | config (start, blocks, step, interval) | speed-up | error | over best | held-out | cost |",
-        "|---|---|---|---|---|---|---|---|",
+        "| ratio | method | start, blocks, step, interval | speed-up | error | over best | held-out error [95 %] | "
+        "ours over it, held out [95 %] | evaluations | block forwards | plain generations |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for ratio, rows in results["ratios"].items():
-        for method in ("ours", "two-stage", "brute force"):
-            row = rows[method]
-            if row["config"] is None:
-                lines.append(f"| {ratio} | {method} | not reachable | | | | | {row['cost']:.1f} |")
-                continue
-            keys = ("cache_block_start", "cache_num_blocks", "cache_step_start", "cache_step_interval")
-            config = ", ".join(str(row["config"][key]) for key in keys)
-            low, high = row["heldout_interval"]
-            lines.append(
-                f"| {ratio} | {method} | {config} | {row['speed_up']:.3f} | {row['calibration_error']:.5f} | "
-                f"{100 * row['over_best']:+.1f} % | {row['heldout_error']:.5f} [{low:.5f}, {high:.5f}] | "
-                f"{row['cost_plain_generations']:.2f} ({row['block_forwards']}) |"
-            )
+    for ratio, result in results.items():
+        lines += [_line(ratio, method, result["rows"][method]) for method in METHODS]
+    lines += ["", "Place of the found configuration in the whole family, and its error over the best one's:", ""]
+    for ratio, result in results.items():
+        held = "; ".join(
+            f"held out {rank['ours']} ({100 * rank['ours_over_best']:+.1f} %), where the best of the calibration "
+            f"prompt is {rank['brute_force']} ({100 * rank['brute_force_over_best']:+.1f} %)"
+            for rank in result["heldout_ranks"]
+        )
+        own = result["rows"]["ours"]["over_best"]
+        lines.append(f"* {ratio}: {result['rank']} of {result['family']} ({100 * own:+.1f} %); {held}")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def _line(ratio: str, method: str, row: Dict[str, Any]) -> str:
+    keys = ("cache_block_start", "cache_num_blocks", "cache_step_start", "cache_step_interval")
+    config = ", ".join(str(row["config"][key]) for key in keys)
+    low, high = row["heldout_interval"]
+    ours_low, ours_high = (100 * value for value in row["ours_over_this_interval"])
+    against_ours = f"{100 * row['ours_over_this']:+.1f} % [{ours_low:+.1f}, {ours_high:+.1f}]"
+    return (
+        f"| {ratio} | {method} | {config} | {row['speed_up']:.3f} | {row['calibration_error']:.5f} | "
+        f"{100 * row['over_best']:+.1f} % | {row['heldout_error']:.5f} [{low:.5f}, {high:.5f}] | "
+        f"{'' if method == 'ours' else against_ours} | {row['evaluations']} | {row['block_forwards']} | "
+        f"{row['plain_generations']:.2f} |"
+    )
+
+
+def run_ratio(options: argparse.Namespace, ratio: float) -> None:
+    torch.set_num_threads(1)
+    stem = options.out / f"search-{options.steps}-{ratio:g}"
+    bench = Bench(options.steps, options.checkpoint, Path(f"{stem}.journal"))
+    case = Case(calibration_prompts(1)[0], options.seed)
+    heldout = [Case(text, 1000 + number) for number, text in enumerate(heldout_prompts(options.heldout))]
+    result = compare(bench, ratio, case, heldout, heldout[: options.rank_prompts])
+    formats.write_json(f"{stem}.json", {"steps": options.steps, "ratio": ratio, **result})
+
+
+def write_table(options: argparse.Namespace) -> str:
+    """The table of every ratio that has been finished, by whichever process."""
+    found = {}
+    for path in options.out.glob(f"search-{options.steps}-*.json"):
+        result = json.loads(path.read_text())
+        found[result["ratio"]] = result
+    text = table({f"{ratio:g}": found[ratio] for ratio in sorted(found)})
+    (options.out / f"search-{options.steps}.md").write_text(text)
+    return text
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--heldout", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--heldout", type=int, default=12, help="held-out prompts for the found configurations")
+    parser.add_argument("--rank-prompts", type=int, default=2, help="of these, how many run the whole family")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--jobs", type=int, default=1, help="ratios at a time")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/search"))
-    options = parser.parse_args()
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--table", action="store_true", help="evaluate nothing")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(options.steps, options.out)
-    prompt = calibration_prompts(1)[0]
-    results: Dict[str, Any] = {"steps": options.steps, "blocks": bench.num_blocks, "ratios": {}}
-    for ratio in options.ratios:
-        results["ratios"][str(ratio)] = compare(bench, ratio, prompt, options.seed, heldout_prompts(options.heldout))
-        formats.write_json(str(options.out / f"search-{options.steps}.json"), results)
-        (options.out / f"search-{options.steps}.md").write_text(table(results))
-    print(table(results))
+    if not options.table:
+        # Processes of their own: two searches in one would share its random state.
+        with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(options.ratios))) as pool:
+            pool.starmap(run_ratio, [(options, ratio) for ratio in options.ratios], chunksize=1)
+    print(write_table(options))
 
 
 if __name__ == "__main__":

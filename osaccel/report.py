@@ -77,15 +77,31 @@ def pareto(points: Sequence[Sequence[float]]) -> List[Sequence[float]]:
 
 def draw_tradeoff(report: Dict[str, Any], figure: Any) -> None:
     axes = figure.subplots()
-    finished = [e for e in report["evaluations"] if e["error"] is not None]
-    points = [(e["predicted_speed_up"], e["error"]) for e in finished]
-    axes.scatter(*zip(*points), color="#4477aa", label="verified", zorder=2)
-    axes.plot(*zip(*pareto(points)), color="#999999", label="Pareto front", zorder=1)
-    axes.scatter([report["speed_up"]], [report["error"]], color="#cc3311", marker="*", s=160, label="chosen", zorder=3)
-    axes.set_xlabel("speed-up in blocks")
+    points = [(e["predicted_speed_up"], e["error"]) for e in report["evaluations"] if e["error"] is not None]
+    stopped = [
+        (e["predicted_speed_up"], e["last_error"])
+        for e in report["evaluations"]
+        if e["error"] is None and e.get("last_error")
+    ]
+    if stopped:
+        axes.scatter(
+            *zip(*stopped), facecolors="none", edgecolors="#999999", marker="^", label="given up: error so far"
+        )
+    axes.plot(*zip(*pareto(points)), color="#66aadd", drawstyle="steps-post", label="Pareto front", zorder=1)
+    axes.scatter(*zip(*points), color="#225588", label="verified", zorder=2)
+    axes.scatter([report["speed_up"]], [report["error"]], color="#cc3311", marker="*", s=190, label="chosen", zorder=3)
+    goal = report.get("goal", {})
+    if goal.get("ratio") and goal.get("min_psnr") is None:
+        axes.axvline(goal["ratio"], color="#cc3311", linewidth=1, linestyle=":", label="asked for")
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.grid(True, which="both", color="#eeeeee")
+    axes.set_axisbelow(True)
+    axes.ticklabel_format(axis="x", useOffset=False)
+    axes.set_xlabel("speed-up: blocks of a plain generation / blocks computed")
     axes.set_ylabel("relative error of the final latents")
-    axes.set_title("Error against speed-up")
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
 
 
 def compute_map(report: Dict[str, Any]) -> np.ndarray:
@@ -100,32 +116,60 @@ def compute_map(report: Dict[str, Any]) -> np.ndarray:
 
 
 def draw_map(report: Dict[str, Any], figure: Any) -> None:
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
     axes = figure.subplots()
-    axes.imshow(compute_map(report), aspect="auto", origin="lower", cmap="Blues", vmin=0, vmax=1.4)
-    axes.set_xlabel("step")
-    axes.set_ylabel("block")
-    axes.set_title("Dark: computed, white: reused")
+    colours = {"reused": "#f2c14e", "computed": "#225588"}
+    computes = compute_map(report)
+    axes.imshow(computes, aspect="auto", origin="lower", cmap=ListedColormap(list(colours.values())), vmin=0, vmax=1)
+    for block in range(1, len(computes)):
+        axes.axhline(block - 0.5, color="white", linewidth=0.5)
+    _label_blocks_and_steps(axes, len(computes))
+    shares = {"reused": 1 - computes.mean(), "computed": computes.mean()}
+    handles = [Patch(color=colour, label=f"{name} ({100 * shares[name]:.1f} %)") for name, colour in colours.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=2, frameon=False)
 
 
 def draw_change(report: Dict[str, Any], figure: Any) -> None:
+    from matplotlib.patches import Rectangle
+
     axes = figure.subplots()
     change = np.array(report["delta_change"]).T
     shown = np.log10(np.maximum(change, 1e-12))
     # The first step has none before it.
     shown[:, :1] = np.nan
     image = axes.imshow(shown, aspect="auto", origin="lower", cmap="viridis")
-    axes.set_xlabel("step")
-    axes.set_ylabel("block")
-    axes.set_title("Change of each block's delta since the step before (log10)")
-    figure.colorbar(image)
+    start, count, first, _ = (int(report["chosen"][key]) for key in CACHE_KEYS)
+    corner, width = (first - 0.5, start - 0.5), change.shape[1] - first
+    outline = Rectangle(corner, width, count, fill=False, edgecolor="#ff5533", linewidth=2, clip_on=False)
+    axes.add_patch(outline)
+    _label_blocks_and_steps(axes, len(change))
+    figure.colorbar(image, label="log10 of the L2 norm of the change since the step before")
+    figure.legend([outline], ["blocks and steps of the chosen cache"], loc="outside upper center", frameon=False)
+
+
+def _label_blocks_and_steps(axes: Any, blocks: int) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlabel("denoising step (0 is the noisiest)")
+    axes.set_ylabel("transformer block")
+    axes.set_yticks(range(0, blocks, 1 + (blocks - 1) // 16))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def draw_frames(report: Dict[str, Any], figure: Any) -> None:
     plain, cached = report["frames"]["plain"], report["frames"]["cached"]
-    axes = figure.subplots(2, len(plain), squeeze=False)
-    for row, (name, frames) in enumerate((("plain", plain), ("cached", cached))):
+    difference = np.abs(cached.astype(float) - plain)
+    # A power of two that makes the largest difference fill the range.
+    gain = 2 ** int(np.floor(np.log2(255 / max(difference.max(), 1.0))))
+    rows = {"plain": plain, "cached": cached, f"difference x {gain}": (gain * difference).astype(np.uint8)}
+    height, width = plain.shape[1:3]
+    figure.set_size_inches(9, 9 / len(plain) * 3 * height / width + 0.3)
+    axes = figure.subplots(len(rows), len(plain), squeeze=False)
+    for row, (name, frames) in enumerate(rows.items()):
         for column, frame in enumerate(frames):
-            axes[row][column].imshow(frame.squeeze(), cmap="gray" if frame.shape[-1] == 1 else None)
+            axes[row][column].imshow(frame.squeeze(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
             axes[row][column].set_xticks([])
             axes[row][column].set_yticks([])
         axes[row][0].set_ylabel(name)
@@ -133,10 +177,10 @@ def draw_frames(report: Dict[str, Any], figure: Any) -> None:
 
 PLOTS = {"tradeoff": draw_tradeoff, "blocks": draw_map, "change": draw_change}
 _TITLES = {
-    "tradeoff": "Every verified configuration",
+    "tradeoff": "Error against speed-up of every verified configuration",
     "blocks": "Which blocks compute at which step",
-    "change": "Where the blocks change",
-    "frames": "Plain above, cached below",
+    "change": "How much each block's delta changes from step to step",
+    "frames": "Frames of the plain and of the cached generation",
     "timesteps": "The timesteps found against even spacing",
     "costs": "Predicted error by number of steps",
     "gaps": "Gap to the full number of steps closed",
@@ -150,16 +194,32 @@ _STYLE = (
 
 def page(report: Dict[str, Any], images: Dict[str, str]) -> str:
     """The HTML page, its pictures inside it."""
+    cost, bound, goal = report["cost"], report["fingerprint"], report.get("goal", {})
+    wished = f"PSNR of {goal['min_psnr']:g} dB" if goal.get("min_psnr") else f"speed-up of {goal.get('ratio', 1):g}"
     facts = {
+        "asked for": wished,
         "speed-up in blocks": f"{report['speed_up']:.3f}",
         "error of the final latents": f"{report['error']:.5g}",
-        "cost of the search": f"{report['cost']['plain_generations']:.2f} plain generations",
-        "verified": len(report["evaluations"]),
-        **{key: value for key, value in report["fingerprint"].items() if key in ("steps", "blocks", "sampler")},
-        "resolution (frames, height, width)": report["fingerprint"].get("resolution"),
+        **({"PSNR of the frames": f"{report['psnr']:.2f} dB"} if report.get("psnr") is not None else {}),
+        **{key: bound[key] for key in ("steps", "blocks", "sampler") if key in bound},
+        "frames, height, width": ", ".join(map(str, bound.get("resolution") or ["not known"])),
         "versions": ", ".join(f"{name} {value}" for name, value in report.get("versions", {}).items()),
     }
-    return _html("Cache search", {"The configuration": report["chosen"], "What it does": facts}, images)
+    given_up = sum(bool(e.get("abandoned")) for e in report["evaluations"])
+    spent = {
+        "cost of the search": f"{cost['plain_generations']:.2f} plain generations, the plain one included",
+        "candidates verified": f"{len(report['evaluations'])}, {given_up} of them given up early",
+        **_if_known(cost, "block forwards", "block_forwards", "{}"),
+        **_if_known(cost, "time", "seconds", "{:.1f} s"),
+        **_if_known(cost, "block boundaries kept", "boundary_bytes", "{} bytes on the host"),
+        **_if_known(cost, "storing steps computed again", "storing_steps_recomputed", "{}"),
+    }
+    tables = {"The configuration": report["chosen"], "What it does": facts, "What it took to find": spent}
+    return _html("Cache search", tables, images)
+
+
+def _if_known(content: Dict[str, Any], label: str, key: str, form: str) -> Dict[str, str]:
+    return {label: form.format(content[key])} if content.get(key) is not None else {}
 
 
 def restep_page(report: Dict[str, Any], images: Dict[str, str]) -> str:

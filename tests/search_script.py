@@ -63,4 +63,4 @@ for number in range(prompts):
         continue
     pipeline(prompt=f"prompt {number} {os.environ.get('PROMPT', '')}", num_inference_steps=steps)
     print(f"rank {rank} sampled {number}", flush=True)
-print(f"rank {rank} reached its end", flush=True)
+print(f"rank {rank} reached its end after {pipeline.block_calls()} block calls", flush=True)

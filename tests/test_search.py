@@ -25,9 +25,11 @@ from osaccel.cache.executor import HiddenStates
 from osaccel.cache.policy import IntervalPolicy
 from osaccel.generation import Generation
 from osaccel.search import cache_search
+from osaccel.search.boundaries import Boundaries
 from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
 from osaccel.search.evaluate import Evaluator
 from osaccel.search.journal import Journal, digest_of, weights_digest
+from osaccel.search.observe import watch_blocks
 from osaccel.search.regions import RegionErrors
 from osaccel.search.replay import Call, RandomState, Replay
 from osaccel.search.team import Team
@@ -56,6 +58,22 @@ def make_call(pipeline, **kwargs):
     return Call(type(pipeline).__call__, pipeline, (pipeline,), kwargs)
 
 
+def recorded(pipeline, memory=2**20, **kwargs):
+    """A recorded call with the block boundaries that fit into `memory` bytes."""
+    replay = Replay(make_call(pipeline, **kwargs))
+    boundaries = replay.boundaries = Boundaries(memory)
+    blocks = pipeline.transformer.transformer_blocks
+    replay.record(lambda generation: watch_blocks(blocks, generation.clock, HiddenStates(), boundaries.observe))
+    return replay
+
+
+def calls_of(pipeline, function):
+    """What the function returns, and how often each block was called meanwhile."""
+    before = pipeline.block_calls()
+    result = function()
+    return result, [now - then for now, then in zip(pipeline.block_calls(), before)]
+
+
 def full_run(call, candidate):
     call.state.restore()
     with Generation(call.pipeline, IntervalPolicy(candidate.config)):
@@ -69,14 +87,59 @@ def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(schedul
     plain = replay.record()
     steps = replay.recording.steps
     candidate = Candidate(1, 5, steps // 2, 2)
-    before = pipeline.block_calls()
-    resumed, _ = replay.run(IntervalPolicy(candidate.config), candidate.first)
-    calls = [now - then for now, then in zip(pipeline.block_calls(), before)]
+    resumed, calls = calls_of(pipeline, lambda: replay.run(IntervalPolicy(candidate.config), candidate.first))
     assert torch.equal(resumed, full_run(replay.call, candidate))
     assert calls[0] == steps - candidate.first, "no step before the first stored delta is recomputed"
     assert 0 < calls[2] < calls[0], "the region was reused"
     assert torch.equal(replay.decode(), plain)
     assert torch.equal(replay.decode(torch.ones_like(plain)), torch.ones_like(plain))
+
+
+@pytest.mark.parametrize("first", (0, 3, 7))
+@pytest.mark.parametrize("forwards, sequence_first", ((1, False), (2, False), (1, True)))
+def test_nothing_before_the_first_reused_step_is_computed_again(forwards, sequence_first, first):
+    pipeline = UnseededPipeline(forwards=forwards, sequence_first=sequence_first)
+    replay = recorded(pipeline)
+    for start, stop in ((0, 6), (1, 4), (5, 6)):
+        candidate = Candidate(start, stop, first, 2)
+        run = IntervalPolicy(candidate.config), first, lambda *_: None
+        resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
+        assert torch.equal(resumed, full_run(replay.call, candidate)), "bit for bit"
+        reused = cache_search.reused(10, first, 2)
+        assert calls == [forwards * (9 - first - reused * (start <= block < stop)) for block in range(6)]
+
+
+def test_boundaries_stay_within_their_memory_and_where_they_end_the_storing_step_is_computed_again():
+    pipeline = UnseededPipeline()
+    one_step = recorded(pipeline).boundaries.bytes_used / 10
+    memory = int(3.5 * one_step)
+    replay = recorded(pipeline, memory=memory)
+    assert sorted(replay.boundaries.kept) == [0, 1, 2]
+    assert replay.boundaries.bytes_used == 3 * one_step <= memory
+    for first, again in ((2, 0), (3, 1)):
+        candidate = Candidate(1, 5, first, 3)
+        run = IntervalPolicy(candidate.config), first, lambda *_: None
+        resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
+        assert torch.equal(resumed, full_run(replay.call, candidate))
+        assert calls[0] == 9 - first + again
+
+
+@pytest.mark.parametrize("forwards", (1, 2))
+def test_the_cost_of_a_search_is_the_number_of_real_block_calls(forwards):
+    pipeline = UnseededPipeline(forwards=forwards)
+    replays, plain_calls = calls_of(pipeline, lambda: [recorded(pipeline, memory) for memory in (2**20, 0)])
+    evaluate = Evaluator(replays, Team())
+    whole, hopeless = Candidate(1, 4, 3, 3), Candidate(0, 5, 0, 6)
+    found, calls = calls_of(pipeline, lambda: evaluate(whole))
+    costs = [cache_search.cost(whole, 6, 10, replay.resumed_at(3)) for replay in replays]
+    assert found["block_forwards"] == sum(calls) == forwards * sum(costs) and costs[1] == costs[0] + 6
+    stopped, calls_until_stopped = calls_of(pipeline, lambda: evaluate(hopeless, best=found))
+    assert stopped["abandoned"] and stopped["block_forwards"] == sum(calls_until_stopped) > 0
+    search = Search([whole, hopeless], np.ones(2), 6, 10, Goal(1.3), plain=sum(plain_calls))
+    search.add(found)
+    search.add(stopped)
+    assert search.block_forwards == sum(plain_calls) + sum(calls) + sum(calls_until_stopped)
+    assert search.spent == search.block_forwards / sum(plain_calls)
 
 
 def test_replays_restore_every_random_state_and_generators_among_the_arguments():
@@ -93,10 +156,11 @@ def test_region_errors_are_those_of_the_deltas(forwards):
     pipeline = UnseededPipeline(num_blocks=4, forwards=forwards)
     errors, seen = RegionErrors(4, 2), {}
     replay = Replay(make_call(pipeline, num_inference_steps=6))
+    blocks = pipeline.transformer.transformer_blocks
 
     def attach(generation):
-        detach = errors.attach(pipeline.transformer.transformer_blocks, generation.clock, HiddenStates())
-        for index, block in enumerate(pipeline.transformer.transformer_blocks):
+        detach = watch_blocks(blocks, generation.clock, HiddenStates(), errors.observe)
+        for index, block in enumerate(blocks):
             inner = block.forward
 
             def spy(hidden_states, inner=inner, index=index, **kwargs):
@@ -125,7 +189,7 @@ def test_region_errors_stay_within_their_memory():
     limit = 60_000
     errors = RegionErrors(5, 5, memory=limit)
     clock = SimpleNamespace(step=0)
-    detach = errors.attach(blocks, clock, HiddenStates())
+    detach = watch_blocks(blocks, clock, HiddenStates(), errors.observe)
     exact = RegionErrors(5, 5)
     with torch.no_grad():
         for step in range(8):
@@ -155,7 +219,7 @@ def test_an_unreachable_ratio_says_what_is_reachable():
 def evaluation(candidate, error, abandoned=False):
     return {
         "config": candidate.config.to_dict(), "error": error, "abandoned": abandoned, "psnr": None, "steps_run": 20,
-        "curves": [[error] * 20],
+        "curves": [[error] * 20], "block_forwards": cache_search.cost(candidate, 6, 20),
     }  # fmt: skip
 
 

@@ -43,15 +43,15 @@ def finished_lines(tmp_path):
     return path.read_text().count("\n") if path.exists() else 0
 
 
-def kill_after(process, tmp_path, evaluations, rank=None):
-    """SIGKILL the process group, or one rank (torchrun gives its ranks groups of their own and ends the others)."""
+def kill_after(process, tmp_path, evaluations, ranks=()):
+    """SIGKILL the process group, or some ranks (torchrun gives its ranks groups of their own and ends the others)."""
     until = time.time() + 90
     while finished_lines(tmp_path) < evaluations:
         assert time.time() < until and process.poll() is None, process.communicate()[0][-3000:]
         time.sleep(0.02)
-    if rank is None:
+    if not ranks:
         os.killpg(process.pid, signal.SIGKILL)
-    else:
+    for rank in ranks:
         os.kill(int((tmp_path / f"rank-{rank}.pid").read_text()), signal.SIGKILL)
     process.communicate()
 
@@ -112,17 +112,28 @@ def test_sequence_parallel_ranks_decide_as_one_and_all_end(tmp_path):
     assert log.count("found {") == 1 and report(tmp_path)["fingerprint"]["ranks"] == 2
 
 
-def test_a_killed_sequence_parallel_search_resumes(tmp_path):
-    kill_after(start(tmp_path, mode="sp", ranks=2, slow=0.03, PID_DIR=str(tmp_path)), tmp_path, 1, rank=1)
-    assert "resuming" in finish(start(tmp_path, mode="sp", ranks=2))
+def test_sequence_parallel_ranks_go_on_with_the_same_config(tmp_path):
+    log = finish(start(tmp_path, mode="sp", ranks=2, prompts=2, OSACCEL_SEARCH_THEN="continue"))
+    ends = [line.split("after")[1] for line in log.splitlines() if "reached its end" in line]
+    assert len(ends) == 2 and ends[0] == ends[1]
+    assert log.count("generation: 10 steps") == 1
+
+
+@pytest.mark.parametrize("ranks", ((1,), (0, 1)), ids=("one rank", "all ranks"))
+def test_a_killed_sequence_parallel_search_resumes_without_repeating_anything(tmp_path, ranks):
+    kill_after(start(tmp_path, mode="sp", ranks=2, slow=0.03, PID_DIR=str(tmp_path)), tmp_path, 1, ranks)
+    done = finished_lines(tmp_path)
+    assert f"resuming: {done} evaluations are finished" in finish(start(tmp_path, mode="sp", ranks=2))
+    configs = [json.dumps(e["config"]) for e in report(tmp_path)["evaluations"]]
+    assert len(configs) == len(set(configs)) > done
 
 
 def test_ranks_that_split_prompts_share_the_work_whatever_their_number_of_prompts(tmp_path):
-    log = finish(start(tmp_path, mode="dp", ranks=2, prompts=3, OSACCEL_SEARCH_PROMPTS="2"))
+    log = finish(start(tmp_path, mode="dp", ranks=2, prompts=3, slow=0.03, OSACCEL_SEARCH_PROMPTS="2"))
     assert log.count("found {") == 1 and "sampled 1" not in log
-    alone = tmp_path / "alone"
-    alone.mkdir()
-    assert report(tmp_path)["cost"]["plain_generations"] <= 6
+    found = report(tmp_path)
+    assert {evaluation["worker"] for evaluation in found["evaluations"]} == {0, 1}
+    assert found["cost"]["plain_generations"] <= 6
 
 
 def test_strict_refuses_a_config_searched_for_other_steps(tmp_path):

@@ -116,6 +116,10 @@ class RegionCache:
         self.lanes.clear()
         self._generation += 1
 
+    def seed(self, branch: int, delta: Streams) -> None:
+        """Take `delta` as what the branch stored last, as if this generation had computed it."""
+        self.lanes.setdefault(branch, _Lane()).deltas.insert(0, delta)
+
     def make_forward(self, index: int, clock: Any, original: Callable) -> Callable:
         """The function that stands for block `index`: it computes, stores or reconstructs as the plan says."""
         is_first, is_last = index == self.region.start, index == self.region.stop - 1
@@ -247,6 +251,10 @@ class BlockCache:
     def computed_blocks(self) -> int:
         """Blocks that really ran so far."""
         return self.total_blocks - sum(cache.skipped_blocks for cache in self.regions)
+
+    def seed(self, region: int, branch: int, delta: Streams) -> None:
+        """Take `delta` as what the branch of this region stored last: for a generation that begins in the middle."""
+        self.regions[region].seed(branch, delta)
 
     def clear(self) -> None:
         """Forget every stored delta."""

@@ -6,7 +6,7 @@ journal goes on as if it had not been stopped. What is not finite loses.
 """
 
 import math
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -163,7 +163,8 @@ class Search:
 
     Args:
         pool, scores: the candidates and their predicted errors.
-        plain: block forwards of the plain generations of all calls.
+        plain: block forwards of the plain generations of all calls; by default of one with one forward per step.
+        price: block forwards that verifying a candidate is expected to take, in units of `plain`.
         budget: block forwards to spend, in units of `plain`, the plain generations included.
         workers: how many candidates are verified side by side, in one round.
     """
@@ -175,10 +176,14 @@ class Search:
         num_blocks: int,
         num_steps: int,
         goal: Goal,
+        plain: Optional[int] = None,
+        price: Optional[Callable[[Candidate], float]] = None,
         budget: float = BUDGET,
         workers: int = 1,
     ):
         self.goal, self.num_blocks, self.num_steps = goal, num_blocks, num_steps
+        self.plain = plain or num_blocks * num_steps
+        self.price = price or (lambda candidate: cost(candidate, num_blocks, num_steps) / (num_blocks * num_steps))
         self.budget, self.workers = budget, workers
         self.belief = Belief(pool, scores, num_blocks, num_steps)
         self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
@@ -188,22 +193,26 @@ class Search:
         self.done[candidate_of(evaluation)] = evaluation
 
     @property
+    def block_forwards(self) -> int:
+        """Blocks computed so far, the plain generations included."""
+        return self.plain + sum(evaluation["block_forwards"] for evaluation in self.done.values())
+
+    @property
     def spent(self) -> float:
-        """Plain generations' worth of block forwards so far."""
-        plain = self.num_blocks * self.num_steps
-        return 1.0 + sum(cost(c, self.num_blocks, self.num_steps, e) for c, e in self.done.items()) / plain
+        """The same in plain generations."""
+        return self.block_forwards / self.plain
 
     def next_round(self) -> List[Candidate]:
         """The candidates to verify now, at most one per worker; empty when the search is over."""
         chosen: List[Candidate] = []
         if len(self.done) >= MAX_VERIFIED:
             return chosen
-        spent, plain = self.spent, self.num_blocks * self.num_steps
+        spent = self.spent
         for index in self._order():
             candidate = self.belief.pool[index]
             if candidate in self.done or not np.isfinite(self.belief.log_scores[index]):
                 continue
-            price = cost(candidate, self.num_blocks, self.num_steps) / plain
+            price = self.price(candidate)
             if spent + price > self.budget:
                 # A cheaper one further down would be verified only because it is cheap.
                 break
@@ -286,13 +295,11 @@ def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:
     return list(found)
 
 
-def cost(candidate: Candidate, num_blocks: int, num_steps: int, evaluation: Optional[Dict[str, Any]] = None) -> int:
-    """Block forwards one verification takes per branch: from the storing step on, and as far as it went."""
-    last = num_steps
-    if evaluation is not None and evaluation.get("abandoned"):
-        last = evaluation["steps_run"]
+def cost(candidate: Candidate, num_blocks: int, num_steps: int, resume: Optional[int] = None) -> int:
+    """Blocks a branch computes in a generation with this cache from step `resume` on; by default the storing step."""
     policy = IntervalPolicy(candidate.config)
-    return computed_blocks(policy, num_blocks, last) - num_blocks * candidate.first
+    start = candidate.first if resume is None else resume
+    return computed_blocks(policy, num_blocks, num_steps) - computed_blocks(policy, num_blocks, start)
 
 
 def candidate_of(evaluation: Dict[str, Any]) -> Candidate:

@@ -15,6 +15,7 @@ from osaccel.cache.config import DitCacheConfig
 from osaccel.generation import wrap_method
 from osaccel.search import cache_search
 from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
+from osaccel.search.observe import watch_blocks
 from osaccel.search.regions import RegionErrors
 
 # Whole generations cannot be resumed, so fewer fit into the same cost.
@@ -51,7 +52,11 @@ def _observed(adaptor: Any, run: Callable, num_videos: int, errors: RegionErrors
     settings = adaptor.search_config
     clock = _Clock(settings.num_sampling_steps)
     blocks = list(adaptor._blocks)
-    undo = [errors.attach(blocks, clock, adaptor.hidden_states()), clock.follow(adaptor.pipeline, blocks[-1])]
+    undo = [
+        errors.close,
+        watch_blocks(blocks, clock, adaptor.hidden_states(), errors.observe),
+        clock.follow(adaptor.pipeline, blocks[-1]),
+    ]
     try:
         return _checked(run(adaptor.pipeline), num_videos)
     finally:
@@ -96,7 +101,7 @@ class _Clock:
 def _evaluate(
     adaptor: Any, run: Callable, num_videos: int, candidate: Candidate, plain: List[np.ndarray]
 ) -> Dict[str, Any]:
-    started = time.perf_counter()
+    started, settings = time.perf_counter(), adaptor.search_config
     adaptor.dit_cache_config = candidate.config
     try:
         videos = _checked(run(adaptor.pipeline), num_videos)
@@ -109,6 +114,7 @@ def _evaluate(
         "error": _agreed(error) if math.isfinite(error) else None,
         "psnr": None,
         "abandoned": False,
+        "block_forwards": cache_search.cost(candidate, settings.dit_block_num, settings.num_sampling_steps, resume=0),
         "seconds": time.perf_counter() - started,
         "curves": [[]],
     }

@@ -8,8 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 
-from osaccel.cache.policy import IntervalPolicy, computed_blocks
-from osaccel.generation import find_blocks
+from osaccel.cache.policy import IntervalPolicy
 from osaccel.search.cache_search import Candidate, should_abandon
 from osaccel.search.replay import Abandoned, Replay
 from osaccel.search.team import Team
@@ -44,9 +43,9 @@ class Evaluator:
         for number, replay in enumerate(self.replays):
             rival = best["curves"][number] if best and len(best["curves"]) > number else None
             run = _Run(replay, candidate, self.team, rival, self.on_step)
-            output, computed = run.go(decode=self.decode)
+            output = run.go(decode=self.decode)
             curves.append([_json(value) for value in run.curve])
-            blocks += computed
+            blocks += replay.cache.computed_blocks if replay.cache else 0
             steps_run = len(run.curve)
             abandoned = run.abandoned
             if number == 0:
@@ -63,6 +62,7 @@ class Evaluator:
             "error": None if abandoned else _json(error),
             "psnr": _mean_psnr(psnrs) if psnrs and not abandoned else None,
             "abandoned": abandoned,
+            "resumed_at": self.replays[0].resumed_at(candidate.first),
             "steps_run": steps_run,
             "block_forwards": blocks,
             "seconds": time.perf_counter() - started,
@@ -76,29 +76,22 @@ class Evaluator:
 
 
 class _Run:
-    """One call under one candidate, resumed at the step that stores the first delta."""
+    """One call under one candidate, resumed where the first delta is there or is stored."""
 
     def __init__(self, replay: Replay, candidate: Candidate, team: Team, rival: Any, on_step: Callable[[], None]):
         self.replay, self.candidate, self.team, self.rival, self.on_step = replay, candidate, team, rival, on_step
-        self.curve: List[float] = [0.0] * candidate.first
+        self.curve: List[float] = [0.0] * replay.resumed_at(candidate.first)
         self.square = self.reference = 0.0
         self.abandoned = False
         self.last: Optional[torch.Tensor] = None
-        self.blocks = 0
 
     def go(self, decode: bool) -> Any:
+        policy = IntervalPolicy(self.candidate.config)
         try:
-            return self.replay.run(
-                IntervalPolicy(self.candidate.config), self.candidate.first, self._watch, decode=decode
-            )
+            return self.replay.run_cached(policy, self.candidate.first, self._watch, decode=decode)
         except Abandoned:
             self.abandoned = True
-            policy = IntervalPolicy(self.candidate.config)
-            forwards = self.replay.recording.forwards / max(1, self.replay.recording.steps)
-            # The cache is gone with the call; what it computed follows from the policy.
-            num_blocks = len(find_blocks(self.replay.call.pipeline, self.replay.call.block_path))
-            computed = computed_blocks(policy, num_blocks, len(self.curve)) - num_blocks * self.candidate.first
-            return None, round(computed * forwards)
+            return None
 
     def _watch(self, step: int, latents: torch.Tensor) -> None:
         plain = self.replay.recording.latents[step].to(latents.device).double()

@@ -6,6 +6,7 @@ import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from osaccel import __version__, formats
+from osaccel.search.journal import digest_of, weights_digest
 
 # What a configuration must share with a generation to be valid for it.
 BINDING = ("steps", "blocks", "sampler", "resolution")
@@ -24,6 +25,37 @@ def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps:
         "blocks": blocks,
         "sampler": type(pipeline.scheduler).__name__,
         "resolution": size if all(isinstance(value, int) for value in size) else None,
+    }
+
+
+def of_search(
+    call: Any, blocks: int, timesteps: Optional[Sequence[float]], prompts: int, ranks: int, metric: str
+) -> Dict[str, Any]:
+    """Everything an evaluation depends on; a cache search whose fingerprint differs starts anew.
+
+    Args:
+        call: the first recorded one, an osaccel.search.replay.Call.
+        timesteps: the searched list it follows, or None.
+        prompts, ranks: how many calls are recorded, and how many ranks generate each.
+        metric: what candidates are judged by, in words.
+    """
+    pipeline, owner = call.pipeline, call.pipeline
+    for part in call.block_path.split(".")[:-1]:
+        owner = getattr(owner, part)
+    # diffusers keeps private entries there, one of them a list in the order of a set, another in every process.
+    config = {key: value for key, value in getattr(pipeline.scheduler, "config", {}).items() if key[:1] != "_"}
+    return {
+        **of_call(pipeline, call.arguments, blocks, timesteps),
+        "model": weights_digest(owner),
+        "sampler_config": digest_of(config),
+        "guidance_scale": call.arguments.get("guidance_scale"),
+        "prompt": digest_of({name: call.arguments.get(name) for name in ("prompt", "negative_prompt")}),
+        "arguments": digest_of(call.arguments),
+        "timesteps": None if timesteps is None else digest_of([float(value) for value in timesteps]),
+        "prompts": prompts,
+        "ranks": ranks,
+        "metric": metric,
+        "versions": versions(),
     }
 
 

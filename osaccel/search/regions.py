@@ -7,11 +7,11 @@ blocks x blocks matrix per pair of steps, hold the error of every region. Kept a
 steps only, of so many rows of the hidden states as fit into `memory` bytes; the squared error is scaled up from them.
 """
 
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from osaccel.cache.executor import HiddenStates, ReplacedForward
+from osaccel.cache.executor import Streams
 
 MEMORY = 512 * 2**20
 # Guidance run as two forwards keeps two histories; more than two are not expected.
@@ -33,48 +33,25 @@ class RegionErrors:
         self.bytes_used = 0
         self._history: Dict[int, List[Tuple[int, torch.Tensor]]] = {}
         self._rows: Dict[Tuple[int, ...], Optional[torch.Tensor]] = {}
-
-    def attach(self, blocks: Sequence[torch.nn.Module], clock: Any, states: HiddenStates) -> Callable[[], None]:
-        """Watch the blocks until the returned function is called; `clock.step` is the current step."""
-        replaced: List[ReplacedForward] = []
-        run: Dict[str, Any] = {"step": -1, "branch": -1, "deltas": []}
-
-        def detach() -> None:
-            while replaced:
-                replaced.pop().restore()
-            self._history.clear()
-
-        def maker(index: int) -> Callable[[Callable], Callable]:
-            def make(original: Callable) -> Callable:
-                def forward(*args: Any, **kwargs: Any) -> Any:
-                    before = states.of_input(args, kwargs)
-                    output = original(*args, **kwargs)
-                    self._observe(run, index, clock.step, before, states.of_output(output))
-                    return output
-
-                return forward
-
-            return make
-
-        try:
-            for index, block in enumerate(blocks):
-                replaced.append(ReplacedForward(block, maker(index)))
-        except BaseException:
-            detach()
-            raise
-        return detach
+        self._deltas: Dict[int, List[torch.Tensor]] = {}
+        self._step = -1
 
     @torch.no_grad()
-    def _observe(self, run: Dict[str, Any], index: int, step: int, before: Any, after: Any) -> None:
-        if index == 0:
-            if step < run["step"]:
-                # The next generation: its first steps have nothing to reuse.
-                self._history.clear()
-            run["branch"] = run["branch"] + 1 if run["step"] == step else 0
-            run["step"], run["deltas"] = step, []
-        run["deltas"].append(torch.cat([self._sample(b, a) for b, a in zip(before, after)]))
+    def observe(self, step: int, branch: int, index: int, before: Streams, after: Streams) -> None:
+        """Called after every block; `branch` numbers the passes of a step, `index` the blocks."""
+        if step < self._step:
+            # The next generation: its first steps have nothing to reuse.
+            self._history.clear()
+            self._deltas.clear()
+        self._step = step
+        deltas = self._deltas.setdefault(branch, [])
+        deltas.append(torch.cat([self._sample(b, a) for b, a in zip(before, after)]))
         if index == self.num_blocks - 1:
-            self._finish_pass(run["branch"], step, torch.stack(run["deltas"]))
+            self._finish_pass(branch, step, torch.stack(self._deltas.pop(branch)))
+
+    def close(self) -> None:
+        """The generation is over: let go of the kept deltas."""
+        self._history.clear()
 
     def _sample(self, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
         """The chosen rows of after - before, flat, scaled so that squares sum to what all rows would."""

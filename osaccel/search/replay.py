@@ -4,7 +4,7 @@
 A call is recorded as its arguments, the random state on entry and, per step, the prediction handed to
 `scheduler.step`. A replay restores the random state and lets the scheduler itself walk through the recorded predictions
 up to the step where it resumes: scheduler state, drawn noise and latents come out bit for bit, whatever the sampler,
-and the transformer is not called.
+and the transformer is not called. A cache gets its first delta from the block boundaries, where they were kept.
 """
 
 import inspect
@@ -15,8 +15,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 
+from osaccel.cache.executor import BlockCache, Streams
 from osaccel.cache.policy import IntervalPolicy
 from osaccel.generation import Generation, wrap_method
+from osaccel.search.boundaries import Boundaries
 
 
 class Abandoned(Exception):
@@ -103,7 +105,7 @@ def _generators(arguments: Dict[str, Any]) -> List[torch.Generator]:
 class Recording:
     """The plain generation of one call: per step the prediction given to the scheduler and the latents it returned.
 
-    Both are kept on the host: 2 latents per step.
+    Both are kept on the host: 2 latents per step. `seconds` is the time from the first forward to the last step.
     """
 
     def __init__(self) -> None:
@@ -132,6 +134,9 @@ class Replay:
     def __init__(self, call: Call, timesteps: Optional[Sequence[float]] = None):
         self.call, self.timesteps = call, timesteps
         self.recording = Recording()
+        self.boundaries = Boundaries()
+        # Of the last run under a policy; it goes on counting blocks until that run is over.
+        self.cache: Optional[BlockCache] = None
         self._text: Any = None
         # Called once the number of steps is known and nothing has been computed.
         self.before_first_forward: Callable[[], None] = lambda: None
@@ -143,9 +148,13 @@ class Replay:
         """
         self.recording = recording = Recording()
 
+        started = 0.0
+
         def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
+            nonlocal started
             if not recording.forwards:
                 self.before_first_forward()
+                started = time.perf_counter()
             recording.forwards += 1
             recording.stand_in = original(*args, **kwargs)
             return recording.stand_in
@@ -154,12 +163,33 @@ class Replay:
             recording.predictions.append(_prediction(args, kwargs).detach().cpu().clone())
             result = original(*args, **kwargs)
             recording.latents.append(latents_of(result).detach().cpu().clone())
+            recording.seconds = time.perf_counter() - started
             return result
 
-        started = time.perf_counter()
-        output = self._run(step, forward, None, decode, attach)[0]
-        recording.seconds = time.perf_counter() - started
-        return output
+        return self._run(step, forward, None, decode, attach)
+
+    def content(self) -> Dict[str, Any]:
+        """What `load` of another process needs, beside the call."""
+        return {"recording": vars(self.recording), "boundaries": self.boundaries}
+
+    def load(self, content: Dict[str, Any]) -> None:
+        vars(self.recording).update(content["recording"])
+        self.boundaries = content["boundaries"]
+
+    def run_cached(
+        self, policy: IntervalPolicy, first: int, watch: Callable[[int, torch.Tensor], None], decode: bool = False
+    ) -> Any:
+        """Run under a policy of one region that stores its first delta at step `first`; nothing before is computed.
+
+        Step `first` itself is computed only where its block boundaries were not kept. See `run`.
+        """
+        kept = first in self.boundaries.kept
+        deltas = self.boundaries.deltas(first, policy.regions[0]) if kept else []
+        return self.run(policy, self.resumed_at(first), watch, decode=decode, deltas=deltas)
+
+    def resumed_at(self, first: int) -> int:
+        """The first step that `run_cached` computes."""
+        return first + (first in self.boundaries.kept)
 
     def run(
         self,
@@ -168,17 +198,25 @@ class Replay:
         watch: Optional[Callable[[int, torch.Tensor], None]] = None,
         final: Optional[torch.Tensor] = None,
         decode: bool = False,
+        deltas: Sequence[Streams] = (),
     ) -> Any:
         """Run again under `policy`, taking the steps before `resume` from the recording.
 
         watch: called with (step, latents) after every step from `resume` on; may raise Abandoned.
         final: latents to end with in place of the sampled ones, to have them decoded.
-        Returns the pipeline's output and the number of blocks that were computed.
+        deltas: what the policy's region has stored before `resume`, by branch.
+        Returns the pipeline's output; `self.cache.computed_blocks` is then the number of blocks that ran.
         """
-        recording, clock = self.recording, {"step": 0}
+        recording, clock, pending = self.recording, {"step": 0}, list(enumerate(deltas))
 
         def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
-            return recording.stand_in if clock["step"] < resume else original(*args, **kwargs)
+            if clock["step"] < resume:
+                return recording.stand_in
+            while pending:
+                branch, delta = pending.pop()
+                assert self.cache is not None
+                self.cache.seed(0, branch, _placed_like(args, kwargs, delta))
+            return original(*args, **kwargs)
 
         def step(original: Callable, args: tuple, kwargs: dict) -> Any:
             now = clock["step"]
@@ -196,7 +234,7 @@ class Replay:
 
     def decode(self, final: Optional[torch.Tensor] = None) -> Any:
         """The pipeline's output for the recorded latents, or for `final`, without calling the transformer."""
-        return self.run(resume=self.recording.steps, final=final, decode=True)[0]
+        return self.run(resume=self.recording.steps, final=final, decode=True)
 
     def _run(self, step: Any, forward: Any, policy: Any, decode: bool, attach: Any) -> Any:
         call = self.call
@@ -211,10 +249,10 @@ class Replay:
         undo = self._quiet_and_text(quiet=not decode)
         try:
             with generation:
+                self.cache = generation.cache
                 if attach is not None:
                     undo.append(attach(generation))
-                output = call.function(*args, **kwargs)
-                return output, generation.cache.computed_blocks if generation.cache else None
+                return call.function(*args, **kwargs)
         finally:
             while undo:
                 undo.pop()()
@@ -240,6 +278,12 @@ class Replay:
         encoded, state = self._text
         state.restore()
         return encoded
+
+
+def _placed_like(args: tuple, kwargs: dict, streams: Streams) -> Streams:
+    """On the device of the transformer's inputs."""
+    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return tuple(tensor.to(device) for tensor in streams)
 
 
 def _prediction(args: tuple, kwargs: dict) -> torch.Tensor:

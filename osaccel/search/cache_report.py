@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sidecar report of a cache search: every candidate and what it cost, and frames of plain against cached."""
+
+import logging
+import os
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+
+from osaccel.search import cache_search, fingerprint
+from osaccel.search.cache_search import Candidate, Search
+from osaccel.search.evaluate import frames_of
+from osaccel.search.replay import Replay
+
+logger = logging.getLogger("osaccel")
+
+
+class Prediction(NamedTuple):
+    """What candidates were ranked by: a score for each, the steps' weights and the regions' errors `grams`."""
+
+    scores: Dict[Candidate, float]
+    weights: np.ndarray
+    grams: np.ndarray
+
+
+def report(
+    search: Search,
+    best: Candidate,
+    prediction: Prediction,
+    replays: Sequence[Replay],
+    bound: Dict[str, Any],
+    seconds: float,
+    instrument_bytes: int,
+) -> Dict[str, Any]:
+    """The JSON-able report.
+
+    Args:
+        bound: the fingerprint the configuration is bound to.
+        seconds: of the search, without the plain generations.
+        instrument_bytes: what observing the blocks took at most, on the device of the hidden states.
+    """
+    steps, blocks, chosen = search.num_steps, search.num_blocks, search.done[best]
+    per_block = np.einsum("gtbb->gtb", prediction.grams)[0]
+    plain_seconds = sum(replay.recording.seconds for replay in replays)
+    return {
+        "chosen": best.config.to_dict(),
+        "goal": {"ratio": search.goal.ratio, "min_psnr": search.goal.min_psnr},
+        "speed_up": best.speed_up(blocks, steps),
+        "reachable_speed_up": cache_search.reachable(blocks, steps),
+        "error": chosen["error"],
+        "psnr": chosen["psnr"],
+        "fingerprint": bound,
+        "versions": fingerprint.versions(),
+        "cost": {
+            **_cost(search, replays),
+            "seconds": seconds + plain_seconds,
+            "plain_seconds": plain_seconds,
+            "instrument_bytes": instrument_bytes,
+        },
+        "evaluations": _evaluations(search, prediction.scores, plain_seconds),
+        "predictions": [
+            {**c.config.to_dict(), "predicted_error": s, "predicted_speed_up": c.speed_up(blocks, steps)}
+            for c, s in sorted(prediction.scores.items(), key=lambda item: item[1])[:200]
+        ],
+        "step_weights": prediction.weights.tolist(),
+        "delta_change": np.sqrt(np.maximum(per_block, 0)).tolist(),
+    }
+
+
+def _cost(search: Search, replays: Sequence[Replay]) -> Dict[str, Any]:
+    recording = replays[0].recording
+    recomputed = sum(e["resumed_at"] == candidate.first for candidate, e in search.done.items())
+    return {
+        "plain_generations": search.spent,
+        "block_forwards": search.block_forwards,
+        "recording_bytes": sum(replay.recording.nbytes() for replay in replays),
+        # Where the boundaries of a candidate's storing step did not fit into their limit, it was computed again.
+        "boundary_bytes": sum(replay.boundaries.bytes_used for replay in replays),
+        "boundary_bytes_limit": sum(replay.boundaries.memory for replay in replays),
+        "storing_steps_recomputed": recomputed,
+        "forwards_per_step": recording.forwards / max(1, recording.steps),
+    }
+
+
+def _evaluations(search: Search, scores: Dict[Candidate, float], plain_seconds: float) -> List[Dict[str, Any]]:
+    steps, blocks = search.num_steps, search.num_blocks
+    return [
+        {
+            **{key: value for key, value in evaluation.items() if key != "curves"},
+            # Where it was given up, the error that it had by then.
+            "last_error": next((value for value in reversed(evaluation["curves"][-1]) if value is not None), None),
+            "predicted_error": scores.get(candidate),
+            "predicted_speed_up": candidate.speed_up(blocks, steps),
+            "measured_speed_up": measured_speed_up(evaluation, steps, plain_seconds),
+            "whole_generation_timed": evaluation["error"] is not None and evaluation["resumed_at"] == 0,
+        }
+        for candidate, evaluation in search.done.items()
+    ]
+
+
+def measured_speed_up(evaluation: Dict[str, Any], num_steps: int, plain_seconds: float) -> Optional[float]:
+    """Plain time over the time of a whole generation with the cache, the part not repeated counted at plain speed."""
+    if evaluation["abandoned"] or evaluation["error"] is None or plain_seconds <= 0:
+        return None
+    return plain_seconds / (plain_seconds * evaluation["resumed_at"] / num_steps + evaluation["seconds"])
+
+
+def frames(replay: Replay, final: torch.Tensor) -> Optional[Dict[str, np.ndarray]]:
+    """Plain and cached frames of a call, thinned out; None when the pipeline gives none."""
+    try:
+        pair = {"plain": replay.decode(), "cached": replay.decode(final)}
+        return {name: thinned(frames_of(output)) for name, output in pair.items()}
+    except (ValueError, TypeError, RuntimeError) as error:
+        # The configuration is found; a report without pictures is no reason to lose it.
+        logger.warning("the report has no frames: %s", error)
+        return None
+
+
+def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
+    """At most `count` frames of at most about `size` pixels a side, 8 bit, of the first video; (T, H, W, C)."""
+    if frames.ndim == 5:
+        frames = frames[0]
+    if frames.ndim != 4:
+        raise ValueError(f"frames of shape {frames.shape} are not (T, H, W, C)")
+    picked = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
+    stride = max(1, -(-max(frames.shape[1:3]) // size))
+    return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
+
+
+def write_frames(path: str, content: Dict[str, np.ndarray]) -> None:
+    """Write what `frames` gave so that it is there whole or not at all."""
+    temporary = f"{path}.{os.getpid()}.part"
+    with open(temporary, "wb") as file:
+        np.savez_compressed(file, **content)
+    os.replace(temporary, path)
