@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures between samplings that share their Brownian motion: coupled error, energy distance, band deviations.
+"""Measures between samplings that share their Brownian motion: coupled error, distances to data, band deviations.
 
-Every measure is paired over videos: the bootstrap resamples whole videos, the same ones in every arm.
+Videos come in groups: all videos of one prompt, compared with fresh data of that prompt only, so that what differs from
+prompt to prompt is no noise. Distances are unbiased within a group, their values means over the groups. Every measure
+is paired: the bootstrap resamples whole groups, the same ones in every arm.
 """
 
 import contextlib
@@ -13,7 +15,8 @@ import torch
 
 from osaccel.search.denoiser_log import NoiseLevels, cosine_matrix
 
-MEASURES = ("coupled error", "energy distance", "low band", "middle band", "high band")
+MEASURES = ("coupled error", "typical error", "energy distance", "mmd", "low band", "middle band", "high band")
+BANDS = MEASURES[4:]
 
 
 class Motion:
@@ -72,51 +75,93 @@ def band_deviations(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([power[:, :, ring == number].mean(dim=(1, 2)) for number in range(3)], dim=1)
 
 
+class Data:
+    """Fresh real latents, what every arm is compared with.
+
+    latents: (groups * n, C, T, H, W), the same number for every group, group after group.
+    """
+
+    def __init__(self, latents: torch.Tensor, groups: int):
+        self.latents = _grouped(latents, groups)
+        inside = [_distances(part, part) for part in self.latents]
+        # One kernel width for all groups: the median distance between two data of a group.
+        self.width = float(np.median(np.concatenate([_off_diagonal(part) for part in inside])))
+        self.inside = np.array([self.kernels(_off_diagonal(part)) for part in inside])
+        self.power = band_deviations(latents).double().numpy().reshape(groups, -1, 3).mean(1)
+
+    def kernels(self, distances: np.ndarray) -> np.ndarray:
+        """Mean distance and mean Gaussian kernel, (2,)."""
+        return np.array([distances.mean(), np.exp(-0.5 * (distances / self.width) ** 2).mean()])
+
+
+def _grouped(latents: torch.Tensor, groups: int) -> List[torch.Tensor]:
+    if len(latents) % groups:
+        raise ValueError(f"{len(latents)} videos are not {groups} groups of the same size")
+    return list(latents.flatten(1).float().chunk(groups))
+
+
 def _distances(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
-    return torch.cdist(x.flatten(1).float(), y.flatten(1).float()).double().numpy()
+    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double().numpy()
+
+
+def _off_diagonal(square: np.ndarray) -> np.ndarray:
+    """Without each video's distance to itself: (n, n) to (n * (n - 1),)."""
+    return square[~np.eye(len(square), dtype=bool)]
 
 
 class _Arm:
-    """One arm's final latents reduced to what the bootstrap needs: everything per video or per pair of videos."""
+    """One arm's final latents reduced to sums per group, so that a bootstrap draw is a weighted mean of groups."""
 
-    def __init__(self, final: torch.Tensor, teacher: torch.Tensor, data: torch.Tensor):
-        self.errors = (final - teacher).flatten(1).square().mean(1).double().numpy()
-        self.within, self.across = _distances(final, final), _distances(final, data).mean(1)
-        self.power = band_deviations(final).double().numpy()
+    def __init__(self, final: torch.Tensor, teacher: torch.Tensor, data: Data):
+        parts = _grouped(final, len(data.latents))
+        errors = (final - teacher).flatten(1).square().mean(1).double().numpy()
+        self.errors = errors.reshape(len(parts), -1)
+        across = [data.kernels(_distances(part, other)) for part, other in zip(parts, data.latents)]
+        within = [data.kernels(_off_diagonal(_distances(part, part))) for part in parts]
+        # The squared mmd is the same sum of the kernel's means with the other sign.
+        self.distances = (2 * np.array(across) - np.array(within) - data.inside) * np.array([1.0, -1.0])
+        self.power = band_deviations(final).double().numpy().reshape(len(parts), -1, 3).mean(1)
+        self.data_power = data.power
 
-    def measures(self, rows: np.ndarray, inside: float, data_power: np.ndarray) -> Dict[str, float]:
-        counts = np.bincount(rows, minlength=len(self.errors)).astype(float)
-        n = counts.sum()
-        # A video drawn twice is no independent pair with itself.
-        pairs = counts @ self.within @ counts / (n * n - (counts**2).sum())
+    def measures(self, counts: np.ndarray) -> Dict[str, float]:
+        """counts: how often each group is drawn."""
+        weights = counts / counts.sum()
+        energy, kernel = weights @ self.distances
         values = {
-            "coupled error": math.sqrt(self.errors[rows].mean()),
-            "energy distance": 2 * self.across[rows].mean() - pairs - inside,
+            "coupled error": math.sqrt(weights @ self.errors.mean(1)),
+            "typical error": math.sqrt(np.median(np.repeat(self.errors, counts.astype(int), axis=0))),
+            "energy distance": float(energy),
+            "mmd": float(kernel),
         }
-        ratios = np.sqrt(self.power[rows].mean(0) / data_power)
-        values.update(dict(zip(MEASURES[2:], ratios.tolist())))
+        ratios = np.sqrt((weights @ self.power) / (weights @ self.data_power))
+        values.update(dict(zip(BANDS, ratios.tolist())))
         return values
 
 
 def compare(
-    results: Dict[str, torch.Tensor], data: Sequence[torch.Tensor], counts: Sequence[int], draws: int = 1000
+    results: Dict[str, torch.Tensor],
+    data: Sequence[torch.Tensor],
+    counts: Sequence[int],
+    groups: int,
+    draws: int = 1000,
 ) -> Dict[str, Any]:
     """All measures of all arms with 95 % bootstrap intervals, the gaps closed, and what differs clearly from plain.
 
-    results: final latents per arm, "plain 100" the teacher; data: two sets of real latents, the second for the floor.
+    results: final latents per arm, group after group, at least two of each group, "plain 100" the teacher.
+    data: real latents, group after group, and a second set of the arms' size for the floor.
     """
-    teacher = results["plain 100"]
-    made = {name: _Arm(final, teacher, data[0]) for name, final in results.items()}
-    inside = _distances(data[0], data[0]).sum() / (len(data[0]) * (len(data[0]) - 1))
-    data_power = band_deviations(data[0]).double().numpy().mean(0)
+    teacher, real = results["plain 100"], Data(data[0], groups)
+    made = {name: _Arm(final, teacher, real) for name, final in results.items()}
+    made["data against data"] = _Arm(data[1], data[1], real)
     generator = np.random.default_rng(0)
-    size = len(teacher)
-    samples = [np.arange(size), *(generator.integers(0, size, size) for _ in range(draws))]
-    boot = {name: [arm.measures(rows, inside, data_power) for rows in samples] for name, arm in made.items()}
-    floor = _Arm(data[1], data[1], data[0]).measures(np.arange(len(data[1])), inside, data_power)
-    report: Dict[str, Any] = {"videos": size, "floor": floor, "arms": {}, "against plain": {}, "gap closed": {}}
+    drawn = [generator.integers(0, groups, groups) for _ in range(draws)]
+    samples = [np.ones(groups), *(np.bincount(rows, minlength=groups).astype(float) for rows in drawn)]
+    boot = {name: [arm.measures(rows) for rows in samples] for name, arm in made.items()}
+    report: Dict[str, Any] = {"videos": len(teacher), "groups": groups, "arms": {}, "against plain": {},
+                              "gap closed": {}}  # fmt: skip
     for name, values in boot.items():
         report["arms"][name] = {measure: _interval([value[measure] for value in values]) for measure in MEASURES}
+    report["floor"] = report["arms"].pop("data against data")
     for count in counts:
         for name in results:
             if name.endswith(f" {count}") and not name.startswith("plain"):
@@ -150,10 +195,13 @@ def _interval(values: Any) -> List[float]:
 
 def table(report: Dict[str, Any]) -> str:
     """Readable: one row per arm, then differences to plain (* where the interval excludes zero) and gaps closed."""
-    lines = [f"{report['videos']} videos; 95 % bootstrap intervals", _row("arm", MEASURES)]
+    lines = [
+        f"{report['videos']} videos in {report['groups']} groups; 95 % bootstrap intervals over groups",
+        _row("arm", MEASURES),
+    ]
     for name, values in report["arms"].items():
         lines.append(_row(name, [_cell(values[measure]) for measure in MEASURES]))
-    lines.append(_row("data against data", [f"{report['floor'][measure]:.4f}" for measure in MEASURES]))
+    lines.append(_row("data against data", [_cell(report["floor"][measure]) for measure in MEASURES]))
     lines += ["", "loss minus plain's (negative is better; * clear of zero)", _row("arm", MEASURES)]
     for name, values in report["against plain"].items():
         lines.append(_row(name, [_cell(values[measure], mark=True) for measure in MEASURES]))
@@ -164,7 +212,7 @@ def table(report: Dict[str, Any]) -> str:
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<18}" + "".join(f"{cell:>30}" for cell in cells)
+    return f"{name:<18}" + "".join(f"{cell:>28}" for cell in cells)
 
 
 def _cell(value: Sequence[float], mark: bool = False) -> str:

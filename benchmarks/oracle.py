@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timestep lists judged on an exact denoiser: a Gaussian mixture, the pipeline's loop, the real scheduler.
 
-    python -m benchmarks.oracle [--videos 1024] [--mixture SEED] [--json FILE]
+    python -m benchmarks.oracle [--videos 1024] [--mixture SEED] [--decay 3] [--scale 1] [--json FILE]
 
 The latents (4, 3, 8, 8) are a mixture of 8 videos' means with power-law spectra, in cosine coefficients; guidance does
 not exist here, so the prediction is exact. All arms share one Brownian path per video, so their results are paired.
@@ -23,20 +23,23 @@ from osaccel.search import timesteps
 from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, cosine_matrix
 
 SHAPE = (4, 3, 8, 8)
+GROUP = 32
 
 
 class Mixture:
     """p(x0) = mean over k of N(mu_k, diag) in orthonormal cosine coefficients; `denoise` is E[x0 | x0 + s z]."""
 
-    def __init__(self, components: int = 8, decay: float = 3.0, between: float = 0.3, seed: int = 0):
+    def __init__(
+        self, components: int = 8, decay: float = 3.0, between: float = 0.3, seed: int = 0, scale: float = 1.0
+    ):
         generator = torch.Generator().manual_seed(seed)
         t, h, w = (torch.arange(size).float() for size in SHAPE[1:])
         radius = ((1.5 * t[:, None, None]) ** 2 + h[None, :, None] ** 2 + w[None, None, :] ** 2).sqrt()
         spectrum = (1 + radius).pow(-decay).expand(SHAPE)
-        self.variance = (spectrum / spectrum.mean() * (1 - between)).reshape(-1)
+        self.variance = (spectrum / spectrum.mean() * (1 - between)).reshape(-1) * scale**2
         means = torch.randn(components, *SHAPE, generator=generator) * spectrum.sqrt()
         means = means - means.mean(0)
-        self.means = (means * (between**0.5 / means.square().mean().sqrt())).reshape(components, -1)
+        self.means = (means * (scale * between**0.5 / means.square().mean().sqrt())).reshape(components, -1)
         self.axes = [cosine_matrix(size) for size in SHAPE[1:]]
 
     def to_coefficients(self, x: torch.Tensor) -> torch.Tensor:
@@ -120,16 +123,18 @@ def arms(statistics: timesteps.Statistics, counts: Sequence[int]) -> Dict[str, L
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=1024)
+    parser.add_argument("--videos", type=int, default=1024, help=f"a multiple of {GROUP} and of --batch")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--mixture", type=int, default=0, help="seed of the mixture; the defaults were tuned on 0")
     parser.add_argument("--decay", type=float, default=3.0, help="exponent of the power-law spectrum")
+    parser.add_argument("--scale", type=float, default=1.0, help="standard deviation of the latents")
+    parser.add_argument("--calibration", type=int, default=4, help="generations the search sees")
     parser.add_argument("--json")
     options = parser.parse_args()
-    mixture = Mixture(decay=options.decay, seed=options.mixture)
+    mixture = Mixture(decay=options.decay, seed=options.mixture, scale=options.scale)
     pipeline = Pipeline(mixture)
-    lists = arms(search_statistics(pipeline, videos=8, seed=1), options.steps)
+    lists = arms(search_statistics(pipeline, options.calibration, seed=1), options.steps)
     finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
     sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
     for batch in range(options.videos // options.batch):
@@ -137,8 +142,9 @@ def main() -> None:
             motion = measures.Motion(sigmas, (options.batch, *SHAPE), seed=1000 + batch)
             finals[name].append(run(pipeline, times, motion))
     results = {name: torch.cat(parts) for name, parts in finals.items()}
-    data = [mixture.sample(options.videos, seed) for seed in (7, 8)]
-    report = measures.compare(results, data, options.steps)
+    # Every group is a sample of the whole mixture, with fresh data of its own.
+    data = [mixture.sample(4 * options.videos, 7), mixture.sample(options.videos, 8)]
+    report = measures.compare(results, data, options.steps, groups=options.videos // GROUP)
     report["lists"] = lists
     print(measures.table(report))
     if options.json:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timestep lists judged on the trained miniature: searched on calibration prompts, measured on held-out ones.
 
-    python -m benchmarks.schedules [--videos 48] [--steps 50 20] [--seeds 5] [--exponents 1] [--json FILE]
+    python -m benchmarks.schedules --work DIR [--seconds 700] [--prompts 129] [--steps 50 20] [--json FILE]
 
-All arms of one prompt share the initial noise and the Brownian motion. Fresh data are encoded videos of the held-out
-prompts; the floor is the same measure between two halves of such data.
+All arms of one video share the initial noise and the Brownian motion. Fresh data are encoded videos of the same
+prompts; the floor is the same measure between two sets of such data. Every batch is kept in DIR: after --seconds what
+is there is measured, and the same command goes on with the batches that are missing.
 """
 
 import argparse
 import json
 import time
-from typing import Any, Dict, List, Sequence
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -22,6 +24,9 @@ from osaccel.generation import Generation
 from osaccel.search import timesteps
 from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, step_arguments
 
+TEACHER_STEPS = 100
+SEEDS_PER_PROMPT = 2
+
 
 def latent_shape(pipeline: Any) -> Sequence[int]:
     frames, height, width = pipeline.vae.vae_scale_factor
@@ -32,44 +37,111 @@ def latent_shape(pipeline: Any) -> Sequence[int]:
 def generate(pipeline: Any, prompts: Sequence[str], steps: int, latents: torch.Tensor, kind: str = "latent") -> Any:
     return pipeline(
         list(prompts), num_inference_steps=steps, guidance_scale=load.GUIDANCE, num_frames=data.FRAMES,
-        height=data.SIZE, width=data.SIZE, latents=latents, output_type=kind,
+        height=data.SIZE, width=data.SIZE, latents=latents, output_type=kind, max_sequence_length=16,
     ).images  # fmt: skip
 
 
-def search_statistics(pipeline: Any, prompts: Sequence[str], seed: int, steps: int = 100) -> timesteps.Statistics:
-    """What OSACCEL_SEARCH=restep logs, one generation per prompt."""
-    log = DenoiserLog(pipeline.scheduler)
+def logged(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 8) -> List[DenoiserLog]:
+    """What OSACCEL_SEARCH=restep logs, a log for each prompt's generation; in batches, to save time here."""
+    logs = [DenoiserLog(pipeline.scheduler) for _ in prompts]
     torch.manual_seed(seed)
-    for prompt in prompts:
-        with Generation(pipeline, step=log.step):
-            generate(pipeline, [prompt], steps, torch.randn(1, *latent_shape(pipeline)))
-        log.end_generation()
-    return log.statistics()
+    for start in range(0, len(prompts), batch):
+        rows = logs[start : start + batch]
+
+        def step(original: Any, args: tuple, kwargs: dict, rows: Any = rows) -> Any:
+            output, timestep, sample = step_arguments(args, kwargs)
+            for number, log in enumerate(rows):
+                log.observe(output[number : number + 1], timestep, sample[number : number + 1])
+            return original(*args, **kwargs)
+
+        with torch.no_grad(), Generation(pipeline, step=step):
+            noise = torch.randn(len(rows), *latent_shape(pipeline))
+            generate(pipeline, prompts[start : start + batch], TEACHER_STEPS, noise)
+        for log in rows:
+            log.end_generation()
+    return logs
 
 
-def sample_arms(pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence[str], batch: int) -> Dict[str, Any]:
-    """Final latents per arm, coupled within a prompt."""
+def joined(logs: Sequence[DenoiserLog]) -> timesteps.Statistics:
+    """The statistics of one search that saw all these generations."""
+    parts = [log.statistics() for log in logs]
+    distances, powers = (np.mean([getattr(part, name) for part in parts], axis=0) for name in ("distances", "powers"))
+    return parts[0]._replace(distances=distances, powers=powers)
+
+
+def search(pipeline: Any, options: argparse.Namespace) -> Dict[str, Any]:
+    """The arms' lists, and the wdp lists that other calibration prompts and noise lead to."""
+    size = options.calibration
+    logs = logged(pipeline, load.calibration_prompts(size * options.seeds), seed=1, batch=options.batch)
+    searches = [joined(logs[start : start + size]) for start in range(0, len(logs), size)]
+    lists = oracle.arms(searches[0], options.steps)
+    for variant in options.variants:
+        given = timesteps.Parameters(**json.loads(variant))
+        for count in options.steps:
+            lists[f"wdp {variant} {count}"] = timesteps.wdp(searches[0], [count], given)[count].tolist()
+    spread = {str(count): spread_of([timesteps.wdp(one, [count])[count] for one in searches], count)
+              for count in options.steps}  # fmt: skip
+    singles = {str(count): spread_of([timesteps.wdp(joined([log]), [count])[count] for log in logs], count)
+               for count in options.steps}  # fmt: skip
+    return {"lists": lists, "seeds": spread, "seeds, one generation each": singles, "calibration": size}
+
+
+def spread_of(lists: Sequence[np.ndarray], count: int) -> Dict[str, Any]:
+    """How much lists differ per entry, standard deviation in timesteps."""
+    deviation = np.std(lists, axis=0)
+    return {"searches": len(lists), "mean": float(deviation.mean()), "largest": float(deviation.max()),
+            "even gap": 999 / (count - 1), "lists": np.array(lists).tolist()}  # fmt: skip
+
+
+def sample_batch(pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence[str], seed: int) -> Dict[str, Any]:
+    """Final latents per arm, coupled."""
     levels = NoiseLevels(pipeline.scheduler)
     sigmas = [levels.sigma(value) for values in lists.values() for value in values]
+    finals = {}
+    for name, times in lists.items():
+        motion = measures.Motion(sigmas, (len(prompts), *latent_shape(pipeline)), seed)
+        with torch.no_grad(), motion.patched(scheduling, levels, times), Generation(pipeline, timesteps=times):
+            finals[name] = generate(pipeline, prompts, len(times), motion.initial())
+    return finals
+
+
+def sample_all(
+    pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence[str], options: argparse.Namespace, until: float
+) -> Dict[str, Any]:
+    """Every batch that is there or fits before `until`: {"prompts": [...], "finals": {arm: latents}}."""
+    step = max(1, options.batch // SEEDS_PER_PROMPT)
+    done: List[str] = []
     finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
-        for name, times in lists.items():
-            motion = measures.Motion(sigmas, (len(part), *latent_shape(pipeline)), seed=5000 + start)
-            with motion.patched(scheduling, levels, times), Generation(pipeline, timesteps=times):
-                finals[name].append(generate(pipeline, part, len(times), motion.initial()))
-        print(f"{start + len(part)} of {len(prompts)} prompts", flush=True)
-    return {name: torch.cat(parts) for name, parts in finals.items()}
+    longest = 0.0
+    for number, start in enumerate(range(0, len(prompts), step)):
+        part, path = prompts[start : start + step], Path(options.work) / f"batch-{number:03d}.pt"
+        if not path.exists():
+            if time.time() + longest > until:
+                break
+            begun = time.time()
+            rows = [prompt for prompt in part for _ in range(SEEDS_PER_PROMPT)]
+            torch.save(sample_batch(pipeline, lists, rows, 5000 + number), f"{path}.part")
+            Path(f"{path}.part").replace(path)
+            longest = max(longest, time.time() - begun)
+            print(f"{start + len(part)} of {len(prompts)} prompts", flush=True)
+        kept = torch.load(path)
+        for name in lists:
+            finals[name].append(kept[name])
+        done += part
+    if not done:
+        raise SystemExit("no batch fits into --seconds")
+    return {"prompts": done, "finals": {name: torch.cat(parts) for name, parts in finals.items()}}
 
 
-def fresh_data(pipeline: Any, prompts: Sequence[str], seed: int) -> torch.Tensor:
-    """Encoded videos of the same prompts, (N, C, T, H, W)."""
+def fresh_data(pipeline: Any, prompts: Sequence[str], each: int, seed: int) -> torch.Tensor:
+    """Encoded videos, `each` of every prompt, (prompts * each, C, T, H, W)."""
     scenes, latents = data.by_caption(), []
     for number, prompt in enumerate(prompts):
-        video = np.asarray(data.render(scenes[prompt], np.random.default_rng(seed * 100003 + number)))
-        pixels = torch.from_numpy(video).float()
-        pixels = pixels / 127.5 - 1 if video.dtype == np.uint8 else pixels * 2 - 1
-        latents.append(pipeline.vae.encode(pixels.permute(3, 0, 1, 2)[None]).float())
+        streams = [np.random.default_rng([seed, number, index]) for index in range(each)]
+        videos = np.stack([np.asarray(data.render(scenes[prompt], stream)) for stream in streams])
+        pixels = torch.from_numpy(videos).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+        with torch.no_grad():
+            latents.append(pipeline.vae.encode(pixels).float())
     return torch.cat(latents)
 
 
@@ -77,83 +149,73 @@ def parser_scores(pipeline: Any, results: Dict[str, torch.Tensor], prompts: Sequ
     """Share of prompted attributes that the decoded frames show."""
     scores = {}
     for name, final in results.items():
-        videos = np.concatenate([pipeline.decode_latents(part).numpy() for part in final.split(8)])
+        with torch.no_grad():
+            videos = np.concatenate([pipeline.decode_latents(part).numpy() for part in final.split(8)])
         scores[name] = load.score(videos, prompts)
     return scores
 
 
-def seed_spread(pipeline: Any, counts: Sequence[int], seeds: int) -> Dict[str, Any]:
-    """The wdp lists found from one generation each, with other prompts and noise: spread per entry, in timesteps."""
-    logs = [DenoiserLog(pipeline.scheduler) for _ in range(seeds)]
+def text(report: Dict[str, Any]) -> str:
+    lines = [measures.table(report), "", "parser: share of videos that show every prompted attribute"]
+    lines += [f"{name:<18}{score['valid']:.3f}" for name, score in report["parser"].items()]
+    for name in ("seeds", "seeds, one generation each"):
+        for count, spread in report[name].items():
+            lines.append(
+                f"{count} steps, {spread['searches']} searches ({name}): deviation per entry {spread['mean']:.2f} "
+                f"mean, {spread['largest']:.2f} largest, of an even gap of {spread['even gap']:.1f}"
+            )
+    return "\n".join(lines)
 
-    def step(original: Any, args: tuple, kwargs: dict) -> Any:
-        output, timestep, sample = step_arguments(args, kwargs)
-        for number, log in enumerate(logs):
-            log.observe(output[number : number + 1], timestep, sample[number : number + 1])
-        return original(*args, **kwargs)
 
-    torch.manual_seed(40)
-    prompts = load.calibration_prompts(100)[-seeds:]
-    with Generation(pipeline, step=step):
-        generate(pipeline, prompts, 100, torch.randn(seeds, *latent_shape(pipeline)))
-    found: Dict[int, List[np.ndarray]] = {count: [] for count in counts}
-    for log in logs:
-        log.end_generation()
-        for count, values in timesteps.wdp(log.statistics(), counts).items():
-            found[count].append(values)
-    spread = {}
-    for count, lists in found.items():
-        deviation = np.std(lists, axis=0)
-        even = 999 / (count - 1)
-        spread[str(count)] = {"mean": float(deviation.mean()), "largest": float(deviation.max()),
-                              "even gap": even, "lists": np.array(lists).tolist()}  # fmt: skip
-    return spread
+def parsed(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", required=True, help="directory for what is finished; must be new for a new model")
+    parser.add_argument("--seconds", type=float, default=700, help="no batch is begun that would end later")
+    parser.add_argument("--prompts", type=int, default=129)
+    parser.add_argument(
+        "--split", choices=("heldout", "calibration"), default="heldout", help="calibration: for tuning"
+    )
+    parser.add_argument("--calibration", type=int, default=4, help="generations of one search")
+    parser.add_argument("--seeds", type=int, default=5, help="searches, each with other prompts and noise")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--data", type=int, default=24, help="fresh data per prompt")
+    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
+    parser.add_argument("--variants", nargs="*", default=[], help="further wdp arms, e.g. '{\"decisions\": 0.3}'")
+    parser.add_argument("--arms", nargs="*", help="only arms whose name begins with one of these words")
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--json")
+    return parser.parse_args(arguments)
+
+
+def prompts_of(options: argparse.Namespace) -> List[str]:
+    if options.split == "heldout":
+        return load.heldout_prompts(options.prompts)
+    # Not those the searches see.
+    used = options.calibration * options.seeds
+    return load.calibration_prompts(used + options.prompts)[used:]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=48)
-    parser.add_argument("--calibration", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
-    parser.add_argument("--seeds", type=int, default=0, help="repeat the search with this many seeds")
-    parser.add_argument("--exponents", type=float, nargs="*", default=[], help="further wdp arms with this weight")
-    parser.add_argument("--arms", nargs="*", help="only arms whose name begins with one of these words")
-    parser.add_argument("--json")
-    options = parser.parse_args()
-    started = time.time()
-    pipeline = load.load_pipeline()
-    statistics = search_statistics(pipeline, load.calibration_prompts(options.calibration), seed=1)
-    lists = oracle.arms(statistics, options.steps)
-    for count in options.steps:
-        for exponent in options.exponents:
-            given = timesteps.Parameters(exponent)
-            lists[f"wdp g={exponent:g} {count}"] = timesteps.wdp(statistics, [count], given)[count].tolist()
+    options, started = parsed(), time.time()
+    work = Path(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    pipeline = load.load_pipeline(**({"checkpoint": options.checkpoint} if options.checkpoint else {}))
+    kept = work / "search.json"
+    if not kept.exists():
+        kept.write_text(json.dumps(search(pipeline, options)))
+    found = json.loads(kept.read_text())
+    lists = found["lists"]
     if options.arms:
         lists = {name: times for name, times in lists.items() if name.startswith(("plain", *options.arms))}
-    prompts = load.heldout_prompts(options.videos)
-    with torch.no_grad():
-        results = sample_arms(pipeline, lists, prompts, options.batch)
-        reference = [fresh_data(pipeline, prompts, seed) for seed in (1, 2)]
-        if options.seeds:
-            spread = seed_spread(pipeline, options.steps, options.seeds)
-            print({count: (value["mean"], value["largest"]) for count, value in spread.items()}, flush=True)
-        report = measures.compare(results, reference, options.steps)
-        report["parser"] = parser_scores(pipeline, results, prompts)
-        report["lists"] = lists
-        if options.seeds:
-            report["seeds"] = spread
-    report["seconds"] = time.time() - started
-    print(measures.table(report))
-    print("\nparser: share of videos with all prompted attributes")
-    for name, score in report["parser"].items():
-        print(f"{name:<18}{score['valid']:.3f}")
-    for count, spread in report.get("seeds", {}).items():
-        print(f"{count} steps, {options.seeds} seeds: deviation per entry {spread['mean']:.2f} mean, "
-              f"{spread['largest']:.2f} largest, of an even gap of {spread['even gap']:.1f}")  # fmt: skip
+    sampled = sample_all(pipeline, lists, prompts_of(options), options, started + options.seconds)
+    prompts, results = sampled["prompts"], sampled["finals"]
+    real = [fresh_data(pipeline, prompts, options.data, 1), fresh_data(pipeline, prompts, SEEDS_PER_PROMPT, 2)]
+    report = measures.compare(results, real, options.steps, groups=len(prompts))
+    report["parser"] = parser_scores(pipeline, results, [name for name in prompts for _ in range(SEEDS_PER_PROMPT)])
+    report.update(found, lists=lists, split=options.split, seconds=time.time() - started)
+    print(text(report))
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump(report, file, indent=1)
+        Path(options.json).write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

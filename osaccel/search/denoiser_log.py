@@ -103,7 +103,7 @@ class DenoiserLog:
 
     def __init__(self, scheduler: Any, entries: int = 65536, seed: int = 0):
         self.levels, self.entries, self.seed = NoiseLevels(scheduler), entries, seed
-        self.generations: List[np.ndarray] = []
+        self.generations: List[Tuple[np.ndarray, np.ndarray]] = []
         self.timesteps: List[float] = []
         self._coefficients: Optional[_Coefficients] = None
         self._rows: Dict[float, torch.Tensor] = {}
@@ -123,28 +123,29 @@ class DenoiserLog:
         self._rows[time] = self._coefficients.of(denoised)
 
     def end_generation(self) -> None:
-        """Reduce what was logged to its distances, (B, K, K); the predictions are forgotten."""
+        """Reduce what was logged to its distances, (B, K, K), and powers, (B, K); the predictions are forgotten."""
         times, rows = list(self._rows), torch.stack(list(self._rows.values())).double()
         self._rows = {}
         if self.timesteps and times != self.timesteps:
             raise ValueError("all generations of one search must use the same timesteps")
         self.timesteps = times
         assert self._coefficients is not None
-        distances, begin = [], 0
+        distances, powers, begin = [], [], 0
         for indices in self._coefficients.indices:
             band = rows[:, begin : begin + len(indices)]
             begin += len(indices)
             gram = band @ band.T / band.shape[1]
             diagonal = gram.diagonal()
             distances.append((diagonal[:, None] + diagonal[None] - 2 * gram).clamp_min(0))
-        self.generations.append(torch.stack(distances).numpy())
+            powers.append(diagonal)
+        self.generations.append((torch.stack(distances).numpy(), torch.stack(powers).numpy()))
 
     def statistics(self, team: Optional[Team] = None) -> Statistics:
         """The mean over the generations and over the ranks of the team, the same on every rank."""
         assert self._coefficients is not None and self.generations
-        distances = np.mean(self.generations, axis=0)
+        distances, powers = (np.mean([values[part] for values in self.generations], axis=0) for part in (0, 1))
         if team is not None and team.size > 1:
-            distances = team.sum(torch.from_numpy(distances)).numpy() / team.size
+            distances, powers = (team.sum(torch.from_numpy(part)).numpy() / team.size for part in (distances, powers))
         times = np.array(self.timesteps)
         sigmas = np.array([self.levels.sigma(time) for time in times])
-        return Statistics(times, sigmas, distances, self._coefficients.shares)
+        return Statistics(times, sigmas, distances, self._coefficients.shares, powers)

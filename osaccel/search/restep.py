@@ -104,10 +104,8 @@ def make_report(
     parameters: timesteps.Parameters,
 ) -> Dict[str, Any]:
     """What the sidecar keeps: the lists, what they are predicted to cost against even spacing, and the cost curve."""
-    costs = timesteps.pair_costs(statistics, parameters.exponent)
     size = len(statistics.timesteps)
-    lengths = sorted({*range(5, size, 5), *lists})
-    curve = timesteps.shortest_paths(costs, lengths).costs
+    found, even = _curves(statistics, sorted({*range(5, size, 5), *lists}), parameters)
     return {
         "kind": "restep",
         "method": method,
@@ -115,11 +113,26 @@ def make_report(
         "teacher_steps": size,
         "latent_variance": statistics.variance,
         "lists": {str(count): list(values) for count, values in lists.items()},
-        "cost_curve": {str(length): curve[length] for length in lengths},
-        "cost_curve_even": {
-            str(length): timesteps.path_cost(costs, timesteps.even_places(size, length)) for length in lengths
-        },
+        "cost_curve": found,
+        "cost_curve_even": even,
     }
+
+
+def _curves(
+    statistics: timesteps.Statistics, lengths: Sequence[int], parameters: timesteps.Parameters
+) -> Tuple[Dict[str, float], Dict[str, float]]:
+    """Predicted loss by number of steps, of the best wdp list and of even spacing: variance missing, as a part of all.
+
+    The best list's is even spacing's times the objective, which is 1 for even spacing.
+    """
+    objective = timesteps.Objective(statistics, parameters)
+    found, even = {}, {}
+    for length in lengths:
+        even[str(length)] = objective.loss_of_even(length) / max(statistics.variance, 1e-12)
+        allowed = timesteps.gap_mask(statistics.timesteps, length, parameters.max_gap)
+        best = timesteps.shortest_paths(objective.costs(length), [length], allowed).costs[length]
+        found[str(length)] = even[str(length)] * best
+    return found, even
 
 
 def paths_of(output: str, counts: Sequence[int]) -> List[str]:

@@ -4,8 +4,17 @@
 Notation, in variance-exploding coordinates: s is sigma, lam = 1 / s^2 the signal-to-noise ratio, D_k the guided
 denoised prediction at the teacher's k-th timestep (k = 0 is the noisiest). With y = x / s^2 the Euler ancestral sampler
 is the Euler-Maruyama scheme of dy = D dlam + dW(lam): between two timesteps it freezes D. A list's cost is what the
-frozen D misses of the teacher's D, summed over its intervals, so it is a path length in the graph of pair costs
-C[i][j] and the best list of every length comes from one dynamic programme.
+frozen D misses, summed over its intervals, so it is a path length in a graph of pair costs C[i][j] and the best list of
+every length comes from one dynamic programme.
+
+An error e of y at some lam moves the final sample by V e, V the covariance that the clean latents still have there (it
+is dD/dy). Two kinds of loss follow, and the objective weighs them against each other, each in units of what even
+spacing loses:
+
+* detail: with v the variance V has per band, the sum of v |D_lam - D_i|^2 dlam is the variance the final sample lacks.
+* decisions: where the noise still hides what the video shows, V is large for the few videos that are undecided and
+  small for the others, so its mean understates the harm; v to a higher power finds these noise levels. There the list
+  should step where the teacher stepped, so this part counts differences to the teacher's own steps.
 """
 
 import math
@@ -17,20 +26,22 @@ METHODS = ("wdp", "klub", "arctan")
 
 
 class Parameters(NamedTuple):
-    """What shapes the search.
+    """What shapes the search. Defaults and what was tried: benchmarks/results/timesteps.md.
 
     Attributes:
-        exponent: g of the weight v^g on an error made at some noise level, v the variance the clean latents still have
-            there, measured per band of spatial frequencies and channel. For a Gaussian band of variance c^2 that is
-            (lam + 1 / c^2)^-g. 0 is the path-space bound of Align Your Steps, which spends its steps where the noise is
-            already invisible; 1 is the variance missing in the final sample; 2 counts only the most uncertain
-            directions. Larger: more steps at high noise.
+        decisions: 0 to 1, the weight of the decisions against the detail. Larger: more steps at high noise, closer to
+            the teacher's own videos; smaller: more steps at low noise, finer detail.
+        exponent: g of the decisions' weight v^g. 2 would be right if all videos were alike.
         max_gap: the largest gap between neighbouring timesteps, in units of even spacing over the same steps. It bounds
             what an error in the logged predictions can do: no region of noise levels is left without steps.
+        evenness: 0 to 1, the weight of the mean squared gap, against the two losses together. It draws the list to even
+            spacing where the predictions do not say otherwise, so that lists found on other videos differ less.
     """
 
-    exponent: float = 1.25
+    decisions: float = 0.5
+    exponent: float = 3.0
     max_gap: float = 3.0
+    evenness: float = 0.1
 
 
 DEFAULTS = Parameters()
@@ -44,17 +55,19 @@ class Statistics(NamedTuple):
         sigmas: s at each of them, shape (K,).
         distances: mean (D_i - D_j)^2 over the latent entries of each of B bands, shape (B, K, K), float64.
         shares: the part of all latent entries that each band has, shape (B,), sum 1.
+        powers: mean D_k^2 in each band, shape (B, K); None where unknown.
     """
 
     timesteps: np.ndarray
     sigmas: np.ndarray
     distances: np.ndarray
     shares: np.ndarray
+    powers: Optional[np.ndarray] = None
 
     @property
     def variance(self) -> float:
-        """c^2 of the clean latents: how far the last prediction is from the first, which knows only the prompt."""
-        return float(self.shares @ self.distances[:, 0, -1])
+        """c^2 of the clean latents around what the prompt says of them."""
+        return float(self.shares @ remaining_variances(self)[:, 0])
 
 
 def snr(sigmas: np.ndarray) -> np.ndarray:
@@ -63,28 +76,79 @@ def snr(sigmas: np.ndarray) -> np.ndarray:
 
 
 def remaining_variances(statistics: Statistics) -> np.ndarray:
-    """v: mean (D_last - D_k)^2 per band, shape (B, K), falling with k and never above the noise s^2.
+    """v: the variance the clean latents have given the k-th noisy ones, per band, shape (B, K); falls with k.
 
-    The prediction is a martingale in lam, so this is the variance of the clean latents given the k-th noisy ones.
+    D is a martingale in lam, so v_k is mean (D_last - D_k)^2, and as well mean D_last (D_last - D_k). At high noise a
+    network's own error, s times that of its noise prediction, would be counted by the first form; by the second it is
+    not, because the final sample does not know it. Never above the noise s^2, nor above the first form.
     """
     variances = statistics.distances[:, :, -1].copy()
+    if statistics.powers is not None:
+        products = 0.5 * (variances + statistics.powers[:, -1:] - statistics.powers)
+        variances = np.clip(products, 0.0, variances)
     # The last prediction has no error against itself; what was left one step before is the honest bound.
     variances[:, -1] = variances[:, -2]
     falling = np.maximum.accumulate(variances[:, ::-1], axis=1)[:, ::-1]
     return np.minimum(falling, statistics.sigmas**2)
 
 
-def pair_costs(statistics: Statistics, exponent: float) -> np.ndarray:
-    """C[i][j]: the integral over lam_i .. lam_j of v^g mean |D_lam - D_i|^2 (trapezoids); inf for j <= i."""
+def pair_costs(statistics: Statistics, exponent: float, against_teacher: bool = False) -> np.ndarray:
+    """C[i][j]: the integral over lam_i .. lam_j of v^g mean |D_lam - D_i|^2; inf for j <= i.
+
+    By trapezoids, or `against_teacher` with the teacher's own frozen predictions, so that its own steps cost nothing.
+    """
     steps = np.diff(snr(statistics.sigmas))
     variances = remaining_variances(statistics)
     weights = (0.5 * (variances[:, 1:] + variances[:, :-1])) ** exponent * steps * statistics.shares[:, None]
-    middle = 0.5 * (statistics.distances[:, :, :-1] + statistics.distances[:, :, 1:])
-    integrand = np.einsum("bik,bk->ik", middle, weights)
-    costs = np.full((len(steps) + 1, len(steps) + 1), np.inf)
-    for i in range(len(steps)):
+    missed = statistics.distances[:, :, :-1]
+    if not against_teacher:
+        missed = 0.5 * (missed + statistics.distances[:, :, 1:])
+    return _cumulative(np.einsum("bik,bk->ik", missed, weights))
+
+
+def _cumulative(integrand: np.ndarray) -> np.ndarray:
+    """C[i][j] = the sum of integrand[i][k] over i <= k < j; inf for j <= i."""
+    size = integrand.shape[1]
+    costs = np.full((size + 1, size + 1), np.inf)
+    for i in range(size):
         costs[i, i + 1 :] = np.cumsum(integrand[i, i:])
     return costs
+
+
+def gap_costs(timesteps: np.ndarray) -> np.ndarray:
+    """C[i][j]: the squared gap; inf for j <= i."""
+    gaps = np.asarray(timesteps, dtype=np.float64)[:, None] - np.asarray(timesteps, dtype=np.float64)[None]
+    return np.where(np.triu(np.ones(gaps.shape, dtype=bool), 1), gaps**2, np.inf)
+
+
+class Objective:
+    """What `wdp` minimises: the two losses and the gaps, each divided by what even spacing of the same length has."""
+
+    def __init__(self, statistics: Statistics, parameters: Parameters = DEFAULTS):
+        self.detail = pair_costs(statistics, 1.0)
+        decided = pair_costs(statistics, parameters.exponent, against_teacher=True)
+        gaps = gap_costs(statistics.timesteps)
+        losses = 1.0 - parameters.evenness
+        self._parts = [
+            (losses * (1.0 - parameters.decisions), self.detail),
+            (losses * parameters.decisions, decided),
+            (parameters.evenness, gaps),
+        ]
+
+    def costs(self, points: int) -> np.ndarray:
+        """(K, K); even spacing with `points` timesteps has the path cost 1."""
+        even = even_places(len(self.detail), points)
+        total = np.zeros_like(self.detail)
+        for weight, costs in self._parts:
+            reference = path_cost(costs, even)
+            # Nothing to lose at the teacher's own steps, nor to weigh.
+            if weight > 0 and reference > 0:
+                total = total + weight / reference * costs
+        return np.where(np.isfinite(self.detail), total, np.inf)
+
+    def loss_of_even(self, points: int) -> float:
+        """The variance even spacing lacks."""
+        return path_cost(self.detail, even_places(len(self.detail), points))
 
 
 class Schedules(NamedTuple):
@@ -158,16 +222,17 @@ def wdp(statistics: Statistics, counts: Sequence[int], parameters: Parameters = 
 
     Raises ValueError when the teacher has fewer timesteps than are asked for.
     """
-    costs = pair_costs(statistics, parameters.exponent)
+    objective = Objective(statistics, parameters)
     found = {}
     for points in counts:
         allowed = gap_mask(statistics.timesteps, points, parameters.max_gap)
-        found[points] = statistics.timesteps[list(shortest_paths(costs, [points], allowed).indices[points])]
+        places = shortest_paths(objective.costs(points), [points], allowed).indices[points]
+        found[points] = statistics.timesteps[list(places)]
     return found
 
 
 def arctan(timesteps: np.ndarray, sigmas: np.ndarray, points: int, scale: float = 1.0) -> np.ndarray:
-    """Even spacing in arctan(s / c): what wdp with g = 1 tends to for a Gaussian of standard deviation `scale`.
+    """Even spacing in arctan(s / c), for latents of standard deviation `scale`.
 
     timesteps, sigmas: any table of the noise schedule, descending, whose ends the list keeps. No model is called.
     """
