@@ -39,7 +39,8 @@ class Config:
     latent_noise: float = 0.1  # keeps the decoder calm about the small errors of a sampler
     chunks: int = 64
     chunk: int = 1000
-    steps: int = 19000
+    # Steps at which the learning rate has come down; to train on, append the end of another cycle.
+    cycles: Tuple[int, ...] = (19000,)
     batch: int = 64
     # From this step on most timesteps are drawn around 700, where a scene's layout and motion are decided and where the
     # error left by even draws was furthest above what the data allow.
@@ -55,6 +56,15 @@ class Config:
     caption_dropout: float = 0.1
     save_every: int = 500
 
+    @property
+    def steps(self) -> int:
+        return self.cycles[-1]
+
+    def rate_at(self, step: int) -> float:
+        """The transformer's learning rate: a warm-up and a cosine per cycle."""
+        begin, end = next(pair for pair in zip((0, *self.cycles), self.cycles) if step < pair[1])
+        return learning_rate(self.rate, step - begin, end - begin, self.warmup)
+
 
 def tiny() -> Config:
     return Config(
@@ -65,7 +75,7 @@ def tiny() -> Config:
         compiled=False,
         chunks=2,
         chunk=4,
-        steps=8,
+        cycles=(5, 8),
         batch=4,
         focus_from=4,
         warmup=2,
@@ -277,10 +287,7 @@ def transformer_loop(config: Config, out: Path, read_only: bool = False) -> Loop
     torch.manual_seed(config.seed + 1)
     model = Denoiser(config, len(make_tokenizer()))
 
-    def rate_at(step):
-        return learning_rate(config.rate, step, config.steps, config.warmup)
-
-    return Loop(model, out / "transformer.pt", config.steps, rate_at, config.decay, config.bf16, read_only)
+    return Loop(model, out / "transformer.pt", config.steps, config.rate_at, config.decay, config.bf16, read_only)
 
 
 def train_transformer(config: Config, out: Path, stop_at: int = 0) -> Denoiser:
