@@ -183,7 +183,8 @@ _TITLES = {
     "frames": "Frames of the plain and of the cached generation",
     "timesteps": "The timesteps found against even spacing",
     "costs": "Predicted error by number of steps",
-    "gaps": "Gap to the full number of steps closed",
+    "gaps": "Gap to the full number of steps closed, as predicted",
+    "measured": "Gap to the full number of steps closed, as measured",
 }
 _STYLE = (
     "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler, HeunDiscreteScheduler
+from test_search_script import finish, start
 from torch import nn
 
 from osaccel import formats, settings
@@ -46,14 +47,14 @@ class Autoencoder(nn.Module):
 
     def encode(self, video):
         assert -1 <= float(video.min()) and float(video.max()) <= 1 and float(video.min()) < -0.5
-        return nn.functional.avg_pool3d(video[:, :, :3], (1, 4, 4))
+        return nn.functional.avg_pool3d(video, (1, 4, 4))
 
 
 class Pipeline:
-    """The upstream's loop on 3 frames of 8 x 8 latents."""
+    """The upstream's loop on a few frames of 8 x 8 latents."""
 
-    def __init__(self, scheduler=None):
-        self.scheduler = scheduler or EulerAncestralDiscreteScheduler()
+    def __init__(self, scheduler=None, frames=3):
+        self.scheduler, self.frames = scheduler or EulerAncestralDiscreteScheduler(), frames
         self.transformer, self.vae = Network(self.scheduler), Autoencoder()
 
     @torch.no_grad()
@@ -61,7 +62,7 @@ class Pipeline:
         self, prompt=None, num_inference_steps=20, num_frames=3, height=SIZE, width=SIZE, output_type="pil", **_
     ):
         self.scheduler.set_timesteps(num_inference_steps)
-        latents = torch.randn(1, 3, 3, 8, 8) * self.scheduler.init_noise_sigma
+        latents = torch.randn(1, 3, self.frames, 8, 8) * self.scheduler.init_noise_sigma
         for t in self.scheduler.timesteps:
             noise = self.transformer(self.scheduler.scale_model_input(latents, t), t)
             latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
@@ -138,6 +139,45 @@ def test_weight_is_the_formula_for_a_gaussian_band():
     distances = np.abs(remaining[:, None] - remaining[None])[None]
     given = timesteps.Statistics(np.linspace(999, 0, 400), lam**-0.5, distances, np.ones(1))
     assert timesteps.remaining_variances(given)[0, :250] == pytest.approx(remaining[:250], rel=0.02)
+
+
+def test_a_networks_own_error_at_high_noise_does_not_count_as_undecided_video():
+    """D is the exact martingale plus an error that grows with the noise, as a network's does."""
+    generator = np.random.default_rng(0)
+    sigmas = np.geomspace(100, 0.05, 60)
+    remaining = 1 / (sigmas**-2.0 + 1)
+    clean = generator.normal(size=4000)
+    steps = np.sqrt(np.diff(sigmas**-2.0, prepend=0.0))[:, None]
+    motion = (steps * generator.normal(size=(60, 4000))).cumsum(0)
+    exact = remaining[:, None] * ((sigmas**-2.0)[:, None] * clean + motion)
+    rows = exact + 0.03 * sigmas[:, None] * generator.normal(size=exact.shape)
+    powers, products = (rows**2).mean(1), rows @ rows.T / 4000
+    distances = np.maximum(powers[:, None] + powers[None] - 2 * products, 0)[None]
+    given = timesteps.Statistics(np.linspace(999, 0, 60), sigmas, distances, np.ones(1), powers[None])
+    assert timesteps.remaining_variances(given._replace(powers=None))[0, 0] > 5
+    assert timesteps.remaining_variances(given)[0, :40] == pytest.approx(remaining[:40], abs=0.15)
+
+
+def test_what_each_parameter_does():
+    given = statistics(100)
+    even = 999 / 19
+
+    def found(**chosen):
+        return timesteps.wdp(given, [20], timesteps.Parameters(**chosen))[20]
+
+    assert -np.diff(found(max_gap=1.5)).min() <= 1.5 * even + 1e-6
+    spread = [np.std(np.diff(found(evenness=weight))) for weight in (0.0, 0.3, 1.0)]
+    assert spread[0] > spread[1] > spread[2] and spread[2] < 5.1, "the teacher's own gap is 10"
+    decided = [found(decisions=weight, evenness=0.0) for weight in (0.0, 1.0)]
+    objectives = [timesteps.pair_costs(given, 3.0, against_teacher=True), timesteps.pair_costs(given, 1.0)]
+    places = [[int(np.abs(given.timesteps - value).argmin()) for value in values] for values in decided]
+    assert timesteps.path_cost(objectives[0], places[1]) <= timesteps.path_cost(objectives[0], places[0])
+    assert timesteps.path_cost(objectives[1], places[0]) <= timesteps.path_cost(objectives[1], places[1])
+
+
+def test_all_of_the_teachers_steps_is_a_list_too():
+    given = statistics(12)
+    assert timesteps.wdp(given, [12])[12] == pytest.approx(given.timesteps)
 
 
 # The log ------------------------------------------------------------------------------------------------------------
@@ -348,6 +388,36 @@ def _logged(log, halves):
     return log
 
 
+def _calibrating_rank(rank, port, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.set_num_threads(1)
+    pipeline, seen = Pipeline(frames=2), []
+    log, team = DenoiserLog(pipeline.scheduler), Team(torch.distributed.group.WORLD)
+    observe = log.observe
+    log.observe = lambda *given: (seen.append(given[2]), observe(*given))
+    call = call_of(pipeline, num_inference_steps=8, num_frames=4)
+    videos = calibration.Videos(folder, {"num_frames": 4, "height": SIZE, "width": SIZE})
+    torch.manual_seed(rank)
+    evaluations = calibration.evaluate(call, videos, log, team)
+    whole = videos.encoded(videos.paths[-1], pipeline.vae)
+    found = {"distances": log.statistics(team).distances, "last": seen[-1], "whole": whole, "evaluations": evaluations}
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_calibrate_on_their_own_frames_of_each_video(tmp_path):
+    write_videos(tmp_path, frames=4)
+    port = 29500 + torch.randint(0, 2000, ()).item()
+    multiprocessing.start_processes(_calibrating_rank, args=(port, str(tmp_path)), nprocs=2, start_method="fork")
+    ranks = [torch.load(str(tmp_path / f"{rank}.pt"), weights_only=False) for rank in (0, 1)]
+    assert np.array_equal(ranks[0]["distances"], ranks[1]["distances"])
+    for rank, found in enumerate(ranks):
+        assert found["evaluations"] == 5 * 4 * 8
+        # The last point has the noise s(0) = 0.01.
+        mine = found["whole"][:, :, 2 * rank : 2 * rank + 2]
+        assert float((found["last"] - mine).std()) == pytest.approx(0.01, rel=0.2)
+
+
 def test_two_ranks_have_the_costs_of_the_whole_video(tmp_path):
     port = 29500 + torch.randint(0, 2000, ()).item()
     # Forked: importing everything again in each rank takes longer than all other tests together.
@@ -356,3 +426,49 @@ def test_two_ranks_have_the_costs_of_the_whole_video(tmp_path):
     assert np.array_equal(ranks[0]["distances"], ranks[1]["distances"])
     whole = _logged(DenoiserLog(EulerAncestralDiscreteScheduler()), [0, 1]).statistics()
     assert ranks[0]["distances"] == pytest.approx(whole.distances, rel=1e-4)
+
+
+# The two files of OSACCEL_SEARCH=all --------------------------------------------------------------------------------
+
+
+def test_lists_and_caches_of_two_searches_are_not_mixed(tmp_path):
+    schedule = str(tmp_path / "schedule.txt")
+    common = {"OSACCEL_TIMESTEPS": schedule, "OSACCEL_TARGET_STEPS": "6"}
+    finish(start(tmp_path, OSACCEL_SEARCH="all", **common))
+    assert len(formats.read_timesteps(schedule)) == 6
+    reports = [formats.read_file(path + ".report.json") for path in (schedule, str(tmp_path / "found.json"))]
+    assert reports[0]["fingerprint"]["timesteps"] == reports[1]["fingerprint"]["timesteps"]
+    assert "when it was searched" not in finish(start(tmp_path, prompts=1, OSACCEL_SEARCH="0", **common))
+    # As many steps, elsewhere.
+    formats.write_timesteps(schedule, [999.0, 800.0, 600.0, 400.0, 200.0, 0.0])
+    assert "timesteps was" in finish(start(tmp_path, prompts=1, OSACCEL_SEARCH="0", **common))
+    refused = finish(start(tmp_path, prompts=1, OSACCEL_SEARCH="0", OSACCEL_STRICT="1", **common), status=1)
+    assert "timesteps was" in refused and "OSACCEL_STRICT refuses it" in refused
+
+
+# The benchmark's measures -------------------------------------------------------------------------------------------
+
+
+def test_measures_see_what_they_should_and_nothing_else():
+    pytest.importorskip("benchmarks.measures")
+    from benchmarks import measures
+
+    generator = torch.Generator().manual_seed(0)
+    means = 5 * torch.randn(16, 1, 2, 2, 4, 4, generator=generator)
+
+    def draw(each, scale=1.0):
+        return (means + scale * torch.randn(16, each, 2, 2, 4, 4, generator=generator)).flatten(0, 1)
+
+    teacher, data = draw(4), [draw(12), draw(4)]
+    results = {"plain 100": teacher, "plain 50": teacher * 0.9, "wdp 50": teacher * 0.95}
+    report = measures.compare(results, data, [50], groups=16, draws=100)
+    arms = report["arms"]
+    for measure in ("energy distance", "mmd"):
+        for same in (arms["plain 100"][measure], report["floor"][measure]):
+            assert same[1] < 0 < same[2], "no difference between samples of the same prompts"
+        assert arms["plain 50"][measure][0] > arms["wdp 50"][measure][0]
+        assert report["against plain"]["wdp 50"][measure][2] < 0
+    assert report["gap closed"]["wdp 50"]["coupled error"][0] == pytest.approx(0.5)
+    assert arms["plain 50"]["high band"][0] == pytest.approx(0.9 * arms["plain 100"]["high band"][0])
+    with pytest.raises(ValueError, match="192 videos are not 15 groups"):
+        measures.compare(results, data, [50], groups=15)

@@ -9,7 +9,8 @@ from osaccel import __version__, formats
 from osaccel.search.journal import digest_of, weights_digest
 
 # What a configuration must share with a generation to be valid for it.
-BINDING = ("steps", "blocks", "sampler", "resolution")
+BINDING = ("steps", "blocks", "sampler", "resolution", "timesteps")
+DEFAULT_SPACING = "the scheduler's own"
 
 
 def report_path(config_path: str) -> str:
@@ -25,6 +26,8 @@ def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps:
         "blocks": blocks,
         "sampler": type(pipeline.scheduler).__name__,
         "resolution": size if all(isinstance(value, int) for value in size) else None,
+        # The same number of steps elsewhere is another generation, and the two files of a search are of one piece.
+        "timesteps": DEFAULT_SPACING if timesteps is None else digest_of([float(value) for value in timesteps]),
     }
 
 
@@ -51,7 +54,6 @@ def of_search(
         "guidance_scale": call.arguments.get("guidance_scale"),
         "prompt": digest_of({name: call.arguments.get(name) for name in ("prompt", "negative_prompt")}),
         "arguments": digest_of(call.arguments),
-        "timesteps": None if timesteps is None else digest_of([float(value) for value in timesteps]),
         "prompts": prompts,
         "ranks": ranks,
         "metric": metric,

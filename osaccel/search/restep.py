@@ -12,7 +12,6 @@ from osaccel.generation import Generation, find_blocks
 from osaccel.search import calibration, fingerprint, timesteps
 from osaccel.search.cache_search import SearchError
 from osaccel.search.denoiser_log import DenoiserLog
-from osaccel.search.journal import digest_of
 from osaccel.search.replay import Call
 from osaccel.search.session import Runner, Session
 
@@ -54,7 +53,8 @@ class RestepRunner(Runner):
             report["forwards"] = {**self.forwards, "extra": self.forwards["search"]}
             report["calibration"] = self._videos or f"{len(self.log.generations)} generations of the script"
             write(settings.timesteps_output or "", shared, settings.target_steps, report, self.session.calls[0])
-        return {"timesteps": tuple(shared[0])}
+        # As a reader gets it back: what is bound to this list is bound to the file's.
+        return {"timesteps": _as_stored(shared[0])}
 
     def _check(self, call: Call) -> None:
         steps = call.arguments.get("num_inference_steps")
@@ -105,7 +105,7 @@ def make_report(
 ) -> Dict[str, Any]:
     """What the sidecar keeps: the lists, what they are predicted to cost against even spacing, and the cost curve."""
     size = len(statistics.timesteps)
-    found, even = _curves(statistics, sorted({*range(5, size, 5), *lists}), parameters)
+    found, even = _curves(statistics, sorted({*range(5, size, 5), *lists, size}), parameters)
     return {
         "kind": "restep",
         "method": method,
@@ -147,19 +147,23 @@ def write(
     """Write each list and its sidecar report."""
     blocks = _number_of_blocks(call)
     for path, values in zip(paths_of(output, counts), lists):
-        # The fingerprint is of the list as a reader gets it back.
         formats.write_timesteps(path, values)
-        stored: Tuple[float, ...] = formats.read_timesteps(path)
+        stored = _as_stored(values)
         bound = {
             **fingerprint.of_call(call.pipeline, call.arguments, blocks, stored),
             "teacher_steps": report["teacher_steps"],
             "guidance_scale": call.arguments.get("guidance_scale"),
-            # The cache search puts the same digest into its own fingerprint: the two files belong together.
-            "timesteps": digest_of([float(value) for value in stored]),
             "versions": fingerprint.versions(),
         }
         formats.write_json(fingerprint.report_path(path), {**report, "fingerprint": bound})
         logger.info("searched timesteps (%d steps) written to %s", len(values), path)
+
+
+def _as_stored(values: Sequence[float]) -> Tuple[float, ...]:
+    """The list as a reader of its file gets it: division and multiplication may change the last bit."""
+    return formats.parse_timesteps(
+        [value / formats.NUM_TRAIN_TIMESTEPS for value in reversed(values)], "the list found"
+    )
 
 
 def _number_of_blocks(call: Call) -> int:

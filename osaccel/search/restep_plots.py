@@ -5,6 +5,8 @@ from typing import Any, Dict, List, Mapping
 
 import numpy as np
 
+_CURVES = ("cost_curve", "cost_curve_even")
+
 
 def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
     """The lists found against even spacing."""
@@ -17,11 +19,30 @@ def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
 
 
 def plot_costs(axes: Any, report: Mapping[str, Any]) -> None:
-    """The cost of the best list of each length, and of even spacing."""
-    for name, label in (("cost_curve", "found (no gap limit)"), ("cost_curve_even", "even spacing")):
+    """The predicted loss of the best list of each length, and of even spacing."""
+    for name, label in (("cost_curve", "found"), ("cost_curve_even", "even spacing")):
         curve = {int(length): cost for length, cost in report[name].items()}
         axes.plot(list(curve), list(curve.values()), marker=".", label=label)
-    axes.set(xlabel="steps", ylabel="predicted error (weighted)", yscale="log", title="cost by number of steps")
+    axes.set(xlabel="steps", ylabel="part of the variance missing", yscale="log", title="predicted loss by steps")
+    axes.legend()
+
+
+def predicted_gaps(report: Mapping[str, Any]) -> Dict[int, float]:
+    """Part of the gap between even spacing and the teacher that the best list of each length is predicted to close."""
+    found, even = ({int(length): cost for length, cost in report[name].items()} for name in _CURVES)
+    best = min(even.values())
+    return {length: (even[length] - found[length]) / (even[length] - best) for length in even if even[length] > best}
+
+
+def plot_predicted_gaps(axes: Any, report: Mapping[str, Any]) -> None:
+    """Predicted, by number of steps; those that were searched are marked."""
+    gaps = predicted_gaps(report)
+    axes.plot(list(gaps), list(gaps.values()), marker=".", color="grey")
+    for count in sorted(int(count) for count in report["lists"] if int(count) in gaps):
+        axes.plot([count], [gaps[count]], marker="o", linestyle="none", label=f"{count} steps: {gaps[count]:.2f}")
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(xlabel="steps", ylabel="gap closed", ylim=(min(0.0, *gaps.values()) - 0.05, 1.05))
+    axes.set_title("predicted: 0 = even spacing, 1 = all the script's steps")
     axes.legend()
 
 
@@ -45,6 +66,8 @@ def plots(report: Mapping[str, Any]) -> Dict[str, Any]:
         "timesteps": lambda report, figure: plot_timesteps(figure.subplots(), report),
         "costs": lambda report, figure: plot_costs(figure.subplots(), report),
     }
+    if predicted_gaps(report):
+        found["gaps"] = lambda report, figure: plot_predicted_gaps(figure.subplots(), report)
     if report.get("gap closed"):
-        found["gaps"] = lambda report, figure: plot_gap_closed(figure.subplots(), report["gap closed"])
+        found["measured"] = lambda report, figure: plot_gap_closed(figure.subplots(), report["gap closed"])
     return found
