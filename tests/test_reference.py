@@ -110,6 +110,13 @@ def test_autoencoder_is_causal():
 
 
 def test_noise_levels_count_alike():
-    weight = train.noise_weight(train.alphas_cumprod(), variance=9.0)
+    weight = train.noise_weight(train.alphas_cumprod(), variance=9.0, floor=0.03)
     assert abs(weight.mean().item() - 1) < 1e-5
     assert (weight.diff() > 0).all() and weight[-1] / weight[0] < 35
+
+
+def test_a_phase_draws_most_timesteps_around_its_centre():
+    draw = torch.Generator().manual_seed(0)
+    even, focused = (train.draw_timesteps(5000, centre, draw) for centre in (None, 700))
+    assert abs(even.double().mean() - 499.5) < 1 and even.min() == 0 and even.max() == 999
+    assert ((focused - 700).abs() < 150).double().mean() > 0.5 and (focused < 300).double().mean() > 0.1

@@ -10,7 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, List, Tuple
+from typing import Iterator, List, Optional, Tuple
 
 import numpy as np
 import torch
@@ -24,6 +24,15 @@ from .loop import Loop, learning_rate, rank, share, step_generator, workers
 from .paths import CHECKPOINT  # noqa: F401  (puts the miniature on sys.path)
 
 STAGES = ("autoencoder", "latents", "transformer")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """From step `first` on: where most timesteps are drawn (None is evenly), and the floor of the signal's share."""
+
+    first: int
+    centre: Optional[int]
+    floor: float
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,9 @@ class Config:
     # Steps at which the learning rate has come down; to train on, append the end of another cycle.
     cycles: Tuple[int, ...] = (19000,)
     batch: int = 64
-    # From this step on most timesteps are drawn around 700, where a scene's layout and motion are decided and where the
-    # error left by even draws was furthest above what the data allow.
-    focus_from: int = 8000
+    # Layout and motion are decided between 600 and 900. There the error stayed furthest above what the nearest
+    # training videos would give, so the later phases draw these timesteps more often and weight them in full.
+    phases: Tuple[Phase, ...] = (Phase(0, None, 0.03), Phase(8000, 700, 0.03), Phase(11000, 760, 0.003))
     rate: float = 3e-3
     warmup: int = 300
     decay: float = 0.999
@@ -59,6 +68,9 @@ class Config:
     @property
     def steps(self) -> int:
         return self.cycles[-1]
+
+    def phase(self, step: int) -> Phase:
+        return [phase for phase in self.phases if phase.first <= step][-1]
 
     def rate_at(self, step: int) -> float:
         """The transformer's learning rate: a warm-up and a cosine per cycle."""
@@ -77,7 +89,7 @@ def tiny() -> Config:
         chunk=4,
         cycles=(5, 8),
         batch=4,
-        focus_from=4,
+        phases=(Phase(0, None, 0.03), Phase(4, 700, 0.003)),
         warmup=2,
         layers=2,
         heads=2,
@@ -236,7 +248,7 @@ def alphas_cumprod() -> torch.Tensor:
     return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0).float()
 
 
-def noise_weight(alphas: torch.Tensor, variance: float) -> torch.Tensor:
+def noise_weight(alphas: torch.Tensor, variance: float, floor: float) -> torch.Tensor:
     """Weight (1000,) of every timestep's error, mean 1: all noise levels count about the same.
 
     Plain noise errors are dominated by the fine detail of nearly clean latents, and leave scenes incoherent.
@@ -244,14 +256,16 @@ def noise_weight(alphas: torch.Tensor, variance: float) -> torch.Tensor:
     bounds it where nearly all is noise.
     """
     signal = alphas * variance / (alphas * variance + 1 - alphas)
-    weight = 1 / (0.03 + signal)
+    weight = 1 / (floor + signal)
     return weight / weight.mean()
 
 
-def draw_timesteps(count: int, focused: bool, draw: torch.Generator) -> torch.Tensor:
+def draw_timesteps(count: int, centre: Optional[int], draw: torch.Generator) -> torch.Tensor:
     """Timesteps (count,), one from each of `count` equally likely parts of the schedule, for less variance."""
     times = torch.arange(1000, dtype=torch.float64)
-    density = 0.35 + 1.5 * torch.exp(-0.5 * ((times - 700) / 150) ** 2) if focused else torch.ones_like(times)
+    density = torch.ones_like(times)
+    if centre is not None:
+        density = 0.35 + 1.5 * torch.exp(-0.5 * ((times - centre) / 150) ** 2)
     cumulative = density.cumsum(0) / density.sum()
     parts = (torch.arange(count) + torch.rand(count, generator=draw)) / count
     return torch.searchsorted(cumulative, parts.double(), right=True).clamp(max=999)
@@ -263,16 +277,17 @@ class Examples:
     def __init__(self, config: Config, latents: torch.Tensor, captions: List[str]):
         tokens = make_tokenizer()(captions, padding="max_length", max_length=12, return_tensors="pt")
         self.config, self.latents, self.alphas = config, latents, alphas_cumprod()
-        self.weight = noise_weight(self.alphas, latents.float().var().item())
+        variance = latents.float().var().item()
+        self.weights = {phase: noise_weight(self.alphas, variance, phase.floor) for phase in config.phases}
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.empty = make_tokenizer()("", padding="max_length", max_length=12, return_tensors="pt")
 
     def batch(self, step: int):
         """(noisy latents, timesteps, word ids, word mask, the noise to predict, the weight of its error)."""
         config, draw = self.config, step_generator(self.config.seed + 2, step)
-        size = config.batch
+        phase, size = config.phase(step), config.batch
         chosen = torch.randint(len(self.latents), (size,), generator=draw)
-        timestep = draw_timesteps(size, step >= config.focus_from, draw)
+        timestep = draw_timesteps(size, phase.centre, draw)
         dropped = torch.rand(size, 1, generator=draw) < config.caption_dropout
         ids = torch.where(dropped, self.empty.input_ids, self.ids[chosen])
         mask = torch.where(dropped, self.empty.attention_mask, self.mask[chosen])
@@ -280,7 +295,7 @@ class Examples:
         noise = torch.randn(clean.shape, generator=draw)
         signal = self.alphas[timestep].view(-1, 1, 1, 1, 1)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        return noisy, timestep, ids, mask, noise, self.weight[timestep].view_as(signal)
+        return noisy, timestep, ids, mask, noise, self.weights[phase][timestep].view_as(signal)
 
 
 def transformer_loop(config: Config, out: Path, read_only: bool = False) -> Loop:
