@@ -3,31 +3,25 @@
 
 import logging
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
 
 from osaccel.search import cache_search, fingerprint
 from osaccel.search.cache_search import Candidate, Search
+from osaccel.search.error_model import PARAMETERS, ErrorModel
 from osaccel.search.evaluate import frames_of
 from osaccel.search.replay import Replay
 
 logger = logging.getLogger("osaccel")
 
 
-class Prediction(NamedTuple):
-    """What candidates were ranked by: a score for each, the steps' weights and the regions' errors `grams`."""
-
-    scores: Dict[Candidate, float]
-    weights: np.ndarray
-    grams: np.ndarray
-
-
 def report(
     search: Search,
     best: Candidate,
-    prediction: Prediction,
+    model: ErrorModel,
+    changes: np.ndarray,
     replays: Sequence[Replay],
     bound: Dict[str, Any],
     seconds: float,
@@ -36,12 +30,14 @@ def report(
     """The JSON-able report.
 
     Args:
+        model: fitted to the finished evaluations; its predictions are in their unit.
+        changes: (step, block), how much each block's delta changed since the step before.
         bound: the fingerprint the configuration is bound to.
         seconds: of the search, without the plain generations.
         instrument_bytes: what observing the blocks took at most, on the device of the hidden states.
     """
     steps, blocks, chosen = search.num_steps, search.num_blocks, search.done[best]
-    per_block = np.einsum("gtbb->gtb", prediction.grams)[0]
+    scores = dict(zip(model.pool, model.scores(search.done).tolist()))
     plain_seconds = sum(replay.recording.seconds for replay in replays)
     return {
         "chosen": best.config.to_dict(),
@@ -58,13 +54,14 @@ def report(
             "plain_seconds": plain_seconds,
             "instrument_bytes": instrument_bytes,
         },
-        "evaluations": _evaluations(search, prediction.scores, plain_seconds),
+        "evaluations": _evaluations(search, scores, plain_seconds),
         "predictions": [
             {**c.config.to_dict(), "predicted_error": s, "predicted_speed_up": c.speed_up(blocks, steps)}
-            for c, s in sorted(prediction.scores.items(), key=lambda item: item[1])[:200]
+            for c, s in sorted(scores.items(), key=lambda item: item[1])[:200]
         ],
-        "step_weights": prediction.weights.tolist(),
-        "delta_change": np.sqrt(np.maximum(per_block, 0)).tolist(),
+        "error_model": dict(zip(PARAMETERS, model.parameters.tolist())),
+        "step_weights": model.weights().tolist(),
+        "delta_change": changes.tolist(),
     }
 
 
@@ -74,6 +71,7 @@ def _cost(search: Search, replays: Sequence[Replay]) -> Dict[str, Any]:
     return {
         "plain_generations": search.spent,
         "block_forwards": search.block_forwards,
+        "probe_block_forwards": search.overhead,
         "recording_bytes": sum(replay.recording.nbytes() for replay in replays),
         # Where the boundaries of a candidate's storing step did not fit into their limit, it was computed again.
         "boundary_bytes": sum(replay.boundaries.bytes_used for replay in replays),

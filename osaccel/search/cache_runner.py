@@ -8,7 +8,7 @@ split over ranks, the ranks are the workers of rank 0's search, see `workers`.
 import logging
 import os
 import time
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -17,10 +17,10 @@ from osaccel import formats
 from osaccel.cache.config import DitCacheConfig
 from osaccel.cache.executor import HiddenStates
 from osaccel.generation import find_blocks
-from osaccel.search import boundaries, cache_report, cache_search, fingerprint
+from osaccel.search import boundaries, cache_report, cache_search, fingerprint, probes
 from osaccel.search.boundaries import Boundaries
-from osaccel.search.cache_report import Prediction
 from osaccel.search.cache_search import MAX_INTERVAL, Candidate, Goal, Search, SearchError
+from osaccel.search.error_model import ErrorModel, Gains
 from osaccel.search.evaluate import Evaluator
 from osaccel.search.journal import Journal, digest_of
 from osaccel.search.observe import watch_blocks
@@ -44,7 +44,7 @@ class CacheRunner(Runner):
         self.goal = Goal(settings.cache_ratio, settings.min_psnr)
         self.team = session.team
         self.replays: List[Replay] = []
-        self.grams: Optional[torch.Tensor] = None
+        self.grams: List[torch.Tensor] = []
         self.bytes_used = 0
         self.num_blocks = 0
         self.fingerprint: Dict[str, Any] = {}
@@ -67,7 +67,7 @@ class CacheRunner(Runner):
             self._say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
             call.state.load(known["random"])
             replay.load(known["replay"])
-            self._add_grams(known["grams"])
+            self.grams.append(known["grams"])
             self.bytes_used = max(self.bytes_used, known["bytes_used"])
             return replay.decode()
         if self.team.share(bool(self.journal.evaluations())):
@@ -83,7 +83,9 @@ class CacheRunner(Runner):
             return watch_blocks(blocks, generation.clock, states, errors.observe, kept.observe)
 
         def before_first_forward() -> None:
-            kept.steps = {candidate.first for candidate in self._pool(len(call.pipeline.scheduler.timesteps))}
+            num_steps = len(call.pipeline.scheduler.timesteps)
+            firsts = {candidate.first for candidate in self._pool(num_steps)}
+            kept.steps = firsts | {step - 1 for step in probes.whole_steps(num_steps)}
 
         replay.before_first_forward = before_first_forward
         output = replay.record(attach)
@@ -93,7 +95,7 @@ class CacheRunner(Runner):
             raise SearchError("The plain generation's latents are not finite; there is nothing to compare with.")
         self._agree_on_boundaries(replay)
         grams = errors.tensor(replay.recording.steps)
-        self._add_grams(grams)
+        self.grams.append(grams)
         self.bytes_used = max(self.bytes_used, errors.bytes_used)
         content = {
             "call": digest_of(call.arguments),
@@ -116,9 +118,6 @@ class CacheRunner(Runner):
         for step in [step for step in kept if not everywhere[step]]:
             replay.boundaries.forget(step)
 
-    def _add_grams(self, grams: torch.Tensor) -> None:
-        self.grams = grams if self.grams is None else self.grams + grams
-
     def _open_journal(self, call: Call) -> None:
         metric = "latents" if self.goal.min_psnr is None else "latents and frames"
         prompts = self.session.settings.search_prompts
@@ -139,7 +138,7 @@ class CacheRunner(Runner):
         self._say("starting anew: " + reason, *args)
         if self.team.is_leader:
             for name in os.listdir(self.journal.directory):
-                if name.startswith("evaluations-") or name.startswith("final-"):
+                if name.startswith(("evaluations-", "final-", "gains-")):
                     os.unlink(os.path.join(self.journal.directory, name))
         self.team.barrier()
 
@@ -147,7 +146,7 @@ class CacheRunner(Runner):
 
     def search(self) -> Dict[str, Any]:
         started = time.time()
-        search, prediction = self._prepare()
+        search, model, changes = self._prepare()
         workers = Workers(self.team, self.journal)
         workers.publish(self.replays)
         progress = Progress(search, self.team.is_first)
@@ -156,39 +155,52 @@ class CacheRunner(Runner):
             search.add(evaluation)
         progress.sync()
         while True:
-            round_ = search.next_round()
+            # One decision: the ranks' machines may round differently.
+            round_ = self.team.share(search.next_round())
             if not round_:
                 break
-            best = search.best()
+            best = self.team.share(search.best())
             for evaluation in workers.run_round(round_, evaluator, search.done[best] if best else None):
                 search.add(evaluation)
             progress.sync()
         progress.close()
-        found = self._conclude(search, prediction, time.time() - started)
+        found = self._conclude(search, model, changes, time.time() - started)
         workers.finish(found.to_dict())
         return {"cache": found}
 
-    def _prepare(self) -> Any:
-        assert self.grams is not None
+    def _prepare(self) -> Tuple[Search, ErrorModel, np.ndarray]:
+        """The search, its model of the errors, and how much each block's delta changes from step to step."""
         num_steps = self.replays[0].recording.steps
         if any(replay.recording.steps != num_steps for replay in self.replays):
             raise SearchError("The recorded calls have different numbers of steps; one configuration cannot fit them.")
-        grams = self.team.sum(self.grams).numpy()
-        weights, gains = cache_search.default_weights(self.num_blocks, num_steps)
+        grams = [self.team.sum(gram).numpy() for gram in self.grams]
         pool = self._pool(num_steps)
-        scores = cache_search.predict(pool, grams, weights, gains)
-        shared = self.team.share(dict(zip(pool, scores.tolist())))
+        gains, overhead = self._gains(grams[0], [candidate.stop for candidate in pool])
+        # Errors are relative to all calls together.
+        model = ErrorModel(pool, sum(grams) / len(grams), gains)
         search = Search(
             pool,
-            np.array([shared[candidate] for candidate in pool]),
+            model.scores({}),
             self.num_blocks,
             num_steps,
             self.goal,
+            refit=model.scores,
             plain=self.num_blocks * sum(replay.recording.forwards for replay in self.replays),
+            overhead=overhead,
             price=self._price,
             workers=self.team.workers,
         )
-        return search, Prediction(shared, weights, grams)
+        return search, model, np.sqrt(np.maximum(np.einsum("tbb->tb", grams[0][0]), 0.0))
+
+    def _gains(self, grams: np.ndarray, ends: List[int]) -> Tuple[Gains, int]:
+        """What a change of the hidden states does to the latents, from the first call, and its block forwards."""
+        name = f"gains-{self.team.member}.pt"
+        known = self.journal.load(name)
+        if self.team.all_agree(known is not None):
+            return Gains(*known["gains"]), known["block_forwards"]
+        gains, spent = probes.measure(self.replays[0], grams, ends, self.team)
+        self.journal.save(name, {"gains": tuple(gains), "block_forwards": spent})
+        return gains, spent
 
     def _price(self, candidate: Candidate) -> float:
         """Plain generations' worth of verifying a candidate on all recorded calls."""
@@ -199,8 +211,8 @@ class CacheRunner(Runner):
         ]
         return sum(spent) / (len(spent) * self.num_blocks * num_steps)
 
-    def _conclude(self, search: Search, prediction: Prediction, seconds: float) -> DitCacheConfig:
-        best = search.best()
+    def _conclude(self, search: Search, model: ErrorModel, changes: np.ndarray, seconds: float) -> DitCacheConfig:
+        best = self.team.share(search.best())
         if best is None:
             raise SearchError(self._nothing_found(search))
         final = self.journal.load(final_name(best, self.team.member))
@@ -208,7 +220,7 @@ class CacheRunner(Runner):
         frames = cache_report.frames(self.replays[0], final) if has_final else None
         if self.team.is_first:
             report = cache_report.report(
-                search, best, prediction, self.replays, self.fingerprint, seconds, self.bytes_used
+                search, best, model, changes, self.replays, self.fingerprint, seconds, self.bytes_used
             )
             if frames is not None:
                 cache_report.write_frames(self.output + ".report.npz", frames)

@@ -84,32 +84,6 @@ def candidates(num_blocks: int, num_steps: int, ratio: float, max_interval: int 
     return found
 
 
-def predict(pool: Sequence[Candidate], grams: np.ndarray, weights: np.ndarray, gains: np.ndarray) -> np.ndarray:
-    """A number per candidate that orders them as their errors in the final latents would.
-
-    Args:
-        grams: (gap, step, block, block), see `osaccel.search.regions`.
-        weights: (step,), how much a step's error changes the final latents.
-        gains: (block + 1,), how much an error that enters before this block changes the step's prediction.
-    """
-    num_steps = grams.shape[1]
-    prefix: Dict[Tuple[int, int], np.ndarray] = {}
-    scores = np.empty(len(pool))
-    for index, candidate in enumerate(pool):
-        key = candidate.first, candidate.interval
-        if key not in prefix:
-            total = np.zeros(grams.shape[2:])
-            for step in range(candidate.first, num_steps):
-                gap = (step - candidate.first) % candidate.interval
-                if gap:
-                    total += weights[step] ** 2 * grams[gap - 1, step]
-            prefix[key] = np.pad(total.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        table, start, stop = prefix[key], candidate.start, candidate.stop
-        energy = table[stop, stop] - table[start, stop] - table[stop, start] + table[start, start]
-        scores[index] = gains[stop] * math.sqrt(max(energy, 0.0))
-    return scores
-
-
 class Belief:
     """Predicted log errors corrected by the measured ones: a Gaussian process on what the prediction misses.
 
@@ -118,15 +92,20 @@ class Belief:
 
     def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int):
         self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
-        floor = np.min(scores[np.isfinite(scores) & (scores > 0)], initial=1.0)
-        self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
+        self.rescore(scores)
         self.features = np.array(
             [
                 (c.start / num_blocks, c.stop / num_blocks, c.first / num_steps, math.log2(c.interval) / 2)
                 for c in self.pool
             ]
         )
-        self.spread, self.noise, self.length = 0.35, 0.03, 0.35
+        self.spread, self.noise, self.length = 0.25, 0.03, 0.35
+
+    def rescore(self, scores: np.ndarray) -> None:
+        """Another prediction of the errors, for example one fitted to those measured since."""
+        usable = np.isfinite(scores) & (scores > 0)
+        floor = np.min(scores[usable]) if usable.any() else 1.0
+        self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
 
     def estimate(self, measured: Dict[Candidate, float]) -> Tuple[np.ndarray, np.ndarray]:
         """Expected log error and its standard deviation, per candidate."""
@@ -164,6 +143,8 @@ class Search:
     Args:
         pool, scores: the candidates and their predicted errors.
         plain: block forwards of the plain generations of all calls; by default of one with one forward per step.
+        refit: better scores, from what was measured by then; asked after every evaluation.
+        overhead: block forwards that were spent otherwise.
         price: block forwards that verifying a candidate is expected to take, in units of `plain`.
         budget: block forwards to spend, in units of `plain`, the plain generations included.
         workers: how many candidates are verified side by side, in one round.
@@ -176,26 +157,30 @@ class Search:
         num_blocks: int,
         num_steps: int,
         goal: Goal,
+        refit: Optional[Callable[[Dict[Candidate, Dict[str, Any]]], np.ndarray]] = None,
         plain: Optional[int] = None,
+        overhead: int = 0,
         price: Optional[Callable[[Candidate], float]] = None,
         budget: float = BUDGET,
         workers: int = 1,
     ):
         self.goal, self.num_blocks, self.num_steps = goal, num_blocks, num_steps
-        self.plain = plain or num_blocks * num_steps
+        self.plain, self.overhead = plain or num_blocks * num_steps, overhead
         self.price = price or (lambda candidate: cost(candidate, num_blocks, num_steps) / (num_blocks * num_steps))
-        self.budget, self.workers = budget, workers
+        self.refit, self.budget, self.workers = refit, budget, workers
         self.belief = Belief(pool, scores, num_blocks, num_steps)
         self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
         self.done: Dict[Candidate, Dict[str, Any]] = {}
 
     def add(self, evaluation: Dict[str, Any]) -> None:
         self.done[candidate_of(evaluation)] = evaluation
+        if self.refit is not None:
+            self.belief.rescore(self.refit(self.done))
 
     @property
     def block_forwards(self) -> int:
         """Blocks computed so far, the plain generations included."""
-        return self.plain + sum(evaluation["block_forwards"] for evaluation in self.done.values())
+        return self.plain + self.overhead + sum(evaluation["block_forwards"] for evaluation in self.done.values())
 
     @property
     def spent(self) -> float:
@@ -233,13 +218,14 @@ class Search:
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
         measured = {c: 10 ** (-e["psnr"] / 20) for c, e in self.done.items() if e.get("psnr") is not None}
-        mean, _ = self.belief.estimate(measured)
+        mean, deviation = self.belief.estimate(measured)
         if not measured:
             # The prediction has no unit yet: start in the middle of its range.
             return list(np.argsort(np.abs(mean - np.median(mean)), kind="stable"))
         best = self.best()
         floor = self.speed[self.belief.index[best]] if best is not None else 0.0
-        keeps = mean <= -wanted / 20 * math.log(10)
+        # Optimistic, as above.
+        keeps = mean - 0.5 * deviation <= -wanted / 20 * math.log(10)
         if not (keeps & (self.speed > floor)).any():
             # Nothing is expected to: look at the mildest, which decides whether the wish can be met at all.
             return [] if best is not None else list(np.argsort(mean, kind="stable"))
@@ -268,16 +254,6 @@ def _measured(done: Dict[Candidate, Dict[str, Any]], best: Optional[Candidate]) 
         if error is not None and error > 0:
             found[candidate] = error
     return found
-
-
-def default_weights(num_blocks: int, num_steps: int) -> Tuple[np.ndarray, np.ndarray]:
-    """`weights` and `gains` for `predict`.
-
-    What a step gets wrong at high noise is largely repaired by the steps after it, and an error that enters early
-    passes through more blocks. Set on the trained miniature; the measured errors correct what is left.
-    """
-    weights = np.sqrt(np.linspace(0.2, 1.0, num_steps))
-    return weights, np.exp(-1.2 * np.arange(num_blocks + 1) / num_blocks)
 
 
 def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:

@@ -3,7 +3,7 @@
 
 import math
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -94,17 +94,21 @@ class _Run:
             return None
 
     def _watch(self, step: int, latents: torch.Tensor) -> None:
-        plain = self.replay.recording.latents[step].to(latents.device).double()
-        now = latents.detach().double()
-        sums = self.team.sum(torch.stack([((now - plain) ** 2).sum(), (plain**2).sum()]))
-        self.square, self.reference = float(sums[0]), float(sums[1])
-        self.curve.append(math.sqrt(self.square / self.reference) if self.reference > 0 else math.nan)
+        error, self.square, self.reference = relative_error(self.team, latents, self.replay.recording.latents[step])
+        self.curve.append(error)
         self.last = latents.detach().cpu().clone()
         self.on_step()
         if not math.isfinite(self.curve[-1]):
             raise Abandoned
         if self.rival and step > self.candidate.first and should_abandon(step, self.curve[-1], self.rival):
             raise Abandoned
+
+
+def relative_error(team: Team, latents: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float, float]:
+    """Relative L2 distance over the team's shards, NaN for a zero reference; and the two sums of squares it is of."""
+    now, before = latents.detach().double(), plain.to(latents.device).double()
+    square, reference = team.sum(torch.stack([((now - before) ** 2).sum(), (before**2).sum()])).tolist()
+    return math.sqrt(square / reference) if reference > 0 else math.nan, square, reference
 
 
 def frames_of(output: Any) -> np.ndarray:
