@@ -15,7 +15,10 @@ import json
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
-from benchmarks import packages, rules
+import numpy as np
+import torch
+
+from benchmarks import masks, packages, rules
 from benchmarks.harness import Arm, Bench, judged, meet_budget, run_arms
 from benchmarks.reference.load import STEPS, calibration_prompts, heldout_prompts, load_pipeline
 from benchmarks.reference.paths import CHECKPOINT
@@ -26,7 +29,7 @@ from osaccel.generation import Generation
 
 WARMUP = 10
 RATIO, RATIOS = 1.6, (1.3, 1.5, 1.8, 2.2)
-CALIBRATION_SEED, CALIBRATION_PROMPTS = 10**6, 2
+CALIBRATION_SEED = 10**6
 
 
 def cached(policy: Any, steps: int) -> Arm:
@@ -74,42 +77,77 @@ def taylor_schedule(budget: int, num_blocks: int, steps: int, warmup: int) -> Tu
     raise ValueError(f"no interval keeps TaylorSeer within {budget} block calls")
 
 
-class Comparison:
-    """The arms at one budget; `attach` functions are tuned by generations on calibration prompts."""
+class Calibration:
+    """What methods learn from generations on calibration prompts; once for all budgets."""
 
-    def __init__(self, bench: Bench, ratio: float, steps: int = STEPS, warmup: int = WARMUP):
+    def __init__(self, bench: Bench, steps: int = STEPS, warmup: int = WARMUP):
         self.bench, self.steps, self.warmup = bench, steps, warmup
-        self.budget = int(steps * bench.num_blocks / ratio)
-        self.size = (self.budget, bench.num_blocks, steps, warmup)
+        self.region = Region(1, bench.num_blocks)
+
+    def computed(self, attach: Callable, prompts: int = 2) -> float:
+        """Computed blocks of an arm, the mean over prompts."""
+        arm = Arm(attach, self.steps)
+        every = enumerate(calibration_prompts(prompts), start=CALIBRATION_SEED)
+        return sum(self.bench.sample(arm, prompt, seed).computed for seed, prompt in every) / prompts
+
+    def learn(self, attach: Callable) -> None:
+        """One generation, for rules that learn from it."""
+        self.computed(attach, prompts=1)
+
+    @functools.cached_property
+    def skip_costs(self) -> np.ndarray:
+        prompts = calibration_prompts(2)
+        return masks.costs(self.bench, prompts, CALIBRATION_SEED, self.steps, self.warmup, self.region)
+
+    @functools.cached_property
+    def mag_ratios(self) -> List[float]:
+        return packages.mag_ratios(self.steps, self.learn)
+
+    @functools.cached_property
+    def tea_polynomial(self) -> np.poly1d:
+        return rules.tea_polynomial(self.learn)
+
+
+class Comparison:
+    """The arms at one budget."""
+
+    def __init__(self, calibration: Calibration, ratio: float):
+        self.calibration, self.steps, self.warmup = calibration, calibration.steps, calibration.warmup
+        self.num_blocks = calibration.bench.num_blocks
+        self.budget = int(self.steps * self.num_blocks / ratio)
+        self.size = (self.budget, self.num_blocks, self.steps, self.warmup)
+        self.mask = even_mask(*self.size)
         self.thresholds: Dict[str, float] = {}
+        self.left_out: Dict[str, str] = {}
 
     def own(self, config: Optional[DitCacheConfig]) -> Dict[str, Arm]:
-        """osaccel: the four keys, a mask with reuse, a mask with forecast; a searched configuration if there is one."""
-        last, arms = self.bench.num_blocks - 1, {}
+        """osaccel: the four keys, also those of a file if there is one; masks with reuse and forecast."""
+        arms, region = {}, self.calibration.region
         for label, keys in (("", interval_config(*self.size)), (" (file)", config)):
             if keys is not None:
                 name = f"osaccel, {IntervalPolicy(keys).regions[0]}, interval {keys.cache_step_interval}{label}"
                 arms[name] = cached(IntervalPolicy(keys), self.steps)
-        for forecast, word in ((False, "reuse"), (True, "forecast")):
-            policy = MaskPolicy(Region(1, last + 1), even_mask(*self.size), forecast)
-            arms[f"osaccel, {policy.regions[0]}, mask, {word}"] = cached(policy, self.steps)
+        placed = masks.place(self.calibration.skip_costs, sum(self.mask), self.warmup)
+        for name, mask, forecast in (
+            ("even mask, reuse", self.mask, False),
+            ("even mask, forecast", self.mask, True),
+            ("placed mask, forecast", placed, True),
+        ):
+            arms[f"osaccel, {region}, {name}"] = cached(MaskPolicy(region, mask, forecast), self.steps)
         return arms
 
-    def calibrate(self, attach: Callable) -> float:
-        """Computed blocks on the calibration prompts, their mean."""
-        prompts, arm = calibration_prompts(CALIBRATION_PROMPTS), Arm(attach, self.steps)
-        samples = [self.bench.sample(arm, prompt, CALIBRATION_SEED + number) for number, prompt in enumerate(prompts)]
-        return sum(sample.computed for sample in samples) / len(samples)
-
-    def tuned(self, name: str, make: Callable[[Any, float], Any]) -> Arm:
-        """The arm of a method with a threshold: `make(pipeline, threshold)` attaches it."""
+    def tuned(self, name: str, make: Callable[[Any, float], Any]) -> Dict[str, Arm]:
+        """The arm of a method that `make(pipeline, threshold)` attaches, unless no threshold meets the budget."""
 
         def computed(threshold: float) -> float:
-            return self.calibrate(lambda pipeline: make(pipeline, threshold))
+            return self.calibration.computed(lambda pipeline: make(pipeline, threshold))
 
-        threshold = meet_budget(computed, self.budget, slack=self.bench.num_blocks)
-        self.thresholds[name] = threshold
-        return Arm(lambda pipeline: make(pipeline, threshold), self.steps)
+        try:
+            threshold = self.thresholds[name] = meet_budget(computed, self.budget, slack=self.num_blocks)
+        except ValueError as error:
+            self.left_out[name] = str(error)
+            return {}
+        return {name: Arm(lambda pipeline: make(pipeline, threshold), self.steps)}
 
     def of_packages(self, absent: Dict[str, str]) -> Dict[str, Arm]:
         arms: Dict[str, Arm] = {}
@@ -118,20 +156,19 @@ class Comparison:
             for taylor, word in ((False, ""), (True, " + TaylorSeer")):
                 name = f"cache-dit DBCache{word}, threshold"
                 attach = functools.partial(packages.cache_dit, taylor=taylor)
-                arms[name] = self.tuned(name, lambda own, value, attach=attach: attach(own, *given, value))
-            mask = even_mask(*self.size)
-            arms["cache-dit DBCache + TaylorSeer, mask"] = Arm(
-                lambda own: packages.cache_dit(own, *given, mask=mask, taylor=True), self.steps
+                arms.update(self.tuned(name, lambda own, value, attach=attach: attach(own, *given, value)))
+            arms["cache-dit DBCache + TaylorSeer, even mask"] = Arm(
+                lambda own: packages.cache_dit(own, *given, mask=self.mask, taylor=True), self.steps
             )
         if "diffusers" not in absent:
-            ratios = packages.mag_ratios(self.steps, self.calibrate)
+            ratios = self.calibration.mag_ratios
             makers: Dict[str, Callable] = {
                 "FirstBlockCache": lambda own, value: packages.first_block(own, *given, value),
                 "MagCache": lambda own, value: packages.mag_cache(own, *given, value, ratios),
                 "SeaCache": lambda own, value: packages.sea_cache(own, *given, value),
             }
             for short, make in makers.items():
-                arms[f"diffusers {short}"] = self.tuned(f"diffusers {short}", make)
+                arms.update(self.tuned(f"diffusers {short}", make))
             every, start = taylor_schedule(*self.size)
             arms[f"diffusers TaylorSeer, interval {every}"] = Arm(
                 lambda own: packages.taylor_seer(own, self.steps, start, every), self.steps
@@ -140,30 +177,33 @@ class Comparison:
 
     def arms(self, absent: Dict[str, str], config: Optional[DitCacheConfig] = None) -> Dict[str, Arm]:
         """All arms, the plain run first."""
-        fewer = [self.steps // 2, fewer_steps(self.budget, self.bench.num_blocks)]
-        polynomial = rules.tea_polynomial(self.calibrate)
+        fewer = [self.steps // 2, fewer_steps(self.budget, self.num_blocks)]
+        polynomial = self.calibration.tea_polynomial
         return {
             f"plain {self.steps}": Arm(steps=self.steps),
             **{f"plain {count}": Arm(steps=count) for count in fewer},
             **self.own(config),
             **self.of_packages(absent),
-            "TeaCache (rule)": self.tuned(
-                "TeaCache (rule)", lambda own, value: rules.tea_cache(own, self.warmup, value, polynomial)
-            ),
+            **self.tuned("TeaCache (rule)", lambda own, value: rules.tea_cache(own, self.warmup, value, polynomial)),
         }
 
 
 def compare(
-    bench: Bench, ratio: float, prompts: Sequence[str], absent: Dict[str, str], config: Optional[DitCacheConfig] = None,
-    **sizes: int,
-) -> Dict[str, Any]:  # fmt: skip
+    calibration: Calibration,
+    ratio: float,
+    prompts: Sequence[str],
+    absent: Dict[str, str],
+    config: Optional[DitCacheConfig] = None,
+) -> Dict[str, Any]:
     """One budget's report: every arm's row, the budget in block calls, the thresholds found."""
-    comparison = Comparison(bench, ratio, **sizes)
-    arms = comparison.arms(absent, config)
-    samples = run_arms(bench, arms, prompts)
+    comparison = Comparison(calibration, ratio)
+    samples = run_arms(calibration.bench, comparison.arms(absent, config), prompts)
     reference = next(iter(samples.values()))
     rows = {name: judged(own, reference, prompts) for name, own in samples.items()}
-    return {"ratio": ratio, "budget": comparison.budget, "thresholds": comparison.thresholds, "rows": rows}
+    return {
+        "ratio": ratio, "budget": comparison.budget, "thresholds": comparison.thresholds,
+        "left out": comparison.left_out, "rows": rows,
+    }  # fmt: skip
 
 
 def show(report: Dict[str, Any]) -> str:
@@ -181,7 +221,7 @@ def show(report: Dict[str, Any]) -> str:
             f"{name:<45}{row['computed']:>7.0f}{errors:>25}{quality:>20}{likeness:>7}"
             f"{100 * row['as_prompted'][0]:>11.0f} %{speed:>22}"
         )
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"{name} left out: {reason}" for name, reason in report["left out"].items())])
 
 
 def _cell(values: Optional[Sequence[float]], form: str) -> str:
@@ -248,18 +288,16 @@ def main() -> None:
 
 def run(options: argparse.Namespace, absent: Dict[str, str]) -> List[Dict[str, Any]]:
     """Every ratio's comparison, each table printed as soon as it is there."""
-    import torch
-
     torch.set_num_threads(1)
     ratios = options.ratio or (RATIOS if options.curve else (RATIO,))
     pipeline, prompts = load_pipeline(checkpoint=options.checkpoint), heldout_prompts(options.prompts)
     num_blocks = len(pipeline.transformer.transformer_blocks)
     fewer = [fewer_steps(int(STEPS * num_blocks / ratio), num_blocks) for ratio in ratios]
-    bench = Bench(pipeline, [STEPS, STEPS // 2, *fewer])
+    calibration = Calibration(Bench(pipeline, [STEPS, STEPS // 2, *fewer]))
     config = read_cache_config(str(options.cache_config)) if options.cache_config else None
     reports = []
     for ratio in ratios:
-        reports.append(compare(bench, ratio, prompts, absent, config))
+        reports.append(compare(calibration, ratio, prompts, absent, config))
         print(show(reports[-1]) + "\n", flush=True)
     return reports
 

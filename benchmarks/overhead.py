@@ -20,6 +20,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from torch import nn
 
+from benchmarks.harness import interval
 from osaccel import hooks
 from osaccel.cache.config import DitCacheConfig
 from osaccel.cache.policy import IntervalPolicy
@@ -67,10 +68,8 @@ def seconds(function: Callable[[], object]) -> float:
 
 def median_ratio(first: List[float], second: List[float]) -> Tuple[float, float, float]:
     """Median of the pairwise ratios first / second, with its 95 % bootstrap interval."""
-    ratios = np.array(first) / np.array(second)
-    resampled = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
-    low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+    middle, low, high = interval(np.array(first) / np.array(second), np.median)
+    return middle, low, high
 
 
 def idle_overhead(pairs: int) -> Tuple[float, float, float]:

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison harness: real block counts, budgets that are met, packages that may be missing."""
 
+import itertools
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks import caches, packages, rules  # noqa: E402
+from benchmarks import caches, masks, packages, rules  # noqa: E402
 from benchmarks.harness import Arm, Bench, meet_budget  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
 from osaccel.cache.policy import MaskPolicy, Region  # noqa: E402
@@ -23,6 +25,11 @@ MASK = caches.even_mask(100, BLOCKS, STEPS, WARMUP)
 @pytest.fixture(scope="module")
 def bench():
     return Bench(load_pipeline(), [STEPS, STEPS // 2, 8])
+
+
+@pytest.fixture(scope="module")
+def calibration(bench):
+    return caches.Calibration(bench, STEPS, WARMUP)
 
 
 def sampled(bench, attach):
@@ -105,26 +112,26 @@ def test_fixed_schedules_fill_the_budget(ratio):
     assert 0.95 * budget < 12 * runs <= budget
 
 
-def test_a_missing_package_is_one_clear_line(bench, monkeypatch):
+def test_a_missing_package_is_one_clear_line(calibration, monkeypatch):
     monkeypatch.setitem(sys.modules, "cache_dit", None)
     absent = packages.missing()
     assert list(absent) == ["cache-dit"] and "cache-dit left out" in absent["cache-dit"]
     assert "pip install" in absent["cache-dit"] and "\n" not in absent["cache-dit"]
     everything = {**absent, "diffusers": "diffusers left out"}
-    names = list(caches.Comparison(bench, 1.5, STEPS, WARMUP).arms(everything))
+    names = list(caches.Comparison(calibration, 1.5).arms(everything))
     assert names[0] == f"plain {STEPS}" and not any(name.startswith(("cache-dit", "diffusers")) for name in names)
 
 
-def test_tables_and_curve(bench, tmp_path):
+def test_tables_and_curve(calibration, tmp_path):
     """The whole comparison on a few steps, without the packages."""
     everything = {"cache-dit": "", "diffusers": ""}
-    report = caches.compare(bench, 1.5, heldout_prompts(2), everything, steps=STEPS, warmup=WARMUP)
+    report = caches.compare(calibration, 1.5, heldout_prompts(2), everything)
     rows, fixed = report["rows"], [name for name in report["rows"] if name not in report["thresholds"]][1:]
     assert rows["plain 12"]["computed"] == 144 and "latent_error" not in rows["plain 12"]
     assert rows["plain 6"]["computed"] == 72 and rows["plain 8"]["computed"] == report["budget"] == 96
     assert all(rows[name]["computed"] <= 96 and len(rows[name]["latent_error_each"]) == 2 for name in fixed)
     json.dumps(report)
-    assert len(caches.show(report).splitlines()) == len(rows) + 2
+    assert len(caches.show(report).splitlines()) == len(rows) + 2 + len(report["left out"])
     caches.plot([report], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
@@ -139,3 +146,26 @@ def test_the_demo_s_parser_knows_every_caption_and_colour():
     assert parser.COLOURS == data.COLOURS and parser.SCALINGS == data.SCALINGS and parser.COUNTS == data.COUNTS
     with pytest.raises(ValueError, match="'a cat' is no prompt of the miniature"):
         parser.attributes("a cat")
+
+
+def test_placed_masks_are_the_best_of_their_size():
+    """Against every mask there is, on costs drawn at random."""
+    steps, warmup, reach = 9, 3, 8
+    cost = np.random.default_rng(0).random((steps, reach + 1, reach + 1))
+
+    def total(mask):
+        computed, found = [], 0.0
+        for step, runs in enumerate(mask):
+            if runs:
+                computed.append(step)
+            else:
+                found += cost[step, step - computed[-1], computed[-1] - computed[-2]]
+        return found
+
+    for runs in range(warmup, steps + 1):
+        choices = itertools.combinations(range(warmup, steps), runs - warmup)
+        every = [[step < warmup or step in chosen for step in range(steps)] for chosen in choices]
+        mask = masks.place(cost, runs, warmup)
+        assert sum(mask) == runs and abs(total(mask) - min(map(total, every))) < 1e-12
+    with pytest.raises(ValueError, match="no mask of 9 steps"):
+        masks.place(cost, 10, warmup)

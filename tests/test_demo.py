@@ -17,6 +17,7 @@ def test_fast_demo_prints_its_table_and_writes_its_pictures(tmp_path):
         "50 searched steps",
         "cache + 50 steps",
     ]
+    assert all(row.endswith(" %") for row in rows)
     computed, total = map(int, re.search(r"(\d+) of (\d+)", rows[1]).groups())
     assert 0 < computed < total == 1200
     decibels = float(rows[1].split(str(total))[1].split()[0])
