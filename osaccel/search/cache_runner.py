@@ -71,7 +71,8 @@ class CacheRunner(Runner):
             self.bytes_used = max(self.bytes_used, known["bytes_used"])
             return replay.decode()
         if self.team.share(bool(self.journal.evaluations())):
-            self._forget_evaluations("call %d is not the one that was recorded", number + 1)
+            self._say("starting anew: call %d is not the one that was recorded", number + 1)
+        self._forget_evaluations()
         return self._record_anew(call, replay, blocks, name)
 
     def _record_anew(self, call: Call, replay: Replay, blocks: List[torch.nn.Module], name: str) -> Any:
@@ -134,8 +135,7 @@ class CacheRunner(Runner):
         elif self.journal.evaluations():
             self._say("resuming: %d evaluations are finished", len(self.journal.evaluations()))
 
-    def _forget_evaluations(self, reason: str, *args: Any) -> None:
-        self._say("starting anew: " + reason, *args)
+    def _forget_evaluations(self) -> None:
         if self.team.is_leader:
             for name in os.listdir(self.journal.directory):
                 if name.startswith(("evaluations-", "final-", "gains-")):
