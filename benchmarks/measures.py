@@ -2,13 +2,14 @@
 """Measures between samplings that share their Brownian motion: coupled error, distances to data, band deviations.
 
 Videos come in groups: all videos of one prompt, compared with fresh data of that prompt only, so that what differs from
-prompt to prompt is no noise. Distances are unbiased within a group, their values means over the groups. Every measure
-is paired: the bootstrap resamples whole groups, the same ones in every arm.
+prompt to prompt is no noise. Distances are unbiased within a group, their values means over the groups. Without
+prompts the videos are compared with all data at once. Every measure is paired: the bootstrap resamples whole groups, or
+videos, the same ones in every arm.
 """
 
 import contextlib
 import math
-from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -78,20 +79,21 @@ def band_deviations(x: torch.Tensor) -> torch.Tensor:
 class Data:
     """Fresh real latents, what every arm is compared with.
 
-    latents: (groups * n, C, T, H, W), the same number for every group, group after group.
+    latents: (groups * n, C, T, H, W), the same number for every group, group after group; groups: None for no prompts.
     """
 
-    def __init__(self, latents: torch.Tensor, groups: int):
-        self.latents = _grouped(latents, groups)
-        inside = [_distances(part, part) for part in self.latents]
+    def __init__(self, latents: torch.Tensor, groups: Optional[int]):
+        self.parts = _grouped(latents, groups or 1)
+        inside = [_off_diagonal(_distances(part, part)) for part in self.parts]
         # One kernel width for all groups: the median distance between two data of a group.
-        self.width = float(np.median(np.concatenate([_off_diagonal(part) for part in inside])))
-        self.inside = np.array([self.kernels(_off_diagonal(part)) for part in inside])
-        self.power = band_deviations(latents).double().numpy().reshape(groups, -1, 3).mean(1)
+        self.width = float(np.median(np.concatenate(inside)))
+        self.inside = np.array([[values.mean() for values in self.both(part)] for part in inside])
+        power = band_deviations(latents).double().numpy().reshape(len(self.parts), -1, 3).mean(1)
+        self.power = power if groups else power[0]
 
-    def kernels(self, distances: np.ndarray) -> np.ndarray:
-        """Mean distance and mean Gaussian kernel, (2,)."""
-        return np.array([distances.mean(), np.exp(-0.5 * (distances / self.width) ** 2).mean()])
+    def both(self, distances: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """The distances and their Gaussian kernel with the other sign, so that both are treated alike."""
+        return distances, -np.exp(-0.5 * (distances / self.width) ** 2)
 
 
 def _grouped(latents: torch.Tensor, groups: int) -> List[torch.Tensor]:
@@ -101,7 +103,7 @@ def _grouped(latents: torch.Tensor, groups: int) -> List[torch.Tensor]:
 
 
 def _distances(x: torch.Tensor, y: torch.Tensor) -> np.ndarray:
-    return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").double().numpy()
+    return torch.cdist(x, y).double().numpy()
 
 
 def _off_diagonal(square: np.ndarray) -> np.ndarray:
@@ -109,31 +111,59 @@ def _off_diagonal(square: np.ndarray) -> np.ndarray:
     return square[~np.eye(len(square), dtype=bool)]
 
 
-class _Arm:
-    """One arm's final latents reduced to sums per group, so that a bootstrap draw is a weighted mean of groups."""
+class _GroupDistances:
+    """Energy distance and squared mmd of each group; a bootstrap draw is a weighted mean of them."""
 
-    def __init__(self, final: torch.Tensor, teacher: torch.Tensor, data: Data):
-        parts = _grouped(final, len(data.latents))
-        errors = (final - teacher).flatten(1).square().mean(1).double().numpy()
-        self.errors = errors.reshape(len(parts), -1)
-        across = [data.kernels(_distances(part, other)) for part, other in zip(parts, data.latents)]
-        within = [data.kernels(_off_diagonal(_distances(part, part))) for part in parts]
-        # The squared mmd is the same sum of the kernel's means with the other sign.
-        self.distances = (2 * np.array(across) - np.array(within) - data.inside) * np.array([1.0, -1.0])
-        self.power = band_deviations(final).double().numpy().reshape(len(parts), -1, 3).mean(1)
+    def __init__(self, final: torch.Tensor, data: Data):
+        rows = []
+        for part, other, inside in zip(_grouped(final, len(data.parts)), data.parts, data.inside):
+            across = [values.mean() for values in data.both(_distances(part, other))]
+            within = [values.mean() for values in data.both(_off_diagonal(_distances(part, part)))]
+            rows.append(2 * np.array(across) - np.array(within) - inside)
+        self.values = np.array(rows)
+
+    def mean(self, counts: np.ndarray) -> np.ndarray:
+        return counts @ self.values / counts.sum()
+
+
+class _PooledDistances:
+    """The same of all videos against all data; a bootstrap draw weighs pairs of videos."""
+
+    def __init__(self, final: torch.Tensor, data: Data):
+        flat = final.flatten(1).float()
+        self.inside = data.inside[0]
+        self.across = [values.mean(1) for values in data.both(_distances(flat, data.parts[0]))]
+        self.within = [values * (1 - np.eye(len(flat))) for values in data.both(_distances(flat, flat))]
+
+    def mean(self, counts: np.ndarray) -> np.ndarray:
+        n = counts.sum()
+        # A video drawn twice is no independent pair with itself.
+        pairs = [counts @ values @ counts / (n * n - (counts**2).sum()) for values in self.within]
+        return 2 * np.array([counts @ values / n for values in self.across]) - np.array(pairs) - self.inside
+
+
+class _Arm:
+    """One arm's final latents reduced to what the bootstrap needs: everything per group, or per video."""
+
+    def __init__(self, final: torch.Tensor, teacher: torch.Tensor, data: Data, groups: Optional[int]):
+        size = groups or len(final)
+        self.errors = (final - teacher).flatten(1).square().mean(1).double().numpy().reshape(size, -1)
+        self.distances = _GroupDistances(final, data) if groups else _PooledDistances(final, data)
+        self.power = band_deviations(final).double().numpy().reshape(size, -1, 3).mean(1)
         self.data_power = data.power
 
     def measures(self, counts: np.ndarray) -> Dict[str, float]:
         """counts: how often each group is drawn."""
         weights = counts / counts.sum()
-        energy, kernel = weights @ self.distances
+        energy, kernel = self.distances.mean(counts)
         values = {
             "coupled error": math.sqrt(weights @ self.errors.mean(1)),
             "typical error": math.sqrt(np.median(np.repeat(self.errors, counts.astype(int), axis=0))),
             "energy distance": float(energy),
             "mmd": float(kernel),
         }
-        ratios = np.sqrt((weights @ self.power) / (weights @ self.data_power))
+        real = weights @ self.data_power if self.data_power.ndim == 2 else self.data_power
+        ratios = np.sqrt((weights @ self.power) / real)
         values.update(dict(zip(BANDS, ratios.tolist())))
         return values
 
@@ -142,20 +172,21 @@ def compare(
     results: Dict[str, torch.Tensor],
     data: Sequence[torch.Tensor],
     counts: Sequence[int],
-    groups: int,
+    groups: Optional[int] = None,
     draws: int = 1000,
 ) -> Dict[str, Any]:
     """All measures of all arms with 95 % bootstrap intervals, the gaps closed, and what differs clearly from plain.
 
     results: final latents per arm, group after group, at least two of each group, "plain 100" the teacher.
     data: real latents, group after group, and a second set of the arms' size for the floor.
+    groups: how many prompts; None where there are none.
     """
     teacher, real = results["plain 100"], Data(data[0], groups)
-    made = {name: _Arm(final, teacher, real) for name, final in results.items()}
-    made["data against data"] = _Arm(data[1], data[1], real)
-    generator = np.random.default_rng(0)
-    drawn = [generator.integers(0, groups, groups) for _ in range(draws)]
-    samples = [np.ones(groups), *(np.bincount(rows, minlength=groups).astype(float) for rows in drawn)]
+    made = {name: _Arm(final, teacher, real, groups) for name, final in results.items()}
+    made["data against data"] = _Arm(data[1], data[1], real, groups)
+    generator, size = np.random.default_rng(0), groups or len(teacher)
+    drawn = [generator.integers(0, size, size) for _ in range(draws)]
+    samples = [np.ones(size), *(np.bincount(rows, minlength=size).astype(float) for rows in drawn)]
     boot = {name: [arm.measures(rows) for rows in samples] for name, arm in made.items()}
     report: Dict[str, Any] = {"videos": len(teacher), "groups": groups, "arms": {}, "against plain": {},
                               "gap closed": {}}  # fmt: skip
@@ -196,7 +227,7 @@ def _interval(values: Any) -> List[float]:
 def table(report: Dict[str, Any]) -> str:
     """Readable: one row per arm, then differences to plain (* where the interval excludes zero) and gaps closed."""
     lines = [
-        f"{report['videos']} videos in {report['groups']} groups; 95 % bootstrap intervals over groups",
+        f"{report['videos']} videos of {report['groups'] or 'no'} prompts; 95 % bootstrap intervals",
         _row("arm", MEASURES),
     ]
     for name, values in report["arms"].items():

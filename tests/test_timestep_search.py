@@ -16,7 +16,7 @@ from torch import nn
 from osaccel import formats, settings
 from osaccel.generation import Generation
 from osaccel.restep_adaptor import ReStepAdaptor, ReStepSearchConfig
-from osaccel.search import calibration, timesteps
+from osaccel.search import calibration, restep_plots, timesteps
 from osaccel.search.cache_search import SearchError
 from osaccel.search.denoiser_log import DenoiserLog, cosine_matrix
 from osaccel.search.replay import Call
@@ -251,7 +251,10 @@ def test_search_costs_no_extra_forward_and_writes_every_list(tmp_path):
     report = formats.read_file(str(output) + ".report.json")
     assert report["forwards"] == {"script": 40, "search": 0, "extra": 0}
     assert report["fingerprint"]["steps"] == 10 and report["fingerprint"]["timesteps"]
-    assert report["cost_curve"]["10"] <= report["cost_curve_even"]["10"]
+    assert report["decisions_curve"]["10"] <= report["decisions_curve_even"]["10"]
+    assert report["cost_curve_even"]["10"] > report["cost_curve_even"]["20"] > 0 == report["decisions_curve"]["20"]
+    assert set(restep_plots.plots(report)) == {"timesteps", "costs", "gaps"}
+    assert all(gap <= 1 for gap in restep_plots.predicted_gaps(report, "cost_curve").values())
 
 
 def test_more_steps_than_the_script_has_is_an_error_before_any_forward(tmp_path):
@@ -470,5 +473,11 @@ def test_measures_see_what_they_should_and_nothing_else():
         assert report["against plain"]["wdp 50"][measure][2] < 0
     assert report["gap closed"]["wdp 50"]["coupled error"][0] == pytest.approx(0.5)
     assert arms["plain 50"]["high band"][0] == pytest.approx(0.9 * arms["plain 100"]["high band"][0])
+    alike = [torch.randn(count, 2, 2, 4, 4, generator=generator) for count in (64, 192, 64)]
+    results["plain 100"], results["plain 50"], results["wdp 50"] = alike[0], 0.6 * alike[0], 0.8 * alike[0]
+    pooled = measures.compare(results, alike[1:], [50], draws=100)
+    distances = [pooled["arms"][name]["energy distance"][0] for name in ("plain 100", "wdp 50", "plain 50")]
+    assert distances == sorted(distances) and distances[2] > 0.3 > abs(pooled["floor"]["energy distance"][0])
+    assert pooled["arms"]["plain 50"]["mmd"][1] > 0
     with pytest.raises(ValueError, match="192 videos are not 15 groups"):
         measures.compare(results, data, [50], groups=15)

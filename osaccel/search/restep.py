@@ -105,7 +105,7 @@ def make_report(
 ) -> Dict[str, Any]:
     """What the sidecar keeps: the lists, what they are predicted to cost against even spacing, and the cost curve."""
     size = len(statistics.timesteps)
-    found, even = _curves(statistics, sorted({*range(5, size, 5), *lists, size}), parameters)
+    predicted = _predicted(statistics, sorted({*range(5, size, 5), *lists, size}), parameters)
     return {
         "kind": "restep",
         "method": method,
@@ -113,26 +113,28 @@ def make_report(
         "teacher_steps": size,
         "latent_variance": statistics.variance,
         "lists": {str(count): list(values) for count, values in lists.items()},
-        "cost_curve": found,
-        "cost_curve_even": even,
+        **predicted,
     }
 
 
-def _curves(
+def _predicted(
     statistics: timesteps.Statistics, lengths: Sequence[int], parameters: timesteps.Parameters
-) -> Tuple[Dict[str, float], Dict[str, float]]:
-    """Predicted loss by number of steps, of the best wdp list and of even spacing: variance missing, as a part of all.
-
-    The best list's is even spacing's times the objective, which is 1 for even spacing.
+) -> Dict[str, Dict[str, float]]:
+    """By number of steps, for the best wdp list and for even spacing: the part of the variance that is missing, and the
+    changed decisions, even spacing's with half of the steps being 1.
     """
-    objective = timesteps.Objective(statistics, parameters)
-    found, even = {}, {}
+    objective, size = timesteps.Objective(statistics, parameters), len(statistics.timesteps)
+    unit = timesteps.path_cost(objective.decisions, timesteps.even_places(size, max(2, size // 2))) or 1.0
+    curves: Dict[str, Dict[str, float]] = {
+        name: {} for name in ("cost_curve", "cost_curve_even", "decisions_curve", "decisions_curve_even")
+    }
     for length in lengths:
-        even[str(length)] = objective.loss_of_even(length) / max(statistics.variance, 1e-12)
         allowed = timesteps.gap_mask(statistics.timesteps, length, parameters.max_gap)
-        best = timesteps.shortest_paths(objective.costs(length), [length], allowed).costs[length]
-        found[str(length)] = even[str(length)] * best
-    return found, even
+        best = timesteps.shortest_paths(objective.costs(length), [length], allowed).indices[length]
+        for ending, places in (("", best), ("_even", timesteps.even_places(size, length))):
+            curves["cost_curve" + ending][str(length)] = timesteps.path_cost(objective.detail, places)
+            curves["decisions_curve" + ending][str(length)] = timesteps.path_cost(objective.decisions, places) / unit
+    return curves
 
 
 def paths_of(output: str, counts: Sequence[int]) -> List[str]:

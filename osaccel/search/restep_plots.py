@@ -5,7 +5,8 @@ from typing import Any, Dict, List, Mapping
 
 import numpy as np
 
-_CURVES = ("cost_curve", "cost_curve_even")
+# What is lost, by number of steps: for the best lists, and for even spacing under the same name with "_even".
+_CURVES = {"cost_curve": "lost detail", "decisions_curve": "changed decisions"}
 
 
 def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
@@ -20,28 +21,32 @@ def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
 
 def plot_costs(axes: Any, report: Mapping[str, Any]) -> None:
     """The predicted loss of the best list of each length, and of even spacing."""
-    for name, label in (("cost_curve", "found"), ("cost_curve_even", "even spacing")):
+    for name, label in (("cost_curve", "best list"), ("cost_curve_even", "even spacing")):
         curve = {int(length): cost for length, cost in report[name].items()}
         axes.plot(list(curve), list(curve.values()), marker=".", label=label)
-    axes.set(xlabel="steps", ylabel="part of the variance missing", yscale="log", title="predicted loss by steps")
+    axes.set(xlabel="steps", ylabel="part of the variance missing", yscale="log", title="predicted loss of detail")
     axes.legend()
 
 
-def predicted_gaps(report: Mapping[str, Any]) -> Dict[int, float]:
+def predicted_gaps(report: Mapping[str, Any], name: str) -> Dict[int, float]:
     """Part of the gap between even spacing and the teacher that the best list of each length is predicted to close."""
-    found, even = ({int(length): cost for length, cost in report[name].items()} for name in _CURVES)
-    best = min(even.values())
-    return {length: (even[length] - found[length]) / (even[length] - best) for length in even if even[length] > best}
+    found, even = ({int(length): cost for length, cost in report[key].items()} for key in (name, name + "_even"))
+    teacher = even[max(even)]
+    return {length: (even[length] - found[length]) / (even[length] - teacher) for length in sorted(even)[:-1]}
 
 
 def plot_predicted_gaps(axes: Any, report: Mapping[str, Any]) -> None:
     """Predicted, by number of steps; those that were searched are marked."""
-    gaps = predicted_gaps(report)
-    axes.plot(list(gaps), list(gaps.values()), marker=".", color="grey")
-    for count in sorted(int(count) for count in report["lists"] if int(count) in gaps):
-        axes.plot([count], [gaps[count]], marker="o", linestyle="none", label=f"{count} steps: {gaps[count]:.2f}")
+    lowest = 0.0
+    for name, label in _CURVES.items():
+        gaps = predicted_gaps(report, name)
+        searched = [count for count in gaps if str(count) in report["lists"]]
+        text = ", ".join(f"{count} steps: {gaps[count]:.2f}" for count in searched)
+        (line,) = axes.plot(list(gaps), list(gaps.values()), label=f"{label} ({text})")
+        axes.plot(searched, [gaps[count] for count in searched], "o", color=line.get_color())
+        lowest = min(lowest, *gaps.values())
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(xlabel="steps", ylabel="gap closed", ylim=(min(0.0, *gaps.values()) - 0.05, 1.05))
+    axes.set(xlabel="steps", ylabel="gap closed", ylim=(max(lowest, -1) - 0.05, 1.05))
     axes.set_title("predicted: 0 = even spacing, 1 = all the script's steps")
     axes.legend()
 
@@ -66,7 +71,7 @@ def plots(report: Mapping[str, Any]) -> Dict[str, Any]:
         "timesteps": lambda report, figure: plot_timesteps(figure.subplots(), report),
         "costs": lambda report, figure: plot_costs(figure.subplots(), report),
     }
-    if predicted_gaps(report):
+    if "decisions_curve" in report:
         found["gaps"] = lambda report, figure: plot_predicted_gaps(figure.subplots(), report)
     if report.get("gap closed"):
         found["measured"] = lambda report, figure: plot_gap_closed(figure.subplots(), report["gap closed"])

@@ -11,7 +11,8 @@ An error e of y at some lam moves the final sample by V e, V the covariance that
 is dD/dy). Two kinds of loss follow, and the objective weighs them against each other, each in units of what even
 spacing loses:
 
-* detail: with v the variance V has per band, the sum of v |D_lam - D_i|^2 dlam is the variance the final sample lacks.
+* detail: with v the variance V has per band, the sum of v |D_lam - D_i|^2 dlam is the variance the final sample lacks,
+  counted as a part of the band's own, so that fine detail, which has little of it, is not sold for coarse.
 * decisions: where the noise still hides what the video shows, V is large for the few videos that are undecided and
   small for the others, so its mean understates the harm; v to a higher power finds these noise levels. There the list
   should step where the teacher stepped, so this part counts differences to the teacher's own steps.
@@ -125,30 +126,29 @@ class Objective:
     """What `wdp` minimises: the two losses and the gaps, each divided by what even spacing of the same length has."""
 
     def __init__(self, statistics: Statistics, parameters: Parameters = DEFAULTS):
-        self.detail = pair_costs(statistics, 1.0)
-        decided = pair_costs(statistics, parameters.exponent, against_teacher=True)
+        clean = remaining_variances(statistics)[:, 0]
+        # A band that hardly exists is not worth steps.
+        relative = statistics.shares / np.maximum(clean, max(1e-3 * clean.max(), 1e-12))
+        self.detail = pair_costs(statistics._replace(shares=relative), 1.0)
+        self.decisions = pair_costs(statistics, parameters.exponent, against_teacher=True)
         gaps = gap_costs(statistics.timesteps)
         losses = 1.0 - parameters.evenness
         self._parts = [
             (losses * (1.0 - parameters.decisions), self.detail),
-            (losses * parameters.decisions, decided),
+            (losses * parameters.decisions, self.decisions),
             (parameters.evenness, gaps),
         ]
 
     def costs(self, points: int) -> np.ndarray:
         """(K, K); even spacing with `points` timesteps has the path cost 1."""
         even = even_places(len(self.detail), points)
-        total = np.zeros_like(self.detail)
+        total, weights = np.zeros_like(self.detail), 0.0
         for weight, costs in self._parts:
             reference = path_cost(costs, even)
             # Nothing to lose at the teacher's own steps, nor to weigh.
             if weight > 0 and reference > 0:
-                total = total + weight / reference * costs
-        return np.where(np.isfinite(self.detail), total, np.inf)
-
-    def loss_of_even(self, points: int) -> float:
-        """The variance even spacing lacks."""
-        return path_cost(self.detail, even_places(len(self.detail), points))
+                total, weights = total + weight / reference * costs, weights + weight
+        return np.where(np.isfinite(self.detail), total / max(weights, 1e-12), np.inf)
 
 
 class Schedules(NamedTuple):
