@@ -243,7 +243,7 @@ def table(report: Dict[str, Any]) -> str:
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<18}" + "".join(f"{cell:>28}" for cell in cells)
+    return f"{name:<26}" + "".join(f"{cell:>28}" for cell in cells)
 
 
 def _cell(value: Sequence[float], mark: bool = False) -> str:

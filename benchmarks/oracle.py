@@ -109,14 +109,19 @@ def search_statistics(pipeline: Pipeline, videos: int, seed: int, steps: int = 1
     return log.statistics()
 
 
-def arms(statistics: timesteps.Statistics, counts: Sequence[int]) -> Dict[str, List[float]]:
-    """The lists to compare, descending, by name."""
+def arms(
+    statistics: timesteps.Statistics, counts: Sequence[int], variants: Sequence[str] = ()
+) -> Dict[str, List[float]]:
+    """The lists to compare, descending, by name. variants: further wdp parameters, each a JSON object."""
     last = float(statistics.timesteps[0])
     lists = {"plain 100": np.linspace(last, 0, 100)}
     for count in counts:
         lists[f"plain {count}"] = np.linspace(last, 0, count)
         for method in timesteps.METHODS:
             lists[f"{method} {count}"] = timesteps.search(statistics, [count], method)[count]
+        for variant in variants:
+            given = timesteps.Parameters(**json.loads(variant))
+            lists[f"wdp {variant} {count}"] = timesteps.wdp(statistics, [count], given)[count]
     return {name: [float(value) for value in values] for name, values in lists.items()}
 
 
@@ -129,11 +134,12 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=3.0, help="exponent of the power-law spectrum")
     parser.add_argument("--scale", type=float, default=1.0, help="standard deviation of the latents")
     parser.add_argument("--calibration", type=int, default=4, help="generations the search sees")
+    parser.add_argument("--variants", nargs="*", default=[], help="further wdp arms, e.g. '{\"decisions\": 0.3}'")
     parser.add_argument("--json")
     options = parser.parse_args()
     mixture = Mixture(decay=options.decay, seed=options.mixture, scale=options.scale)
     pipeline = Pipeline(mixture)
-    lists = arms(search_statistics(pipeline, options.calibration, seed=1), options.steps)
+    lists = arms(search_statistics(pipeline, options.calibration, seed=1), options.steps, options.variants)
     finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
     sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
     for batch in range(options.videos // options.batch):

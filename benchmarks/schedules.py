@@ -74,11 +74,7 @@ def search(pipeline: Any, options: argparse.Namespace) -> Dict[str, Any]:
     size = options.calibration
     logs = logged(pipeline, load.calibration_prompts(size * options.seeds), seed=1, batch=options.batch)
     searches = [joined(logs[start : start + size]) for start in range(0, len(logs), size)]
-    lists = oracle.arms(searches[0], options.steps)
-    for variant in options.variants:
-        given = timesteps.Parameters(**json.loads(variant))
-        for count in options.steps:
-            lists[f"wdp {variant} {count}"] = timesteps.wdp(searches[0], [count], given)[count].tolist()
+    lists = oracle.arms(searches[0], options.steps, options.variants)
     spread = {str(count): spread_of([timesteps.wdp(one, [count])[count] for one in searches], count)
               for count in options.steps}  # fmt: skip
     singles = {str(count): spread_of([timesteps.wdp(joined([log]), [count])[count] for log in logs], count)
@@ -157,7 +153,7 @@ def parser_scores(pipeline: Any, results: Dict[str, torch.Tensor], prompts: Sequ
 
 def text(report: Dict[str, Any]) -> str:
     lines = [measures.table(report), "", "parser: share of videos that show every prompted attribute"]
-    lines += [f"{name:<18}{score['valid']:.3f}" for name, score in report["parser"].items()]
+    lines += [f"{name:<26}{score['valid']:.3f}" for name, score in report["parser"].items()]
     for name in ("seeds", "seeds, one generation each"):
         for count, spread in report[name].items():
             lines.append(
