@@ -41,20 +41,16 @@ def fewer_steps(budget: int, num_blocks: int) -> int:
 
 
 def interval_config(budget: int, num_blocks: int, steps: int, warmup: int) -> DitCacheConfig:
-    """The four keys that come closest to the budget from below: block 0 runs where that is possible."""
-    candidates = []
+    """The four keys within the budget of the smallest interval, then of the fewest blocks; block 0 runs if it can."""
     for interval in range(2, 9):
         for count in range(1, num_blocks + 1):
             config = DitCacheConfig(
                 cache_block_start=min(1, num_blocks - count), cache_num_blocks=count,
                 cache_step_start=warmup, cache_step_interval=interval,
             )  # fmt: skip
-            computed = computed_blocks(IntervalPolicy(config), num_blocks, steps)
-            if computed <= budget:
-                candidates.append((-computed, interval, count, config))
-    if not candidates:
-        raise ValueError(f"no interval up to 8 keeps {num_blocks} blocks x {steps} steps within {budget} block calls")
-    return min(candidates, key=lambda found: found[:3])[3]
+            if computed_blocks(IntervalPolicy(config), num_blocks, steps) <= budget:
+                return config
+    raise ValueError(f"no interval up to 8 keeps {num_blocks} blocks x {steps} steps within {budget} block calls")
 
 
 def even_mask(budget: int, num_blocks: int, steps: int, warmup: int) -> List[bool]:
@@ -210,7 +206,7 @@ def show(report: Dict[str, Any]) -> str:
     """The readable table of one budget."""
     lines = [
         f"budget {report['budget']} block calls ({report['ratio']:g}x)",
-        f"{'':<45}{'blocks':>7}{'latent rel. L2':>25}{'PSNR dB':>20}{'SSIM':>7}{'as prompted':>13}{'speed-up':>22}",
+        f"{'':<48}{'blocks':>7}{'latent rel. L2':>25}{'PSNR dB':>20}{'SSIM':>7}{'as prompted':>13}{'speed-up':>22}",
     ]
     for name, row in report["rows"].items():
         errors = _cell(row.get("latent_error"), "{:.4f} ({:.4f}-{:.4f})")
@@ -218,7 +214,7 @@ def show(report: Dict[str, Any]) -> str:
         likeness = _cell(row.get("ssim"), "{:.3f}")
         speed = _cell(row["speedup"], "{:.2f}x ({:.2f}-{:.2f})")
         lines.append(
-            f"{name:<45}{row['computed']:>7.0f}{errors:>25}{quality:>20}{likeness:>7}"
+            f"{name:<48}{row['computed']:>7.0f}{errors:>25}{quality:>20}{likeness:>7}"
             f"{100 * row['as_prompted'][0]:>11.0f} %{speed:>22}"
         )
     return "\n".join([*lines, *(f"{name} left out: {reason}" for name, reason in report["left out"].items())])
