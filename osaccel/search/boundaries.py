@@ -54,8 +54,9 @@ class Boundaries:
             # This step does not fit, and the later ones are as large.
             self._full = True
             self.forget(step)
-            return self.close()
-        self._last = after, passes[branch].outputs[-1]
+            self.close()
+        else:
+            self._last = after, passes[branch].outputs[-1]
 
     @staticmethod
     def _keep(where: List[Streams], copied: Optional[Streams]) -> bool:

@@ -177,7 +177,7 @@ class CacheRunner(Runner):
         pool = self._pool(num_steps)
         gains, overhead = self._gains(grams[0], [candidate.stop for candidate in pool])
         # Errors are relative to all calls together.
-        model = ErrorModel(pool, sum(grams) / len(grams), gains)
+        model = ErrorModel(pool, np.stack(grams).mean(axis=0), gains)
         search = Search(
             pool,
             model.scores({}),
