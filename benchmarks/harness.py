@@ -18,8 +18,9 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduli
 from benchmarks.measures import Motion
 from benchmarks.reference.load import GUIDANCE, STEPS, judge
 from benchmarks.schedules import latent_shape
-from osaccel.demo.compare import psnr, ssim
+from osaccel.demo.compare import ssim
 from osaccel.search.denoiser_log import NoiseLevels
+from osaccel.search.evaluate import psnr
 
 
 class Arm(NamedTuple):

@@ -14,7 +14,7 @@ import torch
 import wrapt
 
 from osaccel.cache.executor import BlockCache, HiddenStates, ReplacedForward, StepClock
-from osaccel.cache.policy import IntervalPolicy, check_regions
+from osaccel.cache.policy import Policy, check_regions
 
 Interceptor = Callable[[Callable, tuple, dict], Any]
 
@@ -79,7 +79,7 @@ class Generation:
     def __init__(
         self,
         pipeline: Any,
-        policy: Optional[IntervalPolicy] = None,
+        policy: Optional[Policy] = None,
         timesteps: Optional[Sequence[float]] = None,
         block_path: str = "transformer.transformer_blocks",
         hidden_states: Tuple[str, ...] = ("hidden_states",),
@@ -161,7 +161,7 @@ class Generation:
         self.clock.step += 1
         return result
 
-    def _attach_blocks(self, policy: IntervalPolicy) -> None:
+    def _attach_blocks(self, policy: Policy) -> None:
         compile_forward = self._run_compiled_transformer_eagerly()
         try:
             blocks = find_blocks(self.pipeline, self.block_path)

@@ -11,9 +11,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from osaccel.demo.compare import psnr, ssim, write_picture, write_video
+from osaccel.demo.compare import ssim, write_picture, write_video
 from osaccel.demo.parser import score
 from osaccel.formats import read_timesteps
+from osaccel.search.evaluate import psnr
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT, CONFIGS = HERE / "checkpoint", HERE / "configs"

@@ -9,12 +9,6 @@ import numpy as np
 from scipy.ndimage import uniform_filter
 
 
-def psnr(video: np.ndarray, plain: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of uint8 videos of one shape; infinite when they are equal."""
-    error = np.mean((video.astype(np.float64) - plain) ** 2)
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
 def ssim(video: np.ndarray, plain: np.ndarray, window: int = 7) -> float:
     """Mean structural similarity (Wang et al. 2004, uniform window) of uint8 videos (T, H, W, C)."""
     size = (1, window, window, 1)

@@ -119,8 +119,8 @@ def frames_of(output: Any) -> np.ndarray:
 
 
 def psnr(reference: np.ndarray, frames: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of 8-bit frames; 200 stands for equal ones."""
-    error = float(np.mean((reference - frames) ** 2)) if np.isfinite(frames).all() else math.nan
+    """Peak signal-to-noise ratio in dB of frames in 0 .. 255; 200 when they are equal, -200 when not finite."""
+    error = float(np.mean((reference.astype(np.float64) - frames) ** 2)) if np.isfinite(frames).all() else math.nan
     if not math.isfinite(error):
         return -200.0
     return min(200.0, 10 * math.log10(255.0**2 / max(error, 1e-16)))
