@@ -129,9 +129,7 @@ def _predicted(
         name: {} for name in ("cost_curve", "cost_curve_even", "decisions_curve", "decisions_curve_even")
     }
     for length in lengths:
-        allowed = timesteps.gap_mask(statistics.timesteps, length, parameters.max_gap)
-        best = timesteps.shortest_paths(objective.costs(length), [length], allowed).indices[length]
-        for ending, places in (("", best), ("_even", timesteps.even_places(size, length))):
+        for ending, places in (("", objective.best(length)), ("_even", timesteps.even_places(size, length))):
             curves["cost_curve" + ending][str(length)] = timesteps.path_cost(objective.detail, places)
             curves["decisions_curve" + ending][str(length)] = timesteps.path_cost(objective.decisions, places) / unit
     return curves

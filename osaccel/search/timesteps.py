@@ -32,6 +32,9 @@ class Parameters(NamedTuple):
     Attributes:
         decisions: 0 to 1, the weight of the decisions against the detail. Larger: more steps at high noise, closer to
             the teacher's own videos; smaller: more steps at low noise, finer detail.
+        detail: how much of the gap between even spacing and the teacher a list is to close in predicted detail at
+            least; where it does not, the weight of the decisions is lowered until it does. A little more than nothing,
+            because the prediction is not exact and detail is not to be lost.
         exponent: g of the decisions' weight v^g. 2 would be right if all videos were alike.
         max_gap: the largest gap between neighbouring timesteps, in units of even spacing over the same steps. It bounds
             what an error in the logged predictions can do: no region of noise levels is left without steps.
@@ -40,6 +43,7 @@ class Parameters(NamedTuple):
     """
 
     decisions: float = 0.5
+    detail: float = 0.1
     exponent: float = 3.0
     max_gap: float = 3.0
     evenness: float = 0.1
@@ -132,23 +136,43 @@ class Objective:
         self.detail = pair_costs(statistics._replace(shares=relative), 1.0)
         self.decisions = pair_costs(statistics, parameters.exponent, against_teacher=True)
         gaps = gap_costs(statistics.timesteps)
-        losses = 1.0 - parameters.evenness
-        self._parts = [
-            (losses * (1.0 - parameters.decisions), self.detail),
-            (losses * parameters.decisions, self.decisions),
-            (parameters.evenness, gaps),
-        ]
+        self.gaps, self.timesteps, self.parameters = gaps, statistics.timesteps, parameters
 
-    def costs(self, points: int) -> np.ndarray:
-        """(K, K); even spacing with `points` timesteps has the path cost 1."""
-        even = even_places(len(self.detail), points)
+    def costs(self, points: int, decisions: float) -> np.ndarray:
+        """(K, K); even spacing with `points` timesteps has the path cost 1. decisions: their weight."""
+        even, losses = even_places(len(self.detail), points), 1.0 - self.parameters.evenness
+        parts = (
+            (losses * (1.0 - decisions), self.detail),
+            (losses * decisions, self.decisions),
+            (self.parameters.evenness, self.gaps),
+        )
         total, weights = np.zeros_like(self.detail), 0.0
-        for weight, costs in self._parts:
+        for weight, costs in parts:
             reference = path_cost(costs, even)
             # Nothing to lose at the teacher's own steps, nor to weigh.
             if weight > 0 and reference > 0:
                 total, weights = total + weight / reference * costs, weights + weight
         return np.where(np.isfinite(self.detail), total / max(weights, 1e-12), np.inf)
+
+    def best(self, points: int) -> Tuple[int, ...]:
+        """The places of the cheapest list, with the largest weight of the decisions that leaves enough detail.
+
+        Raises ValueError when there are fewer places than points.
+        """
+        allowed = gap_mask(self.timesteps, points, self.parameters.max_gap)
+        places: Tuple[int, ...] = ()
+        for part in np.linspace(1.0, 0.0, 11):
+            costs = self.costs(points, float(part) * self.parameters.decisions)
+            places = shortest_paths(costs, [points], allowed).indices[points]
+            if self.detail_gained(places) >= self.parameters.detail:
+                break
+        return places
+
+    def detail_gained(self, places: Sequence[int]) -> float:
+        """The part of the gap between even spacing and the teacher that a list closes in predicted detail."""
+        size = len(self.detail)
+        even, teacher = (path_cost(self.detail, even_places(size, points)) for points in (len(places), size))
+        return (even - path_cost(self.detail, places)) / (even - teacher) if even > teacher else 1.0
 
 
 class Schedules(NamedTuple):
@@ -223,12 +247,7 @@ def wdp(statistics: Statistics, counts: Sequence[int], parameters: Parameters = 
     Raises ValueError when the teacher has fewer timesteps than are asked for.
     """
     objective = Objective(statistics, parameters)
-    found = {}
-    for points in counts:
-        allowed = gap_mask(statistics.timesteps, points, parameters.max_gap)
-        places = shortest_paths(objective.costs(points), [points], allowed).indices[points]
-        found[points] = statistics.timesteps[list(places)]
-    return found
+    return {points: statistics.timesteps[list(objective.best(points))] for points in counts}
 
 
 def arctan(timesteps: np.ndarray, sigmas: np.ndarray, points: int, scale: float = 1.0) -> np.ndarray:

@@ -2,8 +2,8 @@
 """A causal video autoencoder, 4x in time and 4x4 in space: latent t depends on no frame after pixel frame 4t.
 
 The scale of the latents (mean 0, one deviation for every channel) is part of `encode` and `decode`, because the
-upstream's pipeline knows no scaling factor. The deviation is 3 and not 1: a small picture is drowned by less noise than a
-large one, so this places the decisions of a 32 x 32 video where the upstream's noise schedule spends its steps.
+upstream's pipeline knows no scaling factor. The deviation is 3 and not 1: a small picture is drowned by less noise than
+a large one, so this places the decisions of a 32 x 32 video where the upstream's noise schedule spends its steps.
 """
 
 import torch
