@@ -176,13 +176,19 @@ def test_what_each_parameter_does():
 
 
 def test_decisions_give_way_until_no_detail_is_lost():
-    given = statistics(100, seed=3)
+    levels = DenoiserLog(EulerAncestralDiscreteScheduler()).levels
+    times = np.linspace(999, 0, 100)
+    sigmas = np.array([levels.sigma(time) for time in times])
+    # Two Gaussian bands, one coarse and one fine.
+    remaining = 1 / (sigmas**-2.0 + 1 / np.array([[9.0], [0.05]]))
+    distances = np.abs(remaining[:, :, None] - remaining[:, None])
+    given = timesteps.Statistics(times, sigmas, distances, np.array([0.2, 0.8]))
     for points in (20, 50):
-        lists = {
-            least: timesteps.Objective(given, timesteps.Parameters(decisions=1.0, detail=least)) for least in (-99, 0.1)
-        }
-        gained = {least: objective.detail_gained(objective.best(points)) for least, objective in lists.items()}
-        assert gained[-99] < 0.1 <= gained[0.1]
+        gained = []
+        for least in (-99.0, 0.1):
+            objective = timesteps.Objective(given, timesteps.Parameters(decisions=1.0, detail=least))
+            gained.append(objective.detail_gained(objective.best(points)))
+        assert gained[0] < 0.1 <= gained[1]
 
 
 def test_all_of_the_teachers_steps_is_a_list_too():

@@ -43,7 +43,7 @@ class Parameters(NamedTuple):
     """
 
     decisions: float = 0.5
-    detail: float = 0.1
+    detail: float = 0.03
     exponent: float = 3.0
     max_gap: float = 3.0
     evenness: float = 0.1
