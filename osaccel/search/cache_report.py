@@ -126,7 +126,7 @@ def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
     return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
 
 
-def write_frames(path: str, content: Dict[str, np.ndarray]) -> None:
+def write_frames(path: str, content: Dict[str, Any]) -> None:
     """Write what `frames` gave so that it is there whole or not at all."""
     temporary = f"{path}.{os.getpid()}.part"
     with open(temporary, "wb") as file:

@@ -147,8 +147,9 @@ class ErrorModel:
             start, stop = (np.array([candidates[row][end] for row in rows]) for end in (0, 1))
             squares = sums[:, stop, stop] - sums[:, start, stop] - sums[:, stop, start] + sums[:, start, start]
             gain = np.exp(self.gains.steps[steps][:, None] + self.gains.stops[stop])
-            added[np.ix_(rows, steps)] = (gain * np.sqrt(np.maximum(squares, 0.0))).T
-            gaps[np.ix_(rows, steps)] = (steps - first) % interval
+            here = np.ix_(np.array(rows), steps)
+            added[here] = (gain * np.sqrt(np.maximum(squares, 0.0))).T
+            gaps[here] = (steps - first) % interval
         return Changes(added, np.stack([*self._slopes(candidates, added.shape), np.log(gaps)]))
 
     def _slopes(self, candidates: Sequence[Candidate], shape: Tuple[int, ...]) -> List[np.ndarray]:
