@@ -10,7 +10,8 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks.reference import data, parser, train  # noqa: E402
+from benchmarks.reference import data, train  # noqa: E402
+from osaccel.demo import parser  # noqa: E402
 
 
 def test_splits_share_no_prompt_and_cover_all():

@@ -12,16 +12,10 @@ from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 
+from osaccel.demo.parser import COLOURS, COUNTS, SCALINGS
+
 FRAMES, SIZE = 17, 32
 
-COLOURS = {
-    "red": (0.92, 0.10, 0.10),
-    "green": (0.12, 0.80, 0.15),
-    "blue": (0.15, 0.22, 0.95),
-    "yellow": (0.95, 0.90, 0.10),
-    "magenta": (0.90, 0.15, 0.85),
-    "cyan": (0.10, 0.85, 0.90),
-}
 # Radius of the disc of equal area, so that size and shape are independent attributes.
 RADII = {"small": (3.4, 3.8), "large": (5.2, 5.8)}
 # Edges of the polygon (0 is a disc) and the distance of an edge from the centre for the disc radius 1.
@@ -29,9 +23,7 @@ SHAPES = {"circle": (0, 1.0), "square": (4, 0.8862), "triangle": (3, 0.7776)}
 BACKGROUNDS = ("dark", "light", "striped")
 SLIDES = ("moving left", "moving right", "moving up", "moving down")
 BOUNCES = ("bouncing sideways", "bouncing vertically")
-SCALINGS = ("growing", "shrinking")
 MOTIONS = SLIDES + BOUNCES + SCALINGS + ("spinning",)
-COUNTS = {"one": 1, "two": 2}
 
 # Share of the 256 hash buckets; the split of a prompt depends on its text alone.
 SPLITS = {"train": (0, 200), "calibration": (200, 226), "heldout": (226, 256)}

@@ -5,8 +5,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import List
 
+from osaccel.demo.parser import judge, score
+
 from . import data
-from .parser import judge, score
 from .paths import CHECKPOINT
 
 GUIDANCE = 4.0  # of 2, 3, 4 and 6 the best on 40 calibration prompts, see README.md
