@@ -4,6 +4,7 @@
 Runs on whatever device the pipeline lives on; RANK and WORLD_SIZE are not needed when there is one process.
 """
 
+import inspect
 import os
 import random
 from dataclasses import dataclass
@@ -151,4 +152,12 @@ class ReStepAdaptor:
 
 def _of(pipeline: Any) -> Any:
     """The pipeline's call with no gradients; a search inside a search script must not start another one."""
-    return torch.no_grad()(pipeline.__call__)
+    call = pipeline.__call__
+
+    def without_gradients(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return call(*args, **kwargs)
+
+    # Said outright: before Python 3.11, inspect looks through a wrapped method down to the function that takes self.
+    without_gradients.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    return without_gradients

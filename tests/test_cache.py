@@ -54,6 +54,14 @@ def test_block_calls_are_the_formula_s():
     assert "490 of 640 blocks computed, ideal speed-up 1.306x" in generation.summary()
 
 
+def multiplies_half():
+    try:
+        torch.ones(2, 2).half() @ torch.ones(2, 2).half()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -73,6 +81,8 @@ def test_every_way_a_pipeline_runs_its_blocks(options, guidance_scale):
     config = config_of(2, 3, 2, 2)
     # Half precision overflows where these untrained blocks are guided strongly.
     is_half = options.get("dtype") == torch.float16
+    if is_half and not multiplies_half():
+        pytest.skip("this torch has no half-precision products on a CPU")
     call = {"guidance_scale": min(guidance_scale, 1.5) if is_half else guidance_scale, "batch": 2}
     expected = reference_loop(Pipeline(**copy.deepcopy(options)), dict(config), **call)
     output, _ = accelerated(Pipeline(**options), config, **call)
