@@ -18,7 +18,7 @@ from osaccel.search.evaluate import psnr
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT, CONFIGS = HERE / "checkpoint", HERE / "configs"
-# Found on calibration prompts with OSACCEL_SEARCH=1 (100 steps) and OSACCEL_SEARCH=all (50 steps), ratio 1.5.
+# Found with OSACCEL_SEARCH=1 on a calibration prompt (100 steps), and OSACCEL_SEARCH=all on four (50 steps), ratio 1.5.
 CACHE, CACHE_50 = CONFIGS / "dit_cache_config.json", CONFIGS / "dit_cache_config_50.json"
 TIMESTEPS = CONFIGS / "searched_schedule.txt"
 
@@ -86,7 +86,7 @@ def table(outcomes: Dict[Arm, Outcome], prompts: Sequence[str]) -> str:
         speed = f"{plain.seconds / found.seconds:.2f}x"
         lines.append(f"{arm.name:<20}{found.seconds:>9.2f}{speed:>10}{blocks:>15}{quality}{likeness}{prompted:>13}")
     lines.append("PSNR and SSIM: against the plain run from the same noise; '-' where the noise differs by design.")
-    lines.append("The checkpoint is trained too briefly to show what a prompt says: compare arms, not pictures.")
+    lines.append("The plain miniature itself shows all that was prompted in few videos: compare the arms with it.")
     return "\n".join(lines)
 
 
