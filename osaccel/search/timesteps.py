@@ -35,7 +35,7 @@ class Parameters(NamedTuple):
         detail: how much of the gap between even spacing and the teacher a list is to close in predicted detail at
             least; where it does not, the weight of the decisions is lowered until it does. A little more than nothing,
             because the prediction is not exact and detail is not to be lost.
-        exponent: g of the decisions' weight v^g. 2 would be right if all videos were alike.
+        exponent: g of the decisions' weight v^g. 2 is right if all videos are alike; larger favours the undecided ones.
         max_gap: the largest gap between neighbouring timesteps, in units of even spacing over the same steps. It bounds
             what an error in the logged predictions can do: no region of noise levels is left without steps.
         evenness: 0 to 1, the weight of the mean squared gap, against the two losses together. It draws the list to even
@@ -44,7 +44,7 @@ class Parameters(NamedTuple):
 
     decisions: float = 0.5
     detail: float = 0.03
-    exponent: float = 3.0
+    exponent: float = 2.0
     max_gap: float = 3.0
     evenness: float = 0.1
 
