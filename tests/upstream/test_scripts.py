@@ -3,6 +3,7 @@
 
 import json
 import os
+import sys
 
 import imageio
 import numpy as np
@@ -68,7 +69,7 @@ def test_every_way_to_activate_gives_the_same_video(upstream, cache_file):
         sitecustomize = file.read()
     by_example = succeeded(upstream.run(sitecustomize=sitecustomize, OSACCEL_CACHE_CONFIG=cache_file), "sample_t2v")
     assert by_example.videos == launched.videos and by_example.calls == launched.calls
-    auto = ("python", "-c", AUTO)
+    auto = (sys.executable, "-c", AUTO)
     by_import = succeeded(upstream.run(prefix=auto, OSACCEL_CACHE_CONFIG=cache_file), "sample_t2v")
     assert by_import.videos == launched.videos and by_import.calls == launched.calls
 
