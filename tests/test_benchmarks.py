@@ -49,11 +49,16 @@ def test_blocks_are_counted_where_they_run(bench):
 
 
 def test_fewer_steps_follow_the_same_motion(bench):
-    """Coupled to the plain run: nearer to it than a plain run from other noise."""
-    plain, half, other = (
-        bench.sample(Arm(steps=steps), PROMPT, seed).latents for steps, seed in ((STEPS, 1), (6, 1), (STEPS, 2))
-    )
-    assert (half - plain).norm() < 0.7 * (other - plain).norm()
+    """Coupled to the plain run: nearer to it than a plain run from other noise, on average over seeds."""
+
+    def ratio(seed):
+        plain, half, other = (
+            bench.sample(Arm(steps=steps), PROMPT, noise).latents
+            for steps, noise in ((STEPS, seed), (STEPS // 2, seed), (STEPS, seed + 10))
+        )
+        return float((half - plain).norm() / (other - plain).norm())
+
+    assert sum(ratio(seed) for seed in range(1, 5)) / 4 < 0.85
 
 
 @pytest.mark.parametrize("forecast", [False, True])
