@@ -22,6 +22,7 @@ from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 import numpy as np
 import torch
 
+from benchmarks.harness import interval
 from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, load_pipeline
 from benchmarks.reference.paths import CHECKPOINT
 from osaccel import formats
@@ -171,13 +172,6 @@ def ranked(bench: Bench, pool: Sequence[Candidate], case: Case, label: str) -> L
     return sorted(pool, key=lambda candidate: bench.error(candidate, case))
 
 
-def bootstrap(values: Sequence[float], rounds: int = 2000) -> Tuple[float, float]:
-    """95 % interval of the mean."""
-    generator = np.random.default_rng(0)
-    picked = generator.choice(np.array(values), size=(rounds, len(values))).mean(1)
-    return float(np.percentile(picked, 2.5)), float(np.percentile(picked, 97.5))
-
-
 def compare(
     bench: Bench, ratio: float, cases: List[Case], heldout: List[Case], rank_cases: List[Case]
 ) -> Dict[str, Any]:
@@ -223,9 +217,9 @@ def against(own: Sequence[float], other: Sequence[float]) -> Dict[str, Any]:
     difference = [a / b - 1 for a, b in zip(own, other)]
     return {
         "heldout_error": float(np.mean(other)),
-        "heldout_interval": bootstrap(other),
+        "heldout_interval": interval(other)[1:],
         "ours_over_this": float(np.mean(difference)),
-        "ours_over_this_interval": bootstrap(difference),
+        "ours_over_this_interval": interval(difference)[1:],
     }
 
 

@@ -17,7 +17,7 @@ import torch
 from . import data
 from .load import load_pipeline
 from .paths import CHECKPOINT
-from .train import Config, alphas_cumprod, load_latents, make_tokenizer, to_tensor
+from .train import Config, alphas_cumprod, load_latents, to_tensor, tokenize
 
 TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 850, 900, 950)
 
@@ -30,7 +30,7 @@ def calibration_latents(pipeline, count: int):
 
 def network(pipeline, noisy: torch.Tensor, timestep: int, captions: List[str]) -> torch.Tensor:
     """The predicted noise."""
-    tokens = make_tokenizer()(captions, padding="max_length", max_length=12, return_tensors="pt")
+    tokens = tokenize(captions)
     text = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
     return pipeline.transformer(
         noisy, timestep=torch.full((len(noisy),), timestep), encoder_hidden_states=text[:, None],

@@ -243,6 +243,11 @@ def make_tokenizer():
     return WordTokenizer(words)
 
 
+def tokenize(captions):
+    """Word ids and mask, (N, 12) each, of one caption or several."""
+    return make_tokenizer()(captions, padding="max_length", max_length=12, return_tensors="pt")
+
+
 def alphas_cumprod() -> torch.Tensor:
     """The upstream's schedule: 1000 linear betas from 1e-4 to 0.02."""
     return torch.cumprod(1.0 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64), dim=0).float()
@@ -275,12 +280,12 @@ class Examples:
     """Noised batches of the stored latents; batch `step` is a pure function of (seed, step)."""
 
     def __init__(self, config: Config, latents: torch.Tensor, captions: List[str]):
-        tokens = make_tokenizer()(captions, padding="max_length", max_length=12, return_tensors="pt")
+        tokens = tokenize(captions)
         self.config, self.latents, self.alphas = config, latents, alphas_cumprod()
         variance = latents.float().var().item()
         self.weights = {phase: noise_weight(self.alphas, variance, phase.floor) for phase in config.phases}
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
-        self.empty = make_tokenizer()("", padding="max_length", max_length=12, return_tensors="pt")
+        self.empty = tokenize("")
 
     def batch(self, step: int):
         """(noisy latents, timesteps, word ids, word mask, the noise to predict, the weight of its error)."""
@@ -301,7 +306,6 @@ class Examples:
 def transformer_loop(config: Config, out: Path, read_only: bool = False) -> Loop:
     torch.manual_seed(config.seed + 1)
     model = Denoiser(config, len(make_tokenizer()))
-
     return Loop(model, out / "transformer.pt", config.steps, config.rate_at, config.decay, config.bf16, read_only)
 
 
