@@ -41,19 +41,6 @@ SCHEDULERS = (
 )  # fmt: skip
 
 
-class UnseededPipeline(tiny.Pipeline):
-    """Draws its noise from the global random state, as the upstream's scripts make it do."""
-
-    @torch.no_grad()
-    def __call__(self, num_inference_steps=10, guidance_scale=7.5):
-        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
-        latents = torch.randn(1, 5, tiny.WIDTH) * self.scheduler.init_noise_sigma
-        for t in self.scheduler.timesteps:
-            noise = self.predict(self.scheduler.scale_model_input(latents, t), t.float(), guidance_scale)
-            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
-        return latents
-
-
 def make_call(pipeline, **kwargs):
     return Call(type(pipeline).__call__, pipeline, (pipeline,), kwargs)
 
@@ -82,7 +69,9 @@ def full_run(call, candidate):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS, ids=lambda cls: cls.__name__)
 def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(scheduler):
-    pipeline = UnseededPipeline(scheduler=scheduler(clip_sample=False) if scheduler is DDIMScheduler else scheduler())
+    pipeline = tiny.UnseededPipeline(
+        scheduler=scheduler(clip_sample=False) if scheduler is DDIMScheduler else scheduler()
+    )
     replay = Replay(make_call(pipeline))
     plain = replay.record()
     steps = replay.recording.steps
@@ -98,7 +87,7 @@ def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(schedul
 @pytest.mark.parametrize("first", (0, 3, 7))
 @pytest.mark.parametrize("forwards, sequence_first", ((1, False), (2, False), (1, True)))
 def test_nothing_before_the_first_reused_step_is_computed_again(forwards, sequence_first, first):
-    pipeline = UnseededPipeline(forwards=forwards, sequence_first=sequence_first)
+    pipeline = tiny.UnseededPipeline(forwards=forwards, sequence_first=sequence_first)
     replay = recorded(pipeline)
     for start, stop in ((0, 6), (1, 4), (5, 6)):
         candidate = Candidate(start, stop, first, 2)
@@ -110,7 +99,7 @@ def test_nothing_before_the_first_reused_step_is_computed_again(forwards, sequen
 
 
 def test_boundaries_stay_within_their_memory_and_where_they_end_the_storing_step_is_computed_again():
-    pipeline = UnseededPipeline()
+    pipeline = tiny.UnseededPipeline()
     one_step = recorded(pipeline).boundaries.bytes_used / 10
     memory = int(3.5 * one_step)
     replay = recorded(pipeline, memory=memory)
@@ -126,7 +115,7 @@ def test_boundaries_stay_within_their_memory_and_where_they_end_the_storing_step
 
 @pytest.mark.parametrize("forwards", (1, 2))
 def test_the_cost_of_a_search_is_the_number_of_real_block_calls(forwards):
-    pipeline = UnseededPipeline(forwards=forwards)
+    pipeline = tiny.UnseededPipeline(forwards=forwards)
     replays, plain_calls = calls_of(pipeline, lambda: [recorded(pipeline, memory) for memory in (2**20, 0)])
     evaluate = Evaluator(replays, Team())
     whole, hopeless = Candidate(1, 4, 3, 3), Candidate(0, 5, 0, 6)
@@ -153,7 +142,7 @@ def test_replays_restore_every_random_state_and_generators_among_the_arguments()
 
 @pytest.mark.parametrize("forwards", (1, 2))
 def test_region_errors_are_those_of_the_deltas(forwards):
-    pipeline = UnseededPipeline(num_blocks=4, forwards=forwards)
+    pipeline = tiny.UnseededPipeline(num_blocks=4, forwards=forwards)
     errors, seen = RegionErrors(4, 2), {}
     replay = Replay(make_call(pipeline, num_inference_steps=6))
     blocks = pipeline.transformer.transformer_blocks
@@ -258,7 +247,7 @@ def test_what_is_not_finite_loses_and_never_wins():
 
 
 def test_a_candidate_that_turns_nan_is_recorded_as_lost():
-    pipeline = UnseededPipeline()
+    pipeline = tiny.UnseededPipeline()
     replay = Replay(make_call(pipeline))
     replay.record()
     block = pipeline.transformer.transformer_blocks[5]
@@ -275,7 +264,7 @@ def test_a_candidate_that_turns_nan_is_recorded_as_lost():
 
 
 def test_hopeless_candidates_are_abandoned_early():
-    pipeline = UnseededPipeline()
+    pipeline = tiny.UnseededPipeline()
     replay = Replay(make_call(pipeline, num_inference_steps=20))
     replay.record()
     evaluate = Evaluator([replay], Team())

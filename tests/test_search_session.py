@@ -19,22 +19,9 @@ from osaccel.search.session import Session
 from osaccel.settings import Settings
 
 
-class Pipeline(tiny.Pipeline):
-    """Takes what a fingerprint looks at, and draws its noise from the global random state."""
-
-    @torch.no_grad()
-    def __call__(self, prompt="", num_inference_steps=10, guidance_scale=1.0, num_frames=5, height=8, width=8):
-        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
-        latents = torch.randn(1, 5, tiny.WIDTH) * self.scheduler.init_noise_sigma
-        for t in self.scheduler.timesteps:
-            noise = self.predict(self.scheduler.scale_model_input(latents, t), t.float(), guidance_scale)
-            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
-        return latents
-
-
 def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwargs):
     """Search on `prompts` calls, as OSACCEL_SEARCH_THEN=continue does; returns the pipeline and the report."""
-    pipeline, output = pipeline or Pipeline(), str(tmp_path / "found.json")
+    pipeline, output = pipeline or tiny.UnseededPipeline(), str(tmp_path / "found.json")
     settings = Settings(
         search="dit_cache", cache_ratio=ratio, min_psnr=min_psnr, cache_output=output, search_prompts=prompts,
         search_then="continue",
@@ -43,8 +30,8 @@ def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwarg
     torch.manual_seed(5)
     try:
         for number in range(prompts):
-            arguments = {"prompt": f"prompt {number}", **kwargs}
-            session.on_call(Pipeline.__call__, pipeline, (pipeline,), arguments)
+            arguments = {"prompt": f"prompt {number}", "guidance_scale": 1.0, **kwargs}
+            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
     finally:
         # It would end this process with an error, as it ends a script whose search is not over.
         atexit.unregister(session._complain_if_unfinished)
@@ -56,7 +43,7 @@ def sampled(pipeline, config=None):
     """A fresh generation with the noise of the search's first call."""
     torch.manual_seed(5)
     with Generation(pipeline, IntervalPolicy(config) if config else None):
-        return pipeline(prompt="prompt 0")
+        return pipeline(prompt="prompt 0", guidance_scale=1.0)
 
 
 def psnr(plain, cached):
@@ -82,7 +69,7 @@ def test_the_reported_error_is_that_of_a_fresh_generation(tmp_path):
 
 def test_a_wished_psnr_is_kept_when_the_found_config_samples_afresh(tmp_path):
     _, mild = search(tmp_path, ratio=1.1)
-    pipeline = Pipeline()
+    pipeline = tiny.UnseededPipeline()
     plain = sampled(pipeline)
     wish = psnr(plain, sampled(pipeline, formats.read_cache_config(str(tmp_path / "found.json")))) - 0.01
     (tmp_path / "psnr").mkdir()
@@ -100,7 +87,7 @@ def test_a_psnr_that_no_config_keeps_is_an_error_that_says_what_is_reachable(tmp
 
 
 def test_an_unreachable_ratio_is_an_error_before_the_first_forward(tmp_path):
-    pipeline = Pipeline()
+    pipeline = tiny.UnseededPipeline()
     with pytest.raises(SearchError, match=r"speeds 6 blocks x 1 steps up by 1\.3; at most 1\.000 is reachable"):
         search(tmp_path, pipeline, num_inference_steps=1)
     assert sum(pipeline.block_calls()) == 0
@@ -108,7 +95,7 @@ def test_an_unreachable_ratio_is_an_error_before_the_first_forward(tmp_path):
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_candidates_that_are_not_finite_lose_and_do_not_stop_the_search(tmp_path, value):
-    pipeline = Pipeline()
+    pipeline = tiny.UnseededPipeline()
     fragile = pipeline.transformer.transformer_blocks[5] = Fragile(pipeline.scheduler, value)
     _, report = search(tmp_path, pipeline, ratio=1.5)
     lost = [e["config"] for e in report["evaluations"] if e["error"] is None and e["steps_run"] < 10]
@@ -146,7 +133,7 @@ def test_a_changed_fingerprint_starts_an_interrupted_search_anew_and_says_so(tmp
     done = (tmp_path / "found.json.search" / "evaluations-0.jsonl").read_text()
     assert done.count("\n") == 2
     change = dict(change)
-    pipeline = Pipeline()
+    pipeline = tiny.UnseededPipeline()
     if change.pop("pipeline", None):
         torch.nn.init.normal_(pipeline.transformer.transformer_blocks[2].linear.weight)
     with caplog.at_level(logging.INFO, "osaccel"):
@@ -169,7 +156,7 @@ def test_an_interrupted_search_goes_on_without_repeating_a_block(tmp_path, caplo
 
 def stop_after(tmp_path, evaluations):
     """A search that dies while it evaluates the candidate after that many."""
-    pipeline = Pipeline()
+    pipeline = tiny.UnseededPipeline()
     step, journal = pipeline.scheduler.step.__func__, tmp_path / "found.json.search" / "evaluations-0.jsonl"
 
     def dying(self, *args, **kwargs):

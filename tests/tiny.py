@@ -85,6 +85,19 @@ class Pipeline:
         return [block.calls for block in self.transformer.transformer_blocks]
 
 
+class UnseededPipeline(Pipeline):
+    """Draws its noise from the global random state, as the upstream's scripts make it do; takes their arguments."""
+
+    @torch.no_grad()
+    def __call__(self, prompt="", num_inference_steps=10, guidance_scale=7.5, num_frames=5, height=8, width=8):
+        self.scheduler.set_timesteps(num_inference_steps, device="cpu")
+        latents = torch.randn(1, 5, WIDTH) * self.scheduler.init_noise_sigma
+        for t in self.scheduler.timesteps:
+            noise = self.predict(self.scheduler.scale_model_input(latents, t), t.float(), guidance_scale)
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
+        return latents
+
+
 def reference_loop(pipeline, config, **arguments):
     """The same generation with the documented cache rule written out: plain modules, no osaccel code."""
     start, stop = config["cache_block_start"], config["cache_block_start"] + config["cache_num_blocks"]
