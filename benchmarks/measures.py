@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures between samplings that share their Brownian motion: coupled error, distances to data, band deviations.
 
-Videos come in groups: all videos of one prompt, compared with fresh data of that prompt only, so that what differs from
-prompt to prompt is no noise. Distances are unbiased within a group, their values means over the groups. Without
-prompts the videos are compared with all data at once. Every measure is paired: the bootstrap resamples whole groups, or
-videos, the same ones in every arm.
+Videos come in groups: all videos of one prompt, or mixture, compared with fresh data of that prompt only, so that what
+differs from prompt to prompt is no noise. Distances are unbiased within a group, their values means over the groups.
+Without groups the videos are compared with all data at once. Every measure is paired: the bootstrap resamples whole
+groups, or videos, the same ones in every arm.
 """
 
 import contextlib
@@ -227,7 +227,7 @@ def _interval(values: Any) -> List[float]:
 def table(report: Dict[str, Any]) -> str:
     """Readable: one row per arm, then differences to plain (* where the interval excludes zero) and gaps closed."""
     lines = [
-        f"{report['videos']} videos of {report['groups'] or 'no'} prompts; 95 % bootstrap intervals",
+        f"{report['videos']} videos in {report['groups'] or 1} groups; 95 % bootstrap intervals",
         _row("arm", MEASURES),
     ]
     for name, values in report["arms"].items():

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Timestep lists judged on an exact denoiser: a Gaussian mixture, the pipeline's loop, the real scheduler.
 
-    python -m benchmarks.oracle [--videos 1024] [--mixture SEED] [--decay 3] [--scale 1] [--json FILE]
+    python -m benchmarks.oracle [--videos 1024] [--mixture SEED] [--mixtures N] [--decay 3] [--scale 1] [--json FILE]
 
 The latents (4, 3, 8, 8) are a mixture of 8 videos' means with power-law spectra, in cosine coefficients; guidance does
 not exist here, so the prediction is exact. All arms share one Brownian path per video, so their results are paired.
+Several mixtures have a search each; they are compared together, and the bootstrap resamples mixtures.
 """
 
 import argparse
@@ -125,31 +126,47 @@ def arms(
     return {name: [float(value) for value in values] for name, values in lists.items()}
 
 
-def main() -> None:
+def sample_all(mixture: Mixture, lists: Dict[str, List[float]], videos: int, batch: int) -> Dict[str, torch.Tensor]:
+    """Final latents per arm, (videos, C, T, H, W)."""
+    pipeline = Pipeline(mixture)
+    finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
+    sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
+    for number in range(videos // batch):
+        for name, times in lists.items():
+            motion = measures.Motion(sigmas, (batch, *SHAPE), seed=1000 + number)
+            finals[name].append(run(pipeline, times, motion))
+    return {name: torch.cat(parts) for name, parts in finals.items()}
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--videos", type=int, default=1024, help="a multiple of --batch")
+    parser.add_argument("--videos", type=int, default=1024, help="of each mixture, a multiple of --batch")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--mixture", type=int, default=0, help="seed of the mixture; the defaults were tuned on 0")
+    parser.add_argument("--mixtures", type=int, default=1, help="this many, with seeds from --mixture on")
     parser.add_argument("--decay", type=float, default=3.0, help="exponent of the power-law spectrum")
     parser.add_argument("--scale", type=float, default=1.0, help="standard deviation of the latents")
-    parser.add_argument("--calibration", type=int, default=4, help="generations the search sees")
+    parser.add_argument("--calibration", type=int, default=4, help="generations a search sees")
     parser.add_argument("--variants", nargs="*", default=[], help="further wdp arms, e.g. '{\"decisions\": 0.3}'")
     parser.add_argument("--json")
-    options = parser.parse_args()
-    mixture = Mixture(decay=options.decay, seed=options.mixture, scale=options.scale)
-    pipeline = Pipeline(mixture)
-    lists = arms(search_statistics(pipeline, options.calibration, seed=1), options.steps, options.variants)
-    finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
-    sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
-    for batch in range(options.videos // options.batch):
-        for name, times in lists.items():
-            motion = measures.Motion(sigmas, (options.batch, *SHAPE), seed=1000 + batch)
-            finals[name].append(run(pipeline, times, motion))
-    results = {name: torch.cat(parts) for name, parts in finals.items()}
-    data = [mixture.sample(4 * options.videos, 7), mixture.sample(options.videos, 8)]
-    report = measures.compare(results, data, options.steps)
-    report["lists"] = lists
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    lists, finals, data = [], [], []
+    for seed in range(options.mixture, options.mixture + options.mixtures):
+        mixture = Mixture(decay=options.decay, seed=seed, scale=options.scale)
+        statistics = search_statistics(Pipeline(mixture), options.calibration, seed=1)
+        lists.append(arms(statistics, options.steps, options.variants))
+        finals.append(sample_all(mixture, lists[-1], options.videos, options.batch))
+        data.append([mixture.sample(4 * options.videos, 7), mixture.sample(options.videos, 8)])
+    results = {name: torch.cat([final[name] for final in finals]) for name in finals[0]}
+    real = [torch.cat(parts) for parts in zip(*data)]
+    groups = options.mixtures if options.mixtures > 1 else None
+    report = measures.compare(results, real, options.steps, groups)
+    report["lists"] = lists if groups else lists[0]
     print(measures.table(report))
     if options.json:
         with open(options.json, "w") as file:

@@ -12,10 +12,11 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
+import torch.multiprocessing
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling
 
 from benchmarks import measures, oracle
@@ -26,6 +27,18 @@ from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, step_arguments
 
 TEACHER_STEPS = 100
 SEEDS_PER_PROMPT = 2
+
+
+class Batch(NamedTuple):
+    """Prompts that are sampled together, the seed of their noise, and the file that keeps their latents."""
+
+    prompts: Sequence[str]
+    seed: int
+    path: Path
+
+
+def open_pipeline(options: argparse.Namespace) -> Any:
+    return load.load_pipeline(**({"checkpoint": options.checkpoint} if options.checkpoint else {}))
 
 
 def latent_shape(pipeline: Any) -> Sequence[int]:
@@ -101,32 +114,42 @@ def sample_batch(pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence
     return finals
 
 
-def sample_all(
-    pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence[str], options: argparse.Namespace, until: float
-) -> Dict[str, Any]:
-    """Every batch that is there or fits before `until`: {"prompts": [...], "finals": {arm: latents}}."""
+def batches(prompts: Sequence[str], options: argparse.Namespace) -> List[Batch]:
+    """The prompts in batches, and where the latents of each are kept."""
     step = max(1, options.batch // SEEDS_PER_PROMPT)
-    done: List[str] = []
-    finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
-    longest = 0.0
-    for number, start in enumerate(range(0, len(prompts), step)):
-        part, path = prompts[start : start + step], Path(options.work) / f"batch-{number:03d}.pt"
-        if not path.exists():
-            if time.time() + longest > until:
-                break
-            begun = time.time()
-            rows = [prompt for prompt in part for _ in range(SEEDS_PER_PROMPT)]
-            torch.save(sample_batch(pipeline, lists, rows, 5000 + number), f"{path}.part")
-            Path(f"{path}.part").replace(path)
-            longest = max(longest, time.time() - begun)
-            print(f"{start + len(part)} of {len(prompts)} prompts", flush=True)
-        kept = torch.load(path)
-        for name in lists:
-            finals[name].append(kept[name])
-        done += part
+    parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
+    return [Batch(part, 5000 + n, Path(options.work) / f"batch-{n:03d}.pt") for n, part in enumerate(parts)]
+
+
+def make_batches(
+    share: int, lists: Dict[str, List[float]], todo: Sequence[Batch], options: argparse.Namespace, until: float
+) -> None:
+    """Sample this job's share of the batches, as long as another one would be ready before `until`."""
+    torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
+    pipeline, longest = open_pipeline(options), 0.0
+    for batch in todo[share :: options.jobs]:
+        if batch.path.exists():
+            continue
+        if time.time() + longest > until:
+            break
+        begun = time.time()
+        rows = [prompt for prompt in batch.prompts for _ in range(SEEDS_PER_PROMPT)]
+        torch.save(sample_batch(pipeline, lists, rows, batch.seed), f"{batch.path}.part")
+        Path(f"{batch.path}.part").replace(batch.path)
+        longest = max(longest, time.time() - begun)
+        print(f"{batch.path.name} of {len(todo)} batches", flush=True)
+
+
+def sample_all(lists: Dict[str, List[float]], options: argparse.Namespace, until: float) -> Dict[str, Any]:
+    """Every batch that is there or fits before `until`: {"prompts": [...], "finals": {arm: latents}}."""
+    todo = batches(prompts_of(options), options)
+    torch.multiprocessing.spawn(make_batches, (lists, todo, options, until), nprocs=options.jobs)
+    done = [batch for batch in todo if batch.path.exists()]
     if not done:
         raise SystemExit("no batch fits into --seconds")
-    return {"prompts": done, "finals": {name: torch.cat(parts) for name, parts in finals.items()}}
+    kept = [torch.load(batch.path) for batch in done]
+    prompts = [prompt for batch in done for prompt in batch.prompts]
+    return {"prompts": prompts, "finals": {name: torch.cat([part[name] for part in kept]) for name in lists}}
 
 
 def fresh_data(pipeline: Any, prompts: Sequence[str], each: int, seed: int) -> torch.Tensor:
@@ -174,6 +197,7 @@ def parsed(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--calibration", type=int, default=4, help="generations of one search")
     parser.add_argument("--seeds", type=int, default=5, help="searches, each with other prompts and noise")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--jobs", type=int, default=2, help="processes that sample")
     parser.add_argument("--data", type=int, default=24, help="fresh data per prompt")
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--variants", nargs="*", default=[], help="further wdp arms, e.g. '{\"decisions\": 0.3}'")
@@ -195,7 +219,7 @@ def main() -> None:
     options, started = parsed(), time.time()
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    pipeline = load.load_pipeline(**({"checkpoint": options.checkpoint} if options.checkpoint else {}))
+    pipeline = open_pipeline(options)
     kept = work / "search.json"
     if not kept.exists():
         kept.write_text(json.dumps(search(pipeline, options)))
@@ -203,7 +227,7 @@ def main() -> None:
     lists = found["lists"]
     if options.arms:
         lists = {name: times for name, times in lists.items() if name.startswith(("plain", *options.arms))}
-    sampled = sample_all(pipeline, lists, prompts_of(options), options, started + options.seconds)
+    sampled = sample_all(lists, options, started + options.seconds)
     prompts, results = sampled["prompts"], sampled["finals"]
     real = [fresh_data(pipeline, prompts, options.data, 1), fresh_data(pipeline, prompts, SEEDS_PER_PROMPT, 2)]
     report = measures.compare(results, real, options.steps, groups=len(prompts))

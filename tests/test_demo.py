@@ -45,7 +45,8 @@ config = DitCacheConfig(cache_block_start=0, cache_num_blocks=12, cache_step_sta
 def run(callback=None):
     torch.manual_seed(0)
     options = dict(num_inference_steps=4, guidance_scale=2.0, max_sequence_length=16, output_type="latent")
-    return pipeline("one large red circle moving left over a dark background", callback=callback, **options).images
+    prompt = "one large red circle moving left at the top over a dark background"
+    return pipeline(prompt, callback=callback, **options).images
 
 copies = []
 def duplicate(i, t, latents):

@@ -42,7 +42,7 @@ def test_parser_is_near_perfect_on_clean_data():
 
 
 def test_parser_reads_position_and_velocity():
-    scene = data.by_caption()["one large red circle moving right over a dark background"]
+    scene = data.by_caption()["one large red circle moving right at the top over a dark background"]
     rng, twin = np.random.default_rng(3), np.random.default_rng(3)
     frames = data.render(scene, rng)
     data._background(scene.background, twin)
@@ -54,6 +54,20 @@ def test_parser_reads_position_and_velocity():
     assert np.abs(track.centres - path).max() < 0.3
     assert abs(track.velocity[0] - (path[-1] - path[0])[0] / 16) < 0.02
     assert abs(track.radii.mean() - radius.mean()) < 0.25
+
+
+def test_parser_tells_a_wrong_place_or_motion():
+    frames = data.render(
+        data.by_caption()["one small red circle moving right at the top over a dark background"],
+        np.random.default_rng(0),
+    )
+    wrong = {
+        "place": "one small red circle moving right at the bottom over a dark background",
+        "motion": "one small red circle moving left at the top over a dark background",
+    }
+    for attribute, prompt in wrong.items():
+        verdict = parser.judge(frames, prompt)
+        assert {name for name, right in verdict.items() if not right} == {attribute, "valid"}, verdict
 
 
 def test_parser_reports_noise_as_invalid():

@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Procedural videos of moving shapes with captions: seeded, unlimited, and split so that no prompt or seed is shared.
 
-A `Scene` is what a caption says. `render(scene, rng)` draws what the caption leaves open (place, speed, shade, tilt),
-so a video is a pure function of (scene, seed). Lengths are in pixels of a 32 x 32 frame, speeds in pixels per frame.
+A `Scene` is what a caption says; it says nearly all, as the long captions of text-to-video training sets do.
+`render(scene, rng)` draws what it leaves open (exact place and speed, shade, backdrop), so a video is a pure function
+of (scene, seed). Lengths are in pixels of a 32 x 32 frame, speeds in pixels per frame.
 """
 
+import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
@@ -12,40 +14,43 @@ from typing import Dict, Iterator, List, Tuple
 
 import numpy as np
 
-from osaccel.demo.parser import COLOURS, COUNTS, SCALINGS
+from osaccel.demo.parser import BOUNCES, COLOURS, COUNTS, MOTIONS, PLACES, SCALINGS, SLIDES
 
 FRAMES, SIZE = 17, 32
 
 # Radius of the disc of equal area, so that size and shape are independent attributes.
-RADII = {"small": (3.4, 3.8), "large": (5.2, 5.8)}
+RADII = {"small": (3.7, 4.0), "large": (5.6, 6.0)}
 # Edges of the polygon (0 is a disc) and the distance of an edge from the centre for the disc radius 1.
 SHAPES = {"circle": (0, 1.0), "square": (4, 0.8862), "triangle": (3, 0.7776)}
 BACKGROUNDS = ("dark", "light", "striped")
-SLIDES = ("moving left", "moving right", "moving up", "moving down")
-BOUNCES = ("bouncing sideways", "bouncing vertically")
-MOTIONS = SLIDES + BOUNCES + SCALINGS + ("spinning",)
 
 # Share of the 256 hash buckets; the split of a prompt depends on its text alone.
 SPLITS = {"train": (0, 200), "calibration": (200, 226), "heldout": (226, 256)}
-GAP = 2.5  # pixels between two shapes, so that they stay two connected regions
-GROWTH = (3.3, 5.6)  # radii at the two ends of growing and shrinking
+ASIDE = 5.2  # of a shape's path or place from the middle of the frame, where the caption names a side
+APART = (7.4, 8.4)  # of two shapes' paths from the middle: they stay two connected regions, and inside the frame
+GROWTH = (3.6, 5.9)  # radii at the two ends of growing and shrinking
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The attributes a caption names; `size` is empty where the motion itself changes the size."""
+    """The attributes a caption names.
+
+    `size` is empty where the motion itself changes the size, `place` for two shapes, which fill the frame side by side.
+    """
 
     count: str
     size: str
     colour: str
     shape: str
     motion: str
+    place: str
     background: str
 
     @property
     def caption(self) -> str:
         noun = self.shape if self.count == "one" else self.shape + "s"
-        words = [self.count, self.size, self.colour, noun, self.motion, "over a", self.background, "background"]
+        words = [self.count, self.size, self.colour, noun, self.motion, self.place, "over a", self.background]
+        words.append("background")
         return " ".join(word for word in words if word)
 
     @property
@@ -56,7 +61,9 @@ class Scene:
 
 def _allowed(scene: Scene) -> bool:
     if scene.count == "two":  # what fits side by side
-        return scene.size == "small" and scene.motion in SLIDES + BOUNCES
+        return scene.size == "small" and scene.motion in SLIDES + BOUNCES and not scene.place
+    if scene.place not in places(scene.motion):
+        return False
     if scene.motion in SCALINGS:
         return scene.size == ""
     if scene.motion == "spinning":  # a disc shows no turn, and a small polygon too little of it
@@ -64,9 +71,17 @@ def _allowed(scene: Scene) -> bool:
     return scene.size != ""
 
 
-def all_scenes() -> List[Scene]:
-    axes = (COUNTS, ("", *RADII), COLOURS, SHAPES, MOTIONS, BACKGROUNDS)
-    return [scene for scene in (Scene(*values) for values in itertools.product(*axes)) if _allowed(scene)]
+def places(motion: str) -> List[str]:
+    """Where one shape of this motion may be: off the middle only across the way it goes."""
+    if motion not in SLIDES + BOUNCES:
+        return list(PLACES)
+    return [name for name, side in PLACES.items() if side[0 if is_horizontal(motion) else 1] == 0]
+
+
+@functools.lru_cache(maxsize=None)
+def all_scenes() -> Tuple[Scene, ...]:
+    axes = (COUNTS, ("", *RADII), COLOURS, SHAPES, MOTIONS, ("", *PLACES), BACKGROUNDS)
+    return tuple(scene for scene in (Scene(*values) for values in itertools.product(*axes)) if _allowed(scene))
 
 
 def scenes(split: str) -> List[Scene]:
@@ -141,37 +156,38 @@ def _tilt(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     rest = np.pi / 2 if scene.shape == "triangle" else 0.0
     if scene.motion != "spinning":
         return np.full(FRAMES, rest)
-    step = np.deg2rad(rng.uniform(5, 8)) * rng.choice([-1, 1])
-    return rest + rng.uniform(0, 2 * np.pi) + step * np.arange(FRAMES)
+    start, step = np.deg2rad(rng.uniform(-6, 6)), np.deg2rad(rng.uniform(5, 6.5))
+    return rest + start + step * np.arange(FRAMES)
 
 
 def _paths(scene: Scene, reach: float, rng: np.random.Generator) -> List[np.ndarray]:
-    """Centres (FRAMES, 2) as x, y of every shape: they share the path and stand side by side across it."""
-    along = _along(scene.motion, reach, rng)
-    count = COUNTS[scene.count]
-    room = SIZE - 2 * reach - (count - 1) * (2 * reach + GAP)
-    cuts = np.sort(rng.uniform(0, room, count))
-    across = [reach + cut + index * (2 * reach + GAP) for index, cut in enumerate(cuts)]
-    horizontal = _is_horizontal(scene.motion) if scene.motion in SLIDES + BOUNCES else rng.random() < 0.5
-    pairs = [(along, np.full(FRAMES, place)) for place in across]
-    return [np.stack(pair if horizontal else pair[::-1], axis=1) for pair in pairs]
+    """Centres (FRAMES, 2) as x, y of every shape; two of them share the way and stand side by side across it."""
+    if scene.motion not in SLIDES + BOUNCES:
+        place = SIZE / 2 + ASIDE * np.array(PLACES[scene.place]) + rng.uniform(-0.8, 0.8, 2)
+        return [np.repeat(place[None], FRAMES, axis=0)]
+    along, axis = _along(scene.motion, reach, rng), 0 if is_horizontal(scene.motion) else 1
+    if scene.count == "two":
+        apart = rng.uniform(*APART)
+        sides = [-apart, apart]
+    else:
+        sides = [ASIDE * PLACES[scene.place][1 - axis] + rng.uniform(-0.8, 0.8)]
+    pairs = [(along, np.full(FRAMES, SIZE / 2 + side)) for side in sides]
+    return [np.stack(pair[:: 1 - 2 * axis], axis=1) for pair in pairs]
 
 
-def _is_horizontal(motion: str) -> bool:
-    return motion in ("moving left", "moving right", "bouncing sideways")
+def is_horizontal(motion: str) -> bool:
+    return motion.split()[-1] in ("left", "right")
 
 
 def _along(motion: str, reach: float, rng: np.random.Generator) -> np.ndarray:
-    """The coordinate that moves, within [reach, SIZE - reach] in every frame."""
-    time, low, high = np.arange(FRAMES), reach, SIZE - reach
+    """The coordinate that moves, in every frame."""
+    time, forth = np.arange(FRAMES), motion.split()[-1] in ("right", "down", "floor")
     if motion in SLIDES:
-        path = rng.uniform(0.6, 0.8) * time
-        path = path + rng.uniform(low, high - path[-1])
-        return path if motion in ("moving right", "moving down") else path[::-1]
-    if motion in BOUNCES:  # the wall is met once, well inside the clip
-        fall = rng.uniform(0.95, 1.2) * np.abs(time - rng.uniform(5.5, 10.5))
-        return high - fall if rng.random() < 0.5 else low + fall
-    return np.full(FRAMES, rng.uniform(low, high))
+        way = rng.uniform(0.6, 0.7) * (time - FRAMES // 2)
+        return SIZE / 2 + rng.uniform(-1, 1) + (way if forth else -way)
+    # The wall is met once, in the middle of the clip.
+    away = reach + rng.uniform(0.95, 1.1) * np.abs(time - rng.uniform(7, 9))
+    return SIZE - away if forth else away
 
 
 def _coverage(shape: str, centre: np.ndarray, radius: np.ndarray, tilt: np.ndarray) -> np.ndarray:

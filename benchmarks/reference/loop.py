@@ -60,7 +60,7 @@ class Loop:
         self.model, self.path, self.steps, self.rate_at = model, path, steps, rate_at
         self.decay, self.bf16, self.step, self.read_only = decay, bf16, 0, read_only
         self.average = copy.deepcopy(model).requires_grad_(False).eval()
-        settings = {"betas": (0.9, 0.98), "weight_decay": 0.01, "fused": True}
+        settings = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
         self.losses = path.with_suffix(".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,7 @@ Works on the fact that shapes are vivid and backdrops nearly grey. `parse` never
 
 import re
 from dataclasses import dataclass, field
-from typing import Dict, List, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 from scipy import ndimage
@@ -21,17 +21,24 @@ COLOURS = {
     "magenta": (0.90, 0.15, 0.85),
     "cyan": (0.10, 0.85, 0.90),
 }
+SLIDES = ("moving left", "moving right", "moving up", "moving down")
+BOUNCES = ("bouncing off the left", "bouncing off the right", "bouncing off the ceiling", "bouncing off the floor")
 SCALINGS = ("growing", "shrinking")
+MOTIONS = SLIDES + BOUNCES + SCALINGS + ("spinning",)
+# Side of the frame's middle, x and y.
+PLACES = {"in the middle": (0, 0), "on the left": (-1, 0), "on the right": (1, 0), "at the top": (0, -1),
+          "at the bottom": (0, 1)}  # fmt: skip
 COUNTS = {"one": 1, "two": 2}
 PROMPT = re.compile(
     r"(?P<count>one|two) (?:(?P<size>small|large) )?(?P<colour>\w+) (?P<shape>circle|square|triangle)s? "
-    r"(?P<motion>\w+(?: \w+)?) over a (?P<background>\w+) background"
+    rf"(?P<motion>{'|'.join(MOTIONS)}) (?:(?P<place>{'|'.join(PLACES)}) )?over a (?P<background>\w+) background"
 )
 
 VIVID = 0.40  # least spread between the largest and smallest colour channel of a shape's pixel
 GREY = 0.12  # spread of a backdrop's pixel at most
-LEAST_AREA = 10  # pixels; the smallest shape drawn has 32
-BETWEEN = 4.5  # radius between small and large
+LEAST_AREA = 10  # pixels; the smallest shape drawn has 40
+BETWEEN = 4.8  # radius between small and large
+ASIDE = 2.6  # pixels from the frame's middle at which a shape is at a side of it
 STEADY = 0.8  # share of the frames that must show the same number of shapes
 
 
@@ -45,6 +52,7 @@ class Track:
     colour: str
     shape: str
     motion: Optional[str]
+    place: str
     size: str
     velocity: np.ndarray  # least-squares pixels per frame, x and y
     moves_on: bool  # the motion goes on in each third of the clip
@@ -131,6 +139,7 @@ def _track(shown: np.ndarray, chain: List[np.ndarray], pixels: np.ndarray) -> Tr
         colour=min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - mean).sum()),
         shape=shape,
         motion=motion,
+        place=_place(centres, motion, pixels.shape[1:3]),
         size=_size(radii, motion),
         velocity=np.polyfit(shown, centres, 1)[0],
         moves_on=_moves_on(shown, centres, radii, turn, motion),
@@ -177,8 +186,19 @@ def _motion(centres, radii, turn) -> Optional[str]:
     path = centres[:, axis]
     net = path[-1] - path[0]
     if abs(net) < 0.78 * spread[axis]:
-        return "bouncing sideways" if axis == 0 else "bouncing vertically"
+        third = len(path) // 3
+        inner, outer = path[third:-third].mean(), np.concatenate([path[:third], path[-third:]]).mean()
+        return BOUNCES[2 * axis + int(inner > outer)]
     return ("moving right", "moving down")[axis] if net > 0 else ("moving left", "moving up")[axis]
+
+
+def _place(centres: np.ndarray, motion: Optional[str], frame: Tuple[int, int]) -> str:
+    """The side on which the shape is, or moves past the middle; a bounce or a slide has no place along its own way."""
+    offset = centres.mean(0) - np.array(frame[::-1]) / 2
+    if motion in SLIDES + BOUNCES:
+        offset[int(np.ptp(centres, axis=0).argmax())] = 0
+    side = np.where(np.abs(offset) > ASIDE, np.sign(offset), 0)
+    return next((name for name, direction in PLACES.items() if tuple(side) == direction), "in a corner")
 
 
 def _moves_on(shown, centres, radii, turn, motion) -> bool:
@@ -212,11 +232,11 @@ def _background(pixels: np.ndarray, masks: np.ndarray) -> str:
     return "light" if backdrop.mean() > 0.49 else "dark"
 
 
-ATTRIBUTES = ("count", "size", "colour", "shape", "motion", "background")
+ATTRIBUTES = ("count", "size", "colour", "shape", "motion", "place", "background")
 
 
 def attributes(prompt: str) -> Dict[str, str]:
-    """What a prompt asks for; `size` is empty where it names none. Raises ValueError for any other kind of prompt."""
+    """What a prompt asks for; `size` or `place` is empty where it names none. ValueError for any other prompt."""
     found = PROMPT.fullmatch(prompt)
     if found is None:
         raise ValueError(f"{prompt!r} is no prompt of the miniature, such as 'two small red circles moving up over a "
@@ -228,6 +248,7 @@ def judge(frames: np.ndarray, prompt: str) -> Dict[str, bool]:
     """Which prompted attributes the frames show; `valid` is all of them in a steady scene."""
     asked, reading = attributes(prompt), parse(frames)
     result = {name: reading.agreed(name) == asked[name] for name in ATTRIBUTES[1:5]}
+    result["place"] = not asked["place"] or reading.agreed("place") == asked["place"]
     result["count"] = reading.count == COUNTS[asked["count"]]
     result["background"] = reading.background == asked["background"]
     result["steady"] = reading.steady >= STEADY

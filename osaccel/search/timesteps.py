@@ -91,10 +91,24 @@ def remaining_variances(statistics: Statistics) -> np.ndarray:
     if statistics.powers is not None:
         products = 0.5 * (variances + statistics.powers[:, -1:] - statistics.powers)
         variances = np.clip(products, 0.0, variances)
+    return _falling(variances, statistics.sigmas)
+
+
+def undecided_variances(statistics: Statistics) -> np.ndarray:
+    """How far the k-th prediction is from the last one, per band, shape (B, K); falls with k.
+
+    The first form of `remaining_variances`, and all there is to know of what single videos have not decided yet: with
+    guidance the predictions are no martingale, and the product form, a mean over all directions, loses sight of the few
+    in which a video can still turn into another one.
+    """
+    return _falling(statistics.distances[:, :, -1].copy(), statistics.sigmas)
+
+
+def _falling(variances: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     # The last prediction has no error against itself; what was left one step before is the honest bound.
     variances[:, -1] = variances[:, -2]
     falling = np.maximum.accumulate(variances[:, ::-1], axis=1)[:, ::-1]
-    return np.minimum(falling, statistics.sigmas**2)
+    return np.minimum(falling, sigmas**2)
 
 
 def pair_costs(statistics: Statistics, exponent: float, against_teacher: bool = False) -> np.ndarray:
@@ -103,7 +117,7 @@ def pair_costs(statistics: Statistics, exponent: float, against_teacher: bool = 
     By trapezoids, or `against_teacher` with the teacher's own frozen predictions, so that its own steps cost nothing.
     """
     steps = np.diff(snr(statistics.sigmas))
-    variances = remaining_variances(statistics)
+    variances = undecided_variances(statistics) if against_teacher else remaining_variances(statistics)
     weights = (0.5 * (variances[:, 1:] + variances[:, :-1])) ** exponent * steps * statistics.shares[:, None]
     missed = statistics.distances[:, :, :-1]
     if not against_teacher:

@@ -109,7 +109,7 @@ def parse_args():
     parser.add_argument("--height", type=int, default=32)
     parser.add_argument("--width", type=int, default=32)
     parser.add_argument("--num_sampling_steps", type=int, default=100)
-    parser.add_argument("--guidance_scale", type=float, default=4.0)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
     parser.add_argument("--sample_method", default="EulerAncestralDiscrete", choices=list(SCHEDULERS))
     parser.add_argument("--max_sequence_length", type=int, default=16)
     parser.add_argument("--fps", type=int, default=8)
