@@ -127,7 +127,7 @@ def test_lists_descend_on_the_schedule_and_keep_its_ends(method):
         assert found[0] == pytest.approx(999) and found[-1] == pytest.approx(0)
     if method == "wdp":
         assert set(found) <= set(given.timesteps)
-        assert -np.diff(found).min() <= 3 * 999 / 19 + 1e-6
+        assert -np.diff(found).min() <= timesteps.DEFAULTS.max_gap * 999 / 19 + 1e-6
     with pytest.raises(ValueError, match="method must be one of wdp, klub, arctan"):
         timesteps.search(given, [8], "ays")
 
@@ -139,6 +139,21 @@ def test_weight_is_the_formula_for_a_gaussian_band():
     distances = np.abs(remaining[:, None] - remaining[None])[None]
     given = timesteps.Statistics(np.linspace(999, 0, 400), lam**-0.5, distances, np.ones(1))
     assert timesteps.remaining_variances(given)[0, :250] == pytest.approx(remaining[:250], rel=0.02)
+
+
+def test_guidance_does_not_hide_what_a_video_has_not_decided():
+    """Guided predictions overshoot at high noise: larger than the final ones, and turned away from them."""
+    generator = np.random.default_rng(0)
+    sigmas = np.geomspace(30, 0.05, 40)
+    final = generator.normal(size=4000)
+    strength = (1.5 * sigmas / (1 + sigmas))[:, None]
+    rows = final * (1 - strength) + 1.5 * strength * generator.normal(size=4000)
+    powers, products = (rows**2).mean(1), rows @ rows.T / 4000
+    distances = np.maximum(powers[:, None] + powers[None] - 2 * products, 0)[None]
+    given = timesteps.Statistics(np.linspace(999, 0, 40), sigmas, distances, np.ones(1), powers[None])
+    undecided, remaining = timesteps.undecided_variances(given)[0], timesteps.remaining_variances(given)[0]
+    assert undecided[0] == pytest.approx(distances[0, 0, -1], rel=0.05) and undecided[0] > 2 * remaining[0]
+    assert (np.diff(undecided) <= 0).all() and (undecided <= sigmas**2).all()
 
 
 def test_a_networks_own_error_at_high_noise_does_not_count_as_undecided_video():

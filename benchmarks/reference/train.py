@@ -63,8 +63,8 @@ class Config:
     head_dim: int = 24
     text_dim: int = 96
     caption_dropout: float = 0.1
-    # Rotary attention alone learns very late where in the frame a token is (3,000 steps told rows apart in 43 %), and
-    # without that no caption can be drawn. A linear reading of the place after this block solves it in 250 steps.
+    # Rotary attention alone learns very late where in the frame a token is, and without that no caption that names a
+    # place can be drawn. Rewarding a linear reading of the place after this block, it is learnt in a few hundred steps.
     place_block: int = 3
     place_weight: float = 0.03
     save_every: int = 500

@@ -86,7 +86,6 @@ def table(outcomes: Dict[Arm, Outcome], prompts: Sequence[str]) -> str:
         speed = f"{plain.seconds / found.seconds:.2f}x"
         lines.append(f"{arm.name:<20}{found.seconds:>9.2f}{speed:>10}{blocks:>15}{quality}{likeness}{prompted:>13}")
     lines.append("PSNR and SSIM: against the plain run from the same noise; '-' where the noise differs by design.")
-    lines.append("The plain miniature itself shows all that was prompted in few videos: compare the arms with it.")
     return "\n".join(lines)
 
 

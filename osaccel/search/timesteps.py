@@ -14,7 +14,7 @@ spacing loses:
 * detail: with v the variance V has per band, the sum of v |D_lam - D_i|^2 dlam is the variance the final sample lacks,
   counted as a part of the band's own, so that fine detail, which has little of it, is not sold for coarse.
 * decisions: where the noise still hides what the video shows, V is large for the few videos that are undecided and
-  small for the others, so its mean understates the harm; v to a higher power finds these noise levels. There the list
+  small for the others, so its mean understates the harm; v to a power above 1 finds these noise levels. There the list
   should step where the teacher stepped, so this part counts differences to the teacher's own steps.
 """
 
@@ -35,7 +35,8 @@ class Parameters(NamedTuple):
         detail: how much of the gap between even spacing and the teacher a list is to close in predicted detail at
             least; where it does not, the weight of the decisions is lowered until it does. A little more than nothing,
             because the prediction is not exact and detail is not to be lost.
-        exponent: g of the decisions' weight v^g. 2 is right if all videos are alike; larger favours the undecided ones.
+        exponent: g of the decisions' weight v^g, v as in `undecided_variances`. Larger: more of the steps go where the
+            most is undecided.
         max_gap: the largest gap between neighbouring timesteps, in units of even spacing over the same steps. It bounds
             what an error in the logged predictions can do: no region of noise levels is left without steps.
         evenness: 0 to 1, the weight of the mean squared gap, against the two losses together. It draws the list to even
@@ -44,8 +45,8 @@ class Parameters(NamedTuple):
 
     decisions: float = 0.5
     detail: float = 0.03
-    exponent: float = 2.0
-    max_gap: float = 3.0
+    exponent: float = 1.5
+    max_gap: float = 2.0
     evenness: float = 0.1
 
 
