@@ -181,10 +181,11 @@ def test_what_each_parameter_does():
         return timesteps.wdp(given, [20], timesteps.Parameters(**chosen))[20]
 
     assert -np.diff(found(max_gap=1.5)).min() <= 1.5 * even + 1e-6
-    spread = [np.std(np.diff(found(evenness=weight, detail=-99.0))) for weight in (0.0, 0.3, 1.0)]
+    spread = [np.std(np.diff(found(evenness=weight, detail=-99.0))) for weight in (0.0, 0.5, 1.0)]
     assert spread[0] > spread[1] > spread[2] and spread[2] < 5.1, "the teacher's own gap is 10"
     decided = [found(decisions=weight, evenness=0.0, detail=-99.0) for weight in (0.0, 1.0)]
-    objectives = [timesteps.pair_costs(given, 3.0, against_teacher=True), timesteps.pair_costs(given, 1.0)]
+    exponent = timesteps.DEFAULTS.exponent
+    objectives = [timesteps.pair_costs(given, exponent, against_teacher=True), timesteps.pair_costs(given, 1.0)]
     places = [[int(np.abs(given.timesteps - value).argmin()) for value in values] for values in decided]
     assert timesteps.path_cost(objectives[0], places[1]) <= timesteps.path_cost(objectives[0], places[0])
     assert timesteps.path_cost(objectives[1], places[0]) <= timesteps.path_cost(objectives[1], places[1])
