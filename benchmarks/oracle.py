@@ -126,9 +126,8 @@ def arms(
     return {name: [float(value) for value in values] for name, values in lists.items()}
 
 
-def sample_all(mixture: Mixture, lists: Dict[str, List[float]], videos: int, batch: int) -> Dict[str, torch.Tensor]:
+def sample_all(pipeline: Pipeline, lists: Dict[str, List[float]], videos: int, batch: int) -> Dict[str, torch.Tensor]:
     """Final latents per arm, (videos, C, T, H, W)."""
-    pipeline = Pipeline(mixture)
     finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
     sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
     for number in range(videos // batch):
@@ -158,9 +157,10 @@ def main() -> None:
     lists, finals, data = [], [], []
     for seed in range(options.mixture, options.mixture + options.mixtures):
         mixture = Mixture(decay=options.decay, seed=seed, scale=options.scale)
-        statistics = search_statistics(Pipeline(mixture), options.calibration, seed=1)
+        pipeline = Pipeline(mixture)
+        statistics = search_statistics(pipeline, options.calibration, seed=1)
         lists.append(arms(statistics, options.steps, options.variants))
-        finals.append(sample_all(mixture, lists[-1], options.videos, options.batch))
+        finals.append(sample_all(pipeline, lists[-1], options.videos, options.batch))
         data.append([mixture.sample(4 * options.videos, 7), mixture.sample(options.videos, 8)])
     results = {name: torch.cat([final[name] for final in finals]) for name in finals[0]}
     real = [torch.cat(parts) for parts in zip(*data)]

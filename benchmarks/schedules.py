@@ -21,6 +21,7 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduli
 
 from benchmarks import measures, oracle
 from benchmarks.reference import data, load
+from benchmarks.reference.paths import CHECKPOINT
 from osaccel.generation import Generation
 from osaccel.search import timesteps
 from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, step_arguments
@@ -35,10 +36,6 @@ class Batch(NamedTuple):
     prompts: Sequence[str]
     seed: int
     path: Path
-
-
-def open_pipeline(options: argparse.Namespace) -> Any:
-    return load.load_pipeline(**({"checkpoint": options.checkpoint} if options.checkpoint else {}))
 
 
 def latent_shape(pipeline: Any) -> Sequence[int]:
@@ -126,7 +123,7 @@ def make_batches(
 ) -> None:
     """Sample this job's share of the batches, as long as another one would be ready before `until`."""
     torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
-    pipeline, longest = open_pipeline(options), 0.0
+    pipeline, longest = load.load_pipeline(checkpoint=options.checkpoint), 0.0
     for batch in todo[share :: options.jobs]:
         if batch.path.exists():
             continue
@@ -202,7 +199,7 @@ def parsed(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="+", default=[50, 20])
     parser.add_argument("--variants", nargs="*", default=[], help="further wdp arms, e.g. '{\"decisions\": 0.3}'")
     parser.add_argument("--arms", nargs="*", help="only arms whose name begins with one of these words")
-    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--json")
     return parser.parse_args(arguments)
 
@@ -219,7 +216,7 @@ def main() -> None:
     options, started = parsed(), time.time()
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
-    pipeline = open_pipeline(options)
+    pipeline = load.load_pipeline(checkpoint=options.checkpoint)
     kept = work / "search.json"
     if not kept.exists():
         kept.write_text(json.dumps(search(pipeline, options)))

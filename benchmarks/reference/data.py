@@ -75,7 +75,7 @@ def places(motion: str) -> List[str]:
     """Where one shape of this motion may be: off the middle only across the way it goes."""
     if motion not in SLIDES + BOUNCES:
         return list(PLACES)
-    return [name for name, side in PLACES.items() if side[0 if is_horizontal(motion) else 1] == 0]
+    return [name for name, side in PLACES.items() if side[_axis(motion)] == 0]
 
 
 @functools.lru_cache(maxsize=None)
@@ -165,7 +165,7 @@ def _paths(scene: Scene, reach: float, rng: np.random.Generator) -> List[np.ndar
     if scene.motion not in SLIDES + BOUNCES:
         place = SIZE / 2 + ASIDE * np.array(PLACES[scene.place]) + rng.uniform(-0.8, 0.8, 2)
         return [np.repeat(place[None], FRAMES, axis=0)]
-    along, axis = _along(scene.motion, reach, rng), 0 if is_horizontal(scene.motion) else 1
+    along, axis = _along(scene.motion, reach, rng), _axis(scene.motion)
     if scene.count == "two":
         apart = rng.uniform(*APART)
         sides = [-apart, apart]
@@ -175,8 +175,9 @@ def _paths(scene: Scene, reach: float, rng: np.random.Generator) -> List[np.ndar
     return [np.stack(pair[:: 1 - 2 * axis], axis=1) for pair in pairs]
 
 
-def is_horizontal(motion: str) -> bool:
-    return motion.split()[-1] in ("left", "right")
+def _axis(motion: str) -> int:
+    """Along which a slide or a bounce goes: 0 for x, 1 for y."""
+    return 0 if motion.split()[-1] in ("left", "right") else 1
 
 
 def _along(motion: str, reach: float, rng: np.random.Generator) -> np.ndarray:
