@@ -106,7 +106,7 @@ def draw_tradeoff(report: Dict[str, Any], figure: Any) -> None:
 
 def compute_map(report: Dict[str, Any]) -> np.ndarray:
     """(blocks, steps): 1 where a block computes under the chosen configuration, 0 where its delta is reused."""
-    steps = len(report["step_weights"])
+    steps = len(report["delta_change"])
     found = np.ones((report["fingerprint"]["blocks"], steps))
     start, count, first, interval = (int(report["chosen"][key]) for key in CACHE_KEYS)
     for step in range(first, steps):

@@ -47,7 +47,7 @@ def test_search_refuses_what_msmodelslim_refuses():
 def test_the_report_page_is_self_contained(tmp_path, capsys):
     chosen = {"cache_step_start": 1, "cache_step_interval": 2, "cache_block_start": 0, "cache_num_blocks": 2}
     content = {
-        "chosen": chosen, "speed_up": 1.4, "error": 0.1, "cost": {"plain_generations": 3.0}, "step_weights": [1.0] * 4,
+        "chosen": chosen, "speed_up": 1.4, "error": 0.1, "cost": {"plain_generations": 3.0},
         "evaluations": [{"error": 0.1, "predicted_speed_up": 1.4}, {"error": None, "predicted_speed_up": 1.5}],
         "fingerprint": {"blocks": 3, "steps": 4, "sampler": "DDIM"}, "delta_change": [[1.0] * 3] * 4,
     }  # fmt: skip

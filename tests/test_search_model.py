@@ -1,11 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The error model of the cache search: what a few verified candidates teach it about the rest of the family."""
+"""What the cache search predicts from one generation, and what it makes of a few verified candidates."""
 
 import numpy as np
 import pytest
+import tiny
+import torch
 
-from osaccel.search.cache_search import candidates
-from osaccel.search.error_model import PRIOR, ErrorModel, Gains
+from osaccel.cache.executor import HiddenStates
+from osaccel.search.boundaries import Boundaries
+from osaccel.search.cache_search import Goal, Search, candidates, cost
+from osaccel.search.error_model import Gains, predicted_errors
+from osaccel.search.observe import watch_blocks
+from osaccel.search.probes import BUDGET, lasting, measure, places, region_steps, whole_steps
+from osaccel.search.regions import RegionErrors
+from osaccel.search.replay import Call, Replay
+from osaccel.search.team import Team
 
 BLOCKS, STEPS = 12, 40
 
@@ -28,66 +37,115 @@ def made_up_grams():
     return grams
 
 
-def curves(grams, pool, carry, gain, correlation=0.4):
-    """The errors written out: what a step leaves of an earlier error, and what it adds itself."""
-    found = np.zeros((len(pool), STEPS))
-    for row, (start, stop, first, interval) in enumerate(pool):
-        error = 0.0
-        for step in range(STEPS):
-            gap = (step - first) % interval if step >= first else 0
-            change = grams[gap - 1, step, start:stop, start:stop].sum() ** 0.5 if gap else 0.0
-            old, new = carry(step) * error, gain(step, stop) * change
-            error = (old**2 + 2 * correlation * old * new + new**2) ** 0.5
-            found[row, step] = error
-    return found
+def log_gain(step, start, stop):
+    """Nothing of it is linear, so a table that holds it is read where it should be."""
+    late = (step > 36) * (1 + start / BLOCKS)
+    return -3 + np.sin(5 * step / STEPS) - late - np.cos(stop) * step / STEPS + 0.3 * np.sin(start)
 
 
-def log_gain(step, stop):
-    return -3 + np.sin(5 * step / STEPS) - (step > 36) - np.cos(stop)
+def table_of(gain):
+    """(block + 1, step) of gain(step, block), against all blocks."""
+    return np.array(
+        [[gain(n, block) - log_gain(n, 0, BLOCKS) for n in range(STEPS)] for block in range(BLOCKS + 1)]
+    )  # fmt: skip
 
 
 GAINS = Gains(
-    np.array([log_gain(step, BLOCKS) for step in range(STEPS)]),
-    np.array([log_gain(0, stop) - log_gain(0, BLOCKS) for stop in range(BLOCKS + 1)]),
+    np.array([log_gain(step, 0, BLOCKS) for step in range(STEPS)]),
+    table_of(lambda step, start: log_gain(step, start, BLOCKS)),
+    table_of(lambda step, stop: log_gain(step, 0, stop)),
 )
 
 
-@pytest.fixture(scope="module")
-def family():
-    """Errors grow in the middle and fade at the ends, as a sampler makes them."""
+def test_predictions_are_what_the_reused_steps_change_times_what_stays_of_it():
     grams, pool = made_up_grams(), candidates(BLOCKS, STEPS, 1.5)
-    truth = curves(grams, pool, lambda n: np.exp(0.3 * np.sin(7 * n / STEPS - 1)), lambda *at: np.exp(log_gain(*at)))
-    return grams, pool, truth
+    wanted = np.zeros(len(pool))
+    for row, (start, stop, first, interval) in enumerate(pool):
+        for step in range(first, STEPS):
+            gap = (step - first) % interval
+            if gap:
+                change = grams[gap - 1, step, start:stop, start:stop].sum() ** 0.5
+                wanted[row] += np.exp(log_gain(step, start, stop)) * change
+    assert predicted_errors(pool, grams, GAINS) == pytest.approx(wanted, rel=1e-6)
 
 
-def test_the_errors_of_single_steps_add_up_as_written(family):
-    grams, pool, _ = family
-    model = ErrorModel(pool, grams, GAINS)
-    wanted = curves(grams, pool, lambda n: 1.0, lambda *at: np.exp(log_gain(*at)))
-    assert model.scores({}) == pytest.approx(wanted[:, -1], rel=1e-6)
-    assert model.weights() == pytest.approx(np.ones(STEPS))
+def searched(pool, scores, errors):
+    """A search whose candidates have these errors, to its end."""
+    search = Search(pool, scores, BLOCKS, STEPS, Goal(1.5))
+    while search.next_round():
+        candidate = search.next_round()[0]
+        error = float(errors[pool.index(candidate)])
+        search.add({
+            "config": candidate.config.to_dict(), "error": error, "abandoned": False, "curves": [[error] * STEPS],
+            "block_forwards": cost(candidate, BLOCKS, STEPS),
+        })  # fmt: skip
+    return search
 
 
-def test_a_few_verified_candidates_rank_the_family_and_give_it_their_unit(family):
-    grams, pool, truth = family
-    rng = np.random.default_rng(1)
-    done = {}
-    for index in rng.permutation(len(pool))[:6]:
-        noisy = truth[index] * np.exp(0.1 * rng.normal(size=STEPS))
-        # One of them was given up half way.
-        curve = noisy[: STEPS // 2] if not done else noisy
-        done[pool[index]] = {"config": pool[index].config.to_dict(), "curves": [[float(value) for value in curve]]}
-    scores = ErrorModel(pool, grams, GAINS).scores(done)
-    assert np.abs(np.log(scores / truth[:, -1])).mean() < 0.15
-    assert truth[scores.argmin(), -1] <= 1.05 * truth[:, -1].min()
-    untaught = ErrorModel(pool, grams, GAINS).scores({})
-    assert np.std(np.log(scores / truth[:, -1])) < 0.7 * np.std(np.log(untaught / truth[:, -1]))
+def test_a_few_verified_candidates_correct_predictions_that_are_off_by_halves():
+    """What a prediction misses varies smoothly over the family, here with where regions stop and reuse begins."""
+    pool = candidates(BLOCKS, STEPS, 1.5)
+    scores = np.exp(0.1 * np.random.default_rng(0).normal(size=len(pool)))
+    missed = [0.5 * np.sin(6 * c.stop / BLOCKS + c.first / STEPS) for c in pool]
+    errors = scores * np.exp(missed)
+    search = searched(pool, scores, errors)
+    assert errors[pool.index(search.choice())] <= 1.05 * errors.min() < errors[scores.argmin()]
+    expected = np.array([search.expected()[candidate] for candidate in pool])
+    unit = np.log(errors / scores).mean()
+    assert np.std(np.log(errors / expected)) < 0.7 * np.std(np.log(errors / scores) - unit)
 
 
-def test_curves_that_broke_off_or_are_empty_teach_nothing_wrong(family):
-    grams, pool, truth = family
-    config = pool[0].config.to_dict()
-    for curve in ([], [0.0] * 5, [0.0, None], [None] * STEPS):
-        model = ErrorModel(pool, grams)
-        assert np.isfinite(model.scores({pool[0]: {"config": config, "curves": [curve]}})).all()
-        assert (model.parameters == PRIOR).all()
+def test_of_near_equal_candidates_the_one_that_was_predicted_better_wins():
+    """Five per cent on the calls at hand are within what one call differs from the next; a half is not."""
+    pool = candidates(BLOCKS, STEPS, 1.5)[:2]
+    assert pool[0].first != pool[1].first or pool[0].start != pool[1].start
+    for measured, winner in ((0.95, 0), (0.5, 1)):
+        search = searched(pool, np.array([1.0, 1.2]), np.array([1.0, measured]))
+        assert search.choice() == pool[winner]
+        assert search.best() == pool[1]
+
+
+def test_a_candidate_without_any_error_wins():
+    pool = candidates(BLOCKS, STEPS, 1.5)[:3]
+    assert searched(pool, np.array([1.0, 1.1, 1.2]), np.array([0.1, 0.1, 0.0])).choice() == pool[2]
+
+
+@pytest.mark.parametrize("num_blocks,num_steps", [(12, 100), (32, 100), (32, 20), (2, 4)])
+def test_probing_regions_stays_within_its_budget(num_blocks, num_steps):
+    pool = candidates(num_blocks, num_steps, 1.3)
+    starts = [start for start in places([candidate.start for candidate in pool]) if start > 0]
+    stops = [stop for stop in places([candidate.stop for candidate in pool]) if stop < num_blocks]
+    steps = region_steps(num_steps, num_blocks, starts, stops)
+    spent = len(steps) * (sum(starts) + sum(num_blocks - stop for stop in stops))
+    assert len(steps) == 1 or spent <= BUDGET * num_blocks * num_steps
+    assert {*starts} <= {candidate.start for candidate in pool}
+    assert max(stops, default=num_blocks) <= num_blocks and {*steps} <= {*whole_steps(num_steps)}
+
+
+def test_probes_count_their_block_calls_and_tell_where_a_change_matters():
+    pipeline = tiny.UnseededPipeline(num_blocks=4)
+    blocks = pipeline.transformer.transformer_blocks
+    replay = Replay(Call(type(pipeline).__call__, pipeline, (pipeline,), {"num_inference_steps": 12}))
+    errors, replay.boundaries = RegionErrors(4, 5), Boundaries()
+    watch = (errors.observe, replay.boundaries.observe)
+    replay.record(lambda generation: watch_blocks(blocks, generation.clock, HiddenStates(), *watch))
+    before = sum(pipeline.block_calls())
+    gains, spent = measure(replay, errors.tensor(12).numpy(), [0, 1, 2], [2, 3, 4], Team())
+    assert spent == sum(pipeline.block_calls()) - before > 0
+    assert all(np.isfinite(table).all() for table in gains)
+    assert (gains.starts[0] == 0).all() and (gains.stops[4] == 0).all()
+    assert np.ptp(gains.steps) > 0.1 and np.ptp(gains.starts) > 0.01 and np.ptp(gains.stops) > 0.01
+
+
+def test_what_stays_of_a_change_are_the_means_of_frames_and_of_quarters_over_the_video():
+    change = torch.randn(2, 4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    stays = lasting(change)
+    assert stays.mean((-2, -1)) == pytest.approx(change.mean((-2, -1)), abs=1e-6)
+    for rows in (slice(3), slice(3, 5)):
+        for columns in (slice(3), slice(3, 6)):
+            wanted = change[..., rows, columns].mean((2, 3, 4))
+            assert stays[..., rows, columns].mean((2, 3, 4)) == pytest.approx(wanted, abs=1e-6)
+            assert stays[..., rows, columns].std((-2, -1)).max() < 1e-6
+    assert ((change - stays) * stays).sum().abs() < 1e-3, "orthogonal"
+    image = change[:, :, 0]
+    assert lasting(image)[1, 2, :3, :3] == pytest.approx(image[1, 2, :3, :3].mean().expand(3, 3), abs=1e-6)

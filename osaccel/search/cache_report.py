@@ -10,7 +10,6 @@ import torch
 
 from osaccel.search import cache_search, fingerprint
 from osaccel.search.cache_search import Candidate, Search
-from osaccel.search.error_model import PARAMETERS, ErrorModel
 from osaccel.search.evaluate import frames_of
 from osaccel.search.replay import Replay
 
@@ -20,7 +19,6 @@ logger = logging.getLogger("osaccel")
 def report(
     search: Search,
     best: Candidate,
-    model: ErrorModel,
     changes: np.ndarray,
     replays: Sequence[Replay],
     bound: Dict[str, Any],
@@ -30,14 +28,13 @@ def report(
     """The JSON-able report.
 
     Args:
-        model: fitted to the finished evaluations; its predictions are in their unit.
         changes: (step, block), how much each block's delta changed since the step before.
         bound: the fingerprint the configuration is bound to.
         seconds: of the search, without the plain generations.
         instrument_bytes: what observing the blocks took at most, on the device of the hidden states.
     """
     steps, blocks, chosen = search.num_steps, search.num_blocks, search.done[best]
-    scores = dict(zip(model.pool, model.scores(search.done).tolist()))
+    expected = search.expected()
     plain_seconds = sum(replay.recording.seconds for replay in replays)
     return {
         "chosen": best.config.to_dict(),
@@ -54,13 +51,11 @@ def report(
             "plain_seconds": plain_seconds,
             "instrument_bytes": instrument_bytes,
         },
-        "evaluations": _evaluations(search, scores, plain_seconds),
+        "evaluations": _evaluations(search, expected, plain_seconds),
         "predictions": [
-            {**c.config.to_dict(), "predicted_error": s, "predicted_speed_up": c.speed_up(blocks, steps)}
-            for c, s in sorted(scores.items(), key=lambda item: item[1])[:200]
+            {**c.config.to_dict(), "predicted_error": error, "predicted_speed_up": c.speed_up(blocks, steps)}
+            for c, error in sorted(expected.items(), key=lambda item: item[1])[:200]
         ],
-        "error_model": dict(zip(PARAMETERS, model.parameters.tolist())),
-        "step_weights": model.weights().tolist(),
         "delta_change": changes.tolist(),
     }
 
@@ -81,14 +76,14 @@ def _cost(search: Search, replays: Sequence[Replay]) -> Dict[str, Any]:
     }
 
 
-def _evaluations(search: Search, scores: Dict[Candidate, float], plain_seconds: float) -> List[Dict[str, Any]]:
+def _evaluations(search: Search, expected: Dict[Candidate, float], plain_seconds: float) -> List[Dict[str, Any]]:
     steps, blocks = search.num_steps, search.num_blocks
     return [
         {
             **{key: value for key, value in evaluation.items() if key != "curves"},
             # Where it was given up, the error that it had by then.
             "last_error": next((value for value in reversed(evaluation["curves"][-1]) if value is not None), None),
-            "predicted_error": scores.get(candidate),
+            "predicted_error": expected[candidate],
             "predicted_speed_up": candidate.speed_up(blocks, steps),
             "measured_speed_up": measured_speed_up(evaluation, steps, plain_seconds),
             "whole_generation_timed": evaluation["error"] is not None and evaluation["resumed_at"] == 0,

@@ -20,7 +20,7 @@ from osaccel.generation import find_blocks
 from osaccel.search import boundaries, cache_report, cache_search, fingerprint, probes
 from osaccel.search.boundaries import Boundaries
 from osaccel.search.cache_search import MAX_INTERVAL, Candidate, Goal, Search, SearchError
-from osaccel.search.error_model import ErrorModel, Gains
+from osaccel.search.error_model import Gains, predicted_errors
 from osaccel.search.evaluate import Evaluator
 from osaccel.search.journal import Journal, digest_of
 from osaccel.search.observe import watch_blocks
@@ -146,7 +146,7 @@ class CacheRunner(Runner):
 
     def search(self) -> Dict[str, Any]:
         started = time.time()
-        search, model, changes = self._prepare()
+        search, changes = self._prepare()
         workers = Workers(self.team, self.journal)
         workers.publish(self.replays)
         progress = Progress(search, self.team.is_first)
@@ -164,41 +164,41 @@ class CacheRunner(Runner):
                 search.add(evaluation)
             progress.sync()
         progress.close()
-        found = self._conclude(search, model, changes, time.time() - started)
+        found = self._conclude(search, changes, time.time() - started)
         workers.finish(found.to_dict())
         return {"cache": found}
 
-    def _prepare(self) -> Tuple[Search, ErrorModel, np.ndarray]:
-        """The search, its model of the errors, and how much each block's delta changes from step to step."""
+    def _prepare(self) -> Tuple[Search, np.ndarray]:
+        """The search, and how much each block's delta changes from step to step."""
         num_steps = self.replays[0].recording.steps
         if any(replay.recording.steps != num_steps for replay in self.replays):
             raise SearchError("The recorded calls have different numbers of steps; one configuration cannot fit them.")
         grams = [self.team.sum(gram).numpy() for gram in self.grams]
         pool = self._pool(num_steps)
-        gains, overhead = self._gains(grams[0], [candidate.stop for candidate in pool])
-        # Errors are relative to all calls together.
-        model = ErrorModel(pool, np.stack(grams).mean(axis=0), gains)
+        gains, overhead = self._gains(grams[0], pool)
         search = Search(
             pool,
-            model.scores({}),
+            # Errors are relative to all calls together.
+            predicted_errors(pool, np.stack(grams).mean(axis=0), gains),
             self.num_blocks,
             num_steps,
             self.goal,
-            refit=model.scores,
             plain=self.num_blocks * sum(replay.recording.forwards for replay in self.replays),
             overhead=overhead,
             price=self._price,
             workers=self.team.workers,
+            calls=len(self.replays),
         )
-        return search, model, np.sqrt(np.maximum(np.einsum("tbb->tb", grams[0][0]), 0.0))
+        return search, np.sqrt(np.maximum(np.einsum("tbb->tb", grams[0][0]), 0.0))
 
-    def _gains(self, grams: np.ndarray, ends: List[int]) -> Tuple[Gains, int]:
+    def _gains(self, grams: np.ndarray, pool: List[Candidate]) -> Tuple[Gains, int]:
         """What a change of the hidden states does to the latents, from the first call, and its block forwards."""
         name = f"gains-{self.team.member}.pt"
         known = self.journal.load(name)
         if self.team.all_agree(known is not None):
             return Gains(*known["gains"]), known["block_forwards"]
-        gains, spent = probes.measure(self.replays[0], grams, ends, self.team)
+        starts, stops = [candidate.start for candidate in pool], [candidate.stop for candidate in pool]
+        gains, spent = probes.measure(self.replays[0], grams, starts, stops, self.team)
         self.journal.save(name, {"gains": tuple(gains), "block_forwards": spent})
         return gains, spent
 
@@ -211,8 +211,8 @@ class CacheRunner(Runner):
         ]
         return sum(spent) / (len(spent) * self.num_blocks * num_steps)
 
-    def _conclude(self, search: Search, model: ErrorModel, changes: np.ndarray, seconds: float) -> DitCacheConfig:
-        best = self.team.share(search.best())
+    def _conclude(self, search: Search, changes: np.ndarray, seconds: float) -> DitCacheConfig:
+        best = self.team.share(search.choice())
         if best is None:
             raise SearchError(self._nothing_found(search))
         final = self.journal.load(final_name(best, self.team.member))
@@ -220,7 +220,7 @@ class CacheRunner(Runner):
         frames = cache_report.frames(self.replays[0], final) if has_final else None
         if self.team.is_first:
             report = cache_report.report(
-                search, best, model, changes, self.replays, self.fingerprint, seconds, self.bytes_used
+                search, best, changes, self.replays, self.fingerprint, seconds, self.bytes_used
             )
             if frames is not None:
                 cache_report.write_frames(self.output + ".report.npz", frames)

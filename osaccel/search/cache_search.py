@@ -18,6 +18,11 @@ MAX_INTERVAL = 6
 BUDGET = 6.0
 # Where candidates are so cheap that the budget would buy far more, they also differ too little to go on.
 MAX_VERIFIED = 32
+# What is believed of log errors before any is measured: how far predictions are off, over which distance in features
+# this changes, and how much the error of one call differs from what it is on average over prompts and noise.
+SPREAD, LENGTH, CALL_NOISE = 0.4, 0.25, 0.1
+# A candidate is as promising as its expected log error less so many of its standard deviations.
+OPTIMISM = 1.0
 
 
 class SearchError(RuntimeError):
@@ -90,28 +95,26 @@ class Belief:
     Neighbouring candidates share most of what is missed, so a few measurements correct the whole family.
     """
 
-    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int):
+    def __init__(
+        self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, noise: float = CALL_NOISE
+    ):
         self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
-        self.rescore(scores)
+        usable = np.isfinite(scores) & (scores > 0)
+        floor = np.min(scores[usable]) if usable.any() else 1.0
+        self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
         self.features = np.array(
             [
                 (c.start / num_blocks, c.stop / num_blocks, c.first / num_steps, math.log2(c.interval) / 2)
                 for c in self.pool
             ]
         )
-        self.spread, self.noise, self.length = 0.25, 0.03, 0.35
-
-    def rescore(self, scores: np.ndarray) -> None:
-        """Another prediction of the errors, for example one fitted to those measured since."""
-        usable = np.isfinite(scores) & (scores > 0)
-        floor = np.min(scores[usable]) if usable.any() else 1.0
-        self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
+        self.noise = noise
 
     def estimate(self, measured: Dict[Candidate, float]) -> Tuple[np.ndarray, np.ndarray]:
-        """Expected log error and its standard deviation, per candidate."""
+        """Expected log error on average over calls, and its standard deviation, per candidate."""
         known = [(self.index[c], math.log(error)) for c, error in measured.items() if c in self.index and error > 0]
         if not known:
-            return self.log_scores, np.full(len(self.pool), self.spread)
+            return self.log_scores, np.full(len(self.pool), SPREAD)
         rows = [index for index, _ in known]
         residual = np.array([log for _, log in known]) - self.log_scores[rows]
         # One common offset with a wide prior: the prediction has no unit.
@@ -121,13 +124,13 @@ class Belief:
         offset = ones @ solve @ residual / (ones @ solve @ ones)
         across = self._kernel(range(len(self.pool)), rows)
         mean = self.log_scores + offset + across @ solve @ (residual - offset)
-        variance = self.spread**2 - np.einsum("ij,jk,ik->i", across, solve, across)
+        variance = SPREAD**2 - np.einsum("ij,jk,ik->i", across, solve, across)
         return mean, np.sqrt(np.maximum(variance, 0.0))
 
     def _kernel(self, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
         a, b = self.features[list(left)], self.features[list(right)]
         distance = ((a[:, None] - b[None]) ** 2).sum(-1)
-        return self.spread**2 * np.exp(-0.5 * distance / self.length**2)
+        return SPREAD**2 * np.exp(-0.5 * distance / LENGTH**2)
 
 
 class Goal(NamedTuple):
@@ -143,11 +146,11 @@ class Search:
     Args:
         pool, scores: the candidates and their predicted errors.
         plain: block forwards of the plain generations of all calls; by default of one with one forward per step.
-        refit: better scores, from what was measured by then; asked after every evaluation.
         overhead: block forwards that were spent otherwise.
         price: block forwards that verifying a candidate is expected to take, in units of `plain`.
         budget: block forwards to spend, in units of `plain`, the plain generations included.
         workers: how many candidates are verified side by side, in one round.
+        calls: how many calls every candidate is verified on.
     """
 
     def __init__(
@@ -157,25 +160,23 @@ class Search:
         num_blocks: int,
         num_steps: int,
         goal: Goal,
-        refit: Optional[Callable[[Dict[Candidate, Dict[str, Any]]], np.ndarray]] = None,
         plain: Optional[int] = None,
         overhead: int = 0,
         price: Optional[Callable[[Candidate], float]] = None,
         budget: float = BUDGET,
         workers: int = 1,
+        calls: int = 1,
     ):
         self.goal, self.num_blocks, self.num_steps = goal, num_blocks, num_steps
         self.plain, self.overhead = plain or num_blocks * num_steps, overhead
         self.price = price or (lambda candidate: cost(candidate, num_blocks, num_steps) / (num_blocks * num_steps))
-        self.refit, self.budget, self.workers = refit, budget, workers
-        self.belief = Belief(pool, scores, num_blocks, num_steps)
+        self.budget, self.workers = budget, workers
+        self.belief = Belief(pool, scores, num_blocks, num_steps, CALL_NOISE / math.sqrt(calls))
         self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
         self.done: Dict[Candidate, Dict[str, Any]] = {}
 
     def add(self, evaluation: Dict[str, Any]) -> None:
         self.done[candidate_of(evaluation)] = evaluation
-        if self.refit is not None:
-            self.belief.rescore(self.refit(self.done))
 
     @property
     def block_forwards(self) -> int:
@@ -210,10 +211,9 @@ class Search:
     def _order(self) -> List[int]:
         if self.goal.min_psnr is not None:
             return self._order_for_psnr(self.goal.min_psnr)
-        best = self.best()
-        mean, deviation = self.belief.estimate(_measured(self.done, best))
+        mean, deviation = self.belief.estimate(self._measured())
         # Optimistic, so that what is uncertain is looked at once.
-        return list(np.lexsort((np.arange(len(mean)), mean - 0.5 * deviation)))
+        return list(np.lexsort((np.arange(len(mean)), mean - OPTIMISM * deviation)))
 
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
@@ -225,15 +225,35 @@ class Search:
         best = self.best()
         floor = self.speed[self.belief.index[best]] if best is not None else 0.0
         # Optimistic, as above.
-        keeps = mean - 0.5 * deviation <= -wanted / 20 * math.log(10)
+        keeps = mean - OPTIMISM * deviation <= -wanted / 20 * math.log(10)
         if not (keeps & (self.speed > floor)).any():
             # Nothing is expected to: look at the mildest, which decides whether the wish can be met at all.
             return [] if best is not None else list(np.argsort(mean, kind="stable"))
         return [i for i in np.argsort(-self.speed, kind="stable") if keeps[i] and self.speed[i] > floor]
 
+    def choice(self) -> Optional[Candidate]:
+        """The winner: of the finished evaluations the one with the least expected error; None when none qualifies.
+
+        What was measured on the calls at hand is weighed against what is predicted and measured of neighbours: on other
+        calls the winner of near-equal ones by measured error alone is often not the best of them.
+        """
+        if self.goal.min_psnr is not None:
+            return self.best()
+        expected, finished = self.expected(), self._finished()
+        # No error at all has no logarithm to learn from, and nothing is better.
+        return min(finished, key=lambda c: (finished[c]["error"] > 0, expected[c], c), default=None)
+
+    def expected(self) -> Dict[Candidate, float]:
+        """The error to expect of every candidate, on average over calls, by all that was measured."""
+        mean, _ = self.belief.estimate(self._measured())
+        return dict(zip(self.belief.pool, np.exp(mean).tolist()))
+
+    def _finished(self) -> Dict[Candidate, Dict[str, Any]]:
+        return {c: e for c, e in self.done.items() if e["error"] is not None and not e["abandoned"]}
+
     def best(self) -> Optional[Candidate]:
-        """The winner among the finished evaluations, or None when none qualifies."""
-        finished = {c: e for c, e in self.done.items() if e["error"] is not None and not e["abandoned"]}
+        """The best by what was measured, what others are compared with while they run; None when none qualifies."""
+        finished = self._finished()
         if self.goal.min_psnr is None:
             return min(finished, key=lambda c: (finished[c]["error"], c), default=None)
         keeping = [c for c, e in finished.items() if e["psnr"] is not None and e["psnr"] >= self.goal.min_psnr]
@@ -241,19 +261,18 @@ class Search:
             keeping, key=lambda c: (c.speed_up(self.num_blocks, self.num_steps), -finished[c]["error"]), default=None
         )
 
-
-def _measured(done: Dict[Candidate, Dict[str, Any]], best: Optional[Candidate]) -> Dict[Candidate, float]:
-    """The errors to learn from; an abandoned run is taken to go on as the best one did from there."""
-    found = {}
-    for candidate, evaluation in done.items():
-        error = evaluation["error"]
-        if evaluation["abandoned"] and best is not None:
-            curve, rival = evaluation["curves"][-1], done[best]["curves"][len(evaluation["curves"]) - 1]
-            if curve and curve[-1] and rival[len(curve) - 1]:
-                error = curve[-1] / rival[len(curve) - 1] * rival[-1]
-        if error is not None and error > 0:
-            found[candidate] = error
-    return found
+    def _measured(self) -> Dict[Candidate, float]:
+        """The errors to learn from; an abandoned run is taken to go on as the best one did from there."""
+        found, best = {}, self.best()
+        for candidate, evaluation in self.done.items():
+            error = evaluation["error"]
+            if evaluation["abandoned"] and best is not None:
+                curve, rival = evaluation["curves"][-1], self.done[best]["curves"][len(evaluation["curves"]) - 1]
+                if curve and curve[-1] and rival[len(curve) - 1]:
+                    error = curve[-1] / rival[len(curve) - 1] * rival[-1]
+            if error is not None and error > 0:
+                found[candidate] = error
+        return found
 
 
 def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:

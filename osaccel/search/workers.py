@@ -10,7 +10,6 @@ import os
 import time
 from typing import Any, Dict, List, Optional, Sequence
 
-import numpy as np
 import torch
 
 from osaccel.search.cache_search import Candidate, SearchError, candidate_of
@@ -81,7 +80,7 @@ class Workers:
     def _evaluate(self, candidate: Candidate, evaluator: Evaluator, best: Any) -> Dict[str, Any]:
         """One evaluation, recorded the moment it is finished."""
         evaluation = self.team.share({**evaluator(candidate, best), "worker": self.team.worker})
-        if evaluation["error"] is not None and (best is None or evaluation["error"] < (best["error"] or np.inf)):
+        if evaluation["error"] is not None:
             self.journal.save(final_name(candidate, self.team.member), evaluator.final)
         if self.team.is_leader:
             self.journal.add(evaluation, self.team.worker)
