@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks import caches, masks, packages, rules  # noqa: E402
+from benchmarks import caches, masks, packages, rules, search  # noqa: E402
 from benchmarks.harness import Arm, Bench, meet_budget  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
 from osaccel.cache.policy import MaskPolicy, Region  # noqa: E402
@@ -172,3 +172,29 @@ def test_placed_masks_are_the_best_of_their_size():
         assert sum(mask) == runs and abs(total(mask) - min(map(total, every))) < 1e-12
     with pytest.raises(ValueError, match="no mask of 9 steps"):
         masks.place(cost, 10, warmup)
+
+
+def test_held_out_errors_of_two_methods_are_compared_prompt_by_prompt():
+    """One video that turns into another makes the mean, and hardly moves the typical error."""
+    own, other = [0.05, 0.06, 0.07, 0.9], [0.1, 0.12, 0.14, 0.16]
+    row = search.against(own, other)
+    assert row["heldout_turned"] == 0 and search.against(other, own)["heldout_turned"] == 0.25
+    assert row["ours_over_this"] == pytest.approx(0.27 / 0.13 - 1)
+    assert row["ours_over_this_typical"] == pytest.approx((0.5**3 * 0.9 / 0.16) ** 0.25 - 1)
+    low, high = row["ours_over_this_typical_interval"]
+    assert low == pytest.approx(-0.5) and 0 < high < 5
+    assert search.against(own, own)["ours_over_this_interval"] == [0, 0]
+
+
+def test_the_search_benchmark_goes_through_and_keeps_what_it_evaluated(tmp_path):
+    case, held = search.Case(PROMPT, SEED), search.Case(heldout_prompts(2)[1], 2)
+    bench = search.Bench(6, search.CHECKPOINT, tmp_path / "kept.journal")
+    result = search.compare(bench, 1.3, [case], [held], [held])
+    rows = result["rows"]
+    brute = min(search.candidates(12, 6, 1.3), key=lambda candidate: bench.error(candidate, case))
+    assert rows["brute force"]["config"] == brute.config.to_dict() and rows["brute force"]["over_best"] == 0
+    assert all(row["speed_up"] >= 1.3 for row in rows.values())
+    assert rows["ours"]["plain_generations"] <= 6 < rows["two-stage"]["plain_generations"]
+    assert "| 1.3 | two-stage |" in search.table({"1.3": result})
+    again = search.Bench(6, search.CHECKPOINT, tmp_path / "kept.journal")
+    assert again.error(brute, case) == rows["brute force"]["calibration_error"] and not again.replays
