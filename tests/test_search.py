@@ -208,6 +208,7 @@ def test_an_unreachable_ratio_says_what_is_reachable():
 def evaluation(candidate, error, abandoned=False):
     return {
         "config": candidate.config.to_dict(), "error": error, "abandoned": abandoned, "psnr": None, "steps_run": 20,
+        "projected": None,
         "curves": [[error] * 20], "block_forwards": cache_search.cost(candidate, 6, 20),
     }  # fmt: skip
 
@@ -272,6 +273,32 @@ def test_hopeless_candidates_are_abandoned_early():
     stopped = evaluate(bad, best=good)
     assert stopped["abandoned"] and stopped["steps_run"] < 20 and stopped["error"] is None
     assert stopped["block_forwards"] < evaluate(bad)["block_forwards"]
+
+
+def test_on_several_calls_a_candidate_is_given_up_by_its_error_over_all_of_them():
+    """One that is worse on one call and better on the others runs to its end; what is given up is taken to be worse."""
+    pipeline = tiny.UnseededPipeline()
+    replays = [Replay(make_call(pipeline, num_inference_steps=20)) for _ in range(3)]
+    for seed, replay in enumerate(replays):
+        torch.manual_seed(seed)
+        replay.call.state = RandomState()
+        replay.record()
+    evaluate = Evaluator(replays, Team())
+    candidate = Candidate(1, 5, 6, 2)
+    whole = evaluate(candidate)
+    assert whole["error"] == pytest.approx(
+        (sum(c[-1] ** 2 * r for c, r in zip(whole["curves"], evaluate.references())) / sum(evaluate.references()))
+        ** 0.5
+    )
+    # A best one that was ten times better on the first call alone, and the same over all.
+    better_first = dict(whole, curves=[[v / 10 for v in whole["curves"][0]], *whole["curves"][1:]])
+    assert evaluate(candidate, best=better_first)["error"] == whole["error"]
+    for factor in (2.0, 3.0):
+        rival = dict(whole, error=whole["error"] / factor, curves=[[v / factor for v in c] for c in whole["curves"]])
+        stopped = evaluate(candidate, best=rival)
+        assert stopped["abandoned"] and stopped["error"] is None
+        assert stopped["block_forwards"] < whole["block_forwards"]
+        assert 1.2 * rival["error"] < stopped["projected"] <= 1.01 * whole["error"]
 
 
 def test_the_journal_ignores_a_torn_line_and_never_glues_to_it(tmp_path):

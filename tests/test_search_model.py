@@ -76,7 +76,7 @@ def searched(pool, scores, errors):
         candidate = search.next_round()[0]
         error = float(errors[pool.index(candidate)])
         search.add({
-            "config": candidate.config.to_dict(), "error": error, "abandoned": False, "curves": [[error] * STEPS],
+            "config": candidate.config.to_dict(), "error": error, "abandoned": False, "projected": None,
             "block_forwards": cost(candidate, BLOCKS, STEPS),
         })  # fmt: skip
     return search

@@ -262,17 +262,9 @@ class Search:
         )
 
     def _measured(self) -> Dict[Candidate, float]:
-        """The errors to learn from; an abandoned run is taken to go on as the best one did from there."""
-        found, best = {}, self.best()
-        for candidate, evaluation in self.done.items():
-            error = evaluation["error"]
-            if evaluation["abandoned"] and best is not None:
-                curve, rival = evaluation["curves"][-1], self.done[best]["curves"][len(evaluation["curves"]) - 1]
-                if curve and curve[-1] and rival[len(curve) - 1]:
-                    error = curve[-1] / rival[len(curve) - 1] * rival[-1]
-            if error is not None and error > 0:
-                found[candidate] = error
-        return found
+        """The errors to learn from; of an abandoned run, the one it was heading for."""
+        errors = {c: e["projected"] if e["abandoned"] else e["error"] for c, e in self.done.items()}
+        return {candidate: error for candidate, error in errors.items() if error is not None and error > 0}
 
 
 def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:
@@ -305,12 +297,10 @@ def candidate_of(evaluation: Dict[str, Any]) -> Candidate:
     )
 
 
-def should_abandon(step: int, error: float, best_curve: Sequence[float], margin: float = 1.2) -> bool:
-    """Whether a running error is hopeless: larger, by `margin`, than any the best one had from this step on.
+def projected(step: int, error: float, best_curve: Sequence[Optional[float]]) -> float:
+    """Where a running error is heading for at the least, if it falls from here on as the best candidate's did.
 
-    A sampler shrinks early errors again, so the comparison with the best one's end alone would stop early starters.
+    A sampler shrinks early errors again, so a running error alone says little of the end.
     """
-    if not math.isfinite(error):
-        return True
     ahead = [value for value in best_curve[step:] if value is not None]
-    return bool(ahead) and error > margin * max(ahead)
+    return error * ahead[-1] / max(ahead) if ahead and max(ahead) > 0 else error

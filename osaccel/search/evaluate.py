@@ -9,9 +9,12 @@ import numpy as np
 import torch
 
 from osaccel.cache.policy import IntervalPolicy
-from osaccel.search.cache_search import Candidate, should_abandon
+from osaccel.search.cache_search import Candidate, projected
 from osaccel.search.replay import Abandoned, Replay
 from osaccel.search.team import Team
+
+# A candidate is given up when the error it is heading for is larger than the best one's by this factor.
+MARGIN = 1.2
 
 
 class Evaluator:
@@ -29,20 +32,22 @@ class Evaluator:
     ):
         self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
         self._frames: Dict[int, np.ndarray] = {}
+        self._references: List[float] = []
         self.final: Optional[torch.Tensor] = None
 
     def __call__(self, candidate: Candidate, best: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Evaluate one candidate; stops early when it cannot beat `best`, an earlier evaluation.
 
         Returns a JSON-able mapping. `error` is the relative L2 distance of the final latents from the plain ones over
-        all calls, None when not finite or abandoned; `curves` the same per call and step.
+        all calls, None when not finite or abandoned; `projected` where an abandoned one was heading for; `curves` the
+        errors per call and step.
         """
         started = time.perf_counter()
+        rival = _Rival(best, self.references()) if best else None
         curves: List[List[Optional[float]]] = []
         squares, blocks, steps_run, abandoned, psnrs = [0.0, 0.0], 0, 0, False, []
         for number, replay in enumerate(self.replays):
-            rival = best["curves"][number] if best and len(best["curves"]) > number else None
-            run = _Run(replay, candidate, self.team, rival, self.on_step)
+            run = _Run(replay, candidate, self.team, rival.on_call(number, squares[0]) if rival else None, self.on_step)
             output = run.go(decode=self.decode)
             curves.append([_json(value) for value in run.curve])
             blocks += replay.cache.computed_blocks if replay.cache else 0
@@ -60,6 +65,7 @@ class Evaluator:
         return {
             "config": candidate.config.to_dict(),
             "error": None if abandoned else _json(error),
+            "projected": _json(rival.heading_for(curves, squares[0])) if rival and abandoned else None,
             "psnr": _mean_psnr(psnrs) if psnrs and not abandoned else None,
             "abandoned": abandoned,
             "resumed_at": self.replays[0].resumed_at(candidate.first),
@@ -69,17 +75,57 @@ class Evaluator:
             "curves": curves,
         }
 
+    def references(self) -> List[float]:
+        """The sum of squares of each call's plain final latents, over the team's shards."""
+        if not self._references:
+            finals = [replay.recording.latents[-1].double() for replay in self.replays]
+            self._references = self.team.sum(torch.stack([(final**2).sum() for final in finals])).tolist()
+        return self._references
+
     def _psnr(self, number: int, replay: Replay, output: Any) -> float:
         if number not in self._frames:
             self._frames[number] = frames_of(replay.decode())
         return self.team.share(psnr(self._frames[number], frames_of(output)))
 
 
+class _Rival:
+    """The best candidate so far, as the measure for another one's running errors over all calls."""
+
+    def __init__(self, best: Dict[str, Any], references: Sequence[float]):
+        self.curves, self.references = best["curves"], references
+        self.error = math.inf if best["error"] is None else best["error"]
+
+    def on_call(self, number: int, squares: float) -> Callable[[int, float], bool]:
+        """Whether a running error (step, error) on a call is hopeless, after calls with these squared errors in all."""
+        most = (MARGIN * self.error) ** 2 * sum(self.references) - squares
+        limit = math.sqrt(max(0.0, most) / self.references[number]) if self.references[number] > 0 else math.inf
+        return lambda step, error: projected(step, error, self.curves[number]) > limit
+
+    def heading_for(self, curves: Sequence[Sequence[Optional[float]]], squares: float) -> float:
+        """The error over all calls of one given up in the last of `curves`: as much over the rival's as so far."""
+        *finished, last = curves
+        if not last or last[-1] is None:
+            return math.nan
+        number = len(finished)
+        squares += projected(len(last) - 1, last[-1], self.curves[number]) ** 2 * self.references[number]
+        finals = [curve[-1] or 0.0 for curve in self.curves[: number + 1]]
+        same = sum(final**2 * reference for final, reference in zip(finals, self.references))
+        return self.error * math.sqrt(squares / same) if same > 0 else math.nan
+
+
 class _Run:
     """One call under one candidate, resumed where the first delta is there or is stored."""
 
-    def __init__(self, replay: Replay, candidate: Candidate, team: Team, rival: Any, on_step: Callable[[], None]):
-        self.replay, self.candidate, self.team, self.rival, self.on_step = replay, candidate, team, rival, on_step
+    def __init__(
+        self,
+        replay: Replay,
+        candidate: Candidate,
+        team: Team,
+        is_hopeless: Optional[Callable[[int, float], bool]],
+        on_step: Callable[[], None],
+    ):
+        self.replay, self.candidate, self.team = replay, candidate, team
+        self.is_hopeless, self.on_step = is_hopeless, on_step
         self.curve: List[float] = [0.0] * replay.resumed_at(candidate.first)
         self.square = self.reference = 0.0
         self.abandoned = False
@@ -98,9 +144,9 @@ class _Run:
         self.curve.append(error)
         self.last = latents.detach().cpu().clone()
         self.on_step()
-        if not math.isfinite(self.curve[-1]):
+        if not math.isfinite(error):
             raise Abandoned
-        if self.rival and step > self.candidate.first and should_abandon(step, self.curve[-1], self.rival):
+        if self.is_hopeless and step > self.candidate.first and self.is_hopeless(step, error):
             raise Abandoned
 
 

@@ -43,11 +43,11 @@ class Parameters(NamedTuple):
             spacing where the predictions do not say otherwise, so that lists found on other videos differ less.
     """
 
-    decisions: float = 0.5
+    decisions: float = 0.7
     detail: float = 0.03
     exponent: float = 1.5
     max_gap: float = 2.0
-    evenness: float = 0.1
+    evenness: float = 0.6
 
 
 DEFAULTS = Parameters()
