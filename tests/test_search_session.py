@@ -64,7 +64,11 @@ def test_the_reported_error_is_that_of_a_fresh_generation(tmp_path):
     config = formats.read_cache_config(str(tmp_path / "found.json"))
     plain, cached = sampled(pipeline), sampled(pipeline, config)
     assert report["error"] == pytest.approx(((cached - plain).norm() / plain.norm()).item(), rel=1e-5)
-    assert report["error"] == min(e["error"] for e in report["evaluations"] if e["error"] is not None)
+    finished = [evaluation for evaluation in report["evaluations"] if evaluation["error"] is not None]
+    best = min(finished, key=lambda evaluation: evaluation["expected_error"])
+    assert report["error"] == best["error"] and report["chosen"] == best["config"]
+    # What is expected is in the unit of what was measured.
+    assert np.mean([np.log(e["expected_error"] / e["error"]) for e in finished]) == pytest.approx(0, abs=0.1)
 
 
 def test_a_wished_psnr_is_kept_when_the_found_config_samples_afresh(tmp_path):

@@ -53,7 +53,7 @@ def report(
         },
         "evaluations": _evaluations(search, expected, plain_seconds),
         "predictions": [
-            {**c.config.to_dict(), "predicted_error": error, "predicted_speed_up": c.speed_up(blocks, steps)}
+            {**c.config.to_dict(), "expected_error": error, "predicted_speed_up": c.speed_up(blocks, steps)}
             for c, error in sorted(expected.items(), key=lambda item: item[1])[:200]
         ],
         "delta_change": changes.tolist(),
@@ -83,7 +83,7 @@ def _evaluations(search: Search, expected: Dict[Candidate, float], plain_seconds
             **{key: value for key, value in evaluation.items() if key != "curves"},
             # Where it was given up, the error that it had by then.
             "last_error": next((value for value in reversed(evaluation["curves"][-1]) if value is not None), None),
-            "predicted_error": expected[candidate],
+            "expected_error": expected[candidate],
             "predicted_speed_up": candidate.speed_up(blocks, steps),
             "measured_speed_up": measured_speed_up(evaluation, steps, plain_seconds),
             "whole_generation_timed": evaluation["error"] is not None and evaluation["resumed_at"] == 0,
