@@ -9,7 +9,7 @@ import torch
 from osaccel.cache.executor import HiddenStates
 from osaccel.search.boundaries import Boundaries
 from osaccel.search.cache_search import Goal, Search, candidates, cost
-from osaccel.search.error_model import Gains, predicted_errors
+from osaccel.search.error_model import EARLY, TURNS, Gains, predictions
 from osaccel.search.observe import watch_blocks
 from osaccel.search.probes import BUDGET, lasting, measure, places, region_steps, whole_steps
 from osaccel.search.regions import RegionErrors
@@ -59,19 +59,23 @@ GAINS = Gains(
 
 def test_predictions_are_what_the_reused_steps_change_times_what_stays_of_it():
     grams, pool = made_up_grams(), candidates(BLOCKS, STEPS, 1.5)
-    wanted = np.zeros(len(pool))
+    wanted, early = np.zeros(len(pool)), np.zeros(len(pool))
     for row, (start, stop, first, interval) in enumerate(pool):
         for step in range(first, STEPS):
             gap = (step - first) % interval
             if gap:
                 change = grams[gap - 1, step, start:stop, start:stop].sum() ** 0.5
                 wanted[row] += np.exp(log_gain(step, start, stop)) * change
-    assert predicted_errors(pool, grams, GAINS) == pytest.approx(wanted, rel=1e-6)
+                early[row] += np.exp(log_gain(step, start, stop)) * change * (step < EARLY * STEPS)
+    found = predictions(pool, grams, GAINS)
+    assert found.errors == pytest.approx(wanted, rel=1e-6)
+    assert found.turned == pytest.approx(np.minimum(TURNS * early, 1), rel=1e-6) and found.turned.min() == 0
+    assert not predictions(pool, grams).turned.any(), "nothing is known without probes"
 
 
-def searched(pool, scores, errors):
+def searched(pool, scores, errors, turned=None):
     """A search whose candidates have these errors, to its end."""
-    search = Search(pool, scores, BLOCKS, STEPS, Goal(1.5))
+    search = Search(pool, scores, BLOCKS, STEPS, Goal(1.5), turned=turned)
     while search.next_round():
         candidate = search.next_round()[0]
         error = float(errors[pool.index(candidate)])
@@ -90,7 +94,7 @@ def test_a_few_verified_candidates_correct_predictions_that_are_off_by_halves():
     errors = scores * np.exp(missed)
     search = searched(pool, scores, errors)
     assert errors[pool.index(search.choice())] <= 1.05 * errors.min() < errors[scores.argmin()]
-    expected = np.array([search.expected()[candidate] for candidate in pool])
+    expected = np.array([search.expected()[candidate]["expected_error"] for candidate in pool])
     unit = np.log(errors / scores).mean()
     assert np.std(np.log(errors / expected)) < 0.7 * np.std(np.log(errors / scores) - unit)
 
@@ -103,6 +107,14 @@ def test_of_near_equal_candidates_the_one_that_was_predicted_better_wins():
         search = searched(pool, np.array([1.0, 1.2]), np.array([1.0, measured]))
         assert search.choice() == pool[winner]
         assert search.best() == pool[1]
+
+
+def test_a_candidate_that_turns_videos_into_others_loses_to_one_with_a_little_more_error():
+    pool, scores = candidates(BLOCKS, STEPS, 1.5)[:2], np.array([0.05, 0.06])
+    assert searched(pool, scores, scores).choice() == pool[0]
+    search = searched(pool, scores, scores, turned=np.array([0.02, 0.0]))
+    assert search.choice() == pool[1] and search.best() == pool[0]
+    assert search.expected()[pool[0]]["expected_turned"] == 0.02
 
 
 def test_a_candidate_without_any_error_wins():

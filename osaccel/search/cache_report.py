@@ -42,6 +42,7 @@ def report(
         "speed_up": best.speed_up(blocks, steps),
         "reachable_speed_up": cache_search.reachable(blocks, steps),
         "error": chosen["error"],
+        "expected_turned": expected[best]["expected_turned"],
         "psnr": chosen["psnr"],
         "fingerprint": bound,
         "versions": fingerprint.versions(),
@@ -53,8 +54,8 @@ def report(
         },
         "evaluations": _evaluations(search, expected, plain_seconds),
         "predictions": [
-            {**c.config.to_dict(), "expected_error": error, "predicted_speed_up": c.speed_up(blocks, steps)}
-            for c, error in sorted(expected.items(), key=lambda item: item[1])[:200]
+            {**c.config.to_dict(), **values, "predicted_speed_up": c.speed_up(blocks, steps)}
+            for c, values in sorted(expected.items(), key=lambda item: item[1]["expected_error"])[:200]
         ],
         "delta_change": changes.tolist(),
     }
@@ -76,14 +77,16 @@ def _cost(search: Search, replays: Sequence[Replay]) -> Dict[str, Any]:
     }
 
 
-def _evaluations(search: Search, expected: Dict[Candidate, float], plain_seconds: float) -> List[Dict[str, Any]]:
+def _evaluations(
+    search: Search, expected: Dict[Candidate, Dict[str, float]], plain_seconds: float
+) -> List[Dict[str, Any]]:
     steps, blocks = search.num_steps, search.num_blocks
     return [
         {
             **{key: value for key, value in evaluation.items() if key != "curves"},
             # Where it was given up, the error that it had by then.
             "last_error": next((value for value in reversed(evaluation["curves"][-1]) if value is not None), None),
-            "expected_error": expected[candidate],
+            **expected[candidate],
             "predicted_speed_up": candidate.speed_up(blocks, steps),
             "measured_speed_up": measured_speed_up(evaluation, steps, plain_seconds),
             "whole_generation_timed": evaluation["error"] is not None and evaluation["resumed_at"] == 0,

@@ -20,7 +20,7 @@ from osaccel.generation import find_blocks
 from osaccel.search import boundaries, cache_report, cache_search, fingerprint, probes
 from osaccel.search.boundaries import Boundaries
 from osaccel.search.cache_search import MAX_INTERVAL, Candidate, Goal, Search, SearchError
-from osaccel.search.error_model import Gains, predicted_errors
+from osaccel.search.error_model import Gains, predictions
 from osaccel.search.evaluate import Evaluator
 from osaccel.search.journal import Journal, digest_of
 from osaccel.search.observe import watch_blocks
@@ -176,10 +176,11 @@ class CacheRunner(Runner):
         grams = [self.team.sum(gram).numpy() for gram in self.grams]
         pool = self._pool(num_steps)
         gains, overhead = self._gains(grams[0], pool)
+        # Errors are relative to all calls together.
+        predicted = predictions(pool, np.stack(grams).mean(axis=0), gains)
         search = Search(
             pool,
-            # Errors are relative to all calls together.
-            predicted_errors(pool, np.stack(grams).mean(axis=0), gains),
+            predicted.errors,
             self.num_blocks,
             num_steps,
             self.goal,
@@ -188,6 +189,7 @@ class CacheRunner(Runner):
             price=self._price,
             workers=self.team.workers,
             calls=len(self.replays),
+            turned=predicted.turned,
         )
         return search, np.sqrt(np.maximum(np.einsum("tbb->tb", grams[0][0]), 0.0))
 

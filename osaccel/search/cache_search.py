@@ -23,6 +23,8 @@ MAX_VERIFIED = 32
 SPREAD, LENGTH, CALL_NOISE = 0.4, 0.25, 0.1
 # A candidate is as promising as its expected log error less so many of its standard deviations.
 OPTIMISM = 1.0
+# The relative error of a video that turned into another one: that of two videos with nothing in common would be 1.4.
+TURNED_ERROR = 0.9
 
 
 class SearchError(RuntimeError):
@@ -151,6 +153,7 @@ class Search:
         budget: block forwards to spend, in units of `plain`, the plain generations included.
         workers: how many candidates are verified side by side, in one round.
         calls: how many calls every candidate is verified on.
+        turned: the share of videos that each candidate is expected to turn into others; by default none.
     """
 
     def __init__(
@@ -166,12 +169,14 @@ class Search:
         budget: float = BUDGET,
         workers: int = 1,
         calls: int = 1,
+        turned: Optional[np.ndarray] = None,
     ):
         self.goal, self.num_blocks, self.num_steps = goal, num_blocks, num_steps
         self.plain, self.overhead = plain or num_blocks * num_steps, overhead
         self.price = price or (lambda candidate: cost(candidate, num_blocks, num_steps) / (num_blocks * num_steps))
         self.budget, self.workers = budget, workers
         self.belief = Belief(pool, scores, num_blocks, num_steps, CALL_NOISE / math.sqrt(calls))
+        self.turned = np.zeros(len(pool)) if turned is None else turned
         self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
         self.done: Dict[Candidate, Dict[str, Any]] = {}
 
@@ -213,7 +218,8 @@ class Search:
             return self._order_for_psnr(self.goal.min_psnr)
         mean, deviation = self.belief.estimate(self._measured())
         # Optimistic, so that what is uncertain is looked at once.
-        return list(np.lexsort((np.arange(len(mean)), mean - OPTIMISM * deviation)))
+        losses = self._losses(mean - OPTIMISM * deviation)
+        return list(np.lexsort((np.arange(len(losses)), losses)))
 
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
@@ -232,21 +238,32 @@ class Search:
         return [i for i in np.argsort(-self.speed, kind="stable") if keeps[i] and self.speed[i] > floor]
 
     def choice(self) -> Optional[Candidate]:
-        """The winner: of the finished evaluations the one with the least expected error; None when none qualifies.
+        """The winner: of the finished evaluations the one with the least expected loss; None when none qualifies.
 
         What was measured on the calls at hand is weighed against what is predicted and measured of neighbours: on other
-        calls the winner of near-equal ones by measured error alone is often not the best of them.
+        calls the winner of near-equal ones by measured error alone is often not the best of them. And of other videos
+        some will turn into others.
         """
         if self.goal.min_psnr is not None:
             return self.best()
-        expected, finished = self.expected(), self._finished()
-        # No error at all has no logarithm to learn from, and nothing is better.
-        return min(finished, key=lambda c: (finished[c]["error"] > 0, expected[c], c), default=None)
-
-    def expected(self) -> Dict[Candidate, float]:
-        """The error to expect of every candidate, on average over calls, by all that was measured."""
         mean, _ = self.belief.estimate(self._measured())
-        return dict(zip(self.belief.pool, np.exp(mean).tolist()))
+        losses, finished = dict(zip(self.belief.pool, self._losses(mean).tolist())), self._finished()
+        # No error at all has no logarithm to learn from, and nothing is better.
+        return min(finished, key=lambda c: (finished[c]["error"] > 0, losses[c], c), default=None)
+
+    def _losses(self, log_errors: np.ndarray) -> np.ndarray:
+        """(candidate,): the mean error over videos, those that turn included."""
+        return np.exp(log_errors) + TURNED_ERROR * self.turned
+
+    def expected(self) -> Dict[Candidate, Dict[str, float]]:
+        """Of every candidate, by all that was measured: `expected_error` of a video that stays the same, on average
+        over calls, and `expected_turned`, the share of videos that do not."""
+        mean, _ = self.belief.estimate(self._measured())
+        pairs = zip(np.exp(mean).tolist(), self.turned.tolist())
+        return {
+            candidate: {"expected_error": error, "expected_turned": turned}
+            for candidate, (error, turned) in zip(self.belief.pool, pairs)
+        }
 
     def _finished(self) -> Dict[Candidate, Dict[str, Any]]:
         return {c: e for c, e in self.done.items() if e["error"] is not None and not e["abandoned"]}

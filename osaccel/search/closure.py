@@ -15,7 +15,7 @@ from osaccel.cache.config import DitCacheConfig
 from osaccel.generation import wrap_method
 from osaccel.search import cache_search
 from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
-from osaccel.search.error_model import predicted_errors
+from osaccel.search.error_model import predictions
 from osaccel.search.observe import watch_blocks
 from osaccel.search.regions import RegionErrors
 
@@ -33,7 +33,7 @@ def search_by_closure(adaptor: Any, run: Callable[[Any], List[Any]], num_videos:
         raise ValueError(str(error)) from None
     errors = RegionErrors(num_blocks, settings.cache_step_interval - 1)
     plain = _observed(adaptor, run, num_videos, errors)
-    scores = predicted_errors(pool, errors.tensor(num_steps).numpy())
+    scores = predictions(pool, errors.tensor(num_steps).numpy()).errors
     search = Search(pool, scores, num_blocks, num_steps, Goal(settings.cache_ratio), budget=math.inf)
     while len(search.done) < GENERATIONS - 1:
         round_ = search.next_round()

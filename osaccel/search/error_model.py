@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What error of the final latents a cache will make, up to one common factor, from one observed generation.
+"""What error of the final latents a cache will make, and how often it will turn a video into another one.
+
+From one observed generation, the error up to one common factor.
 
 Reusing a delta changes the latents of its step by about
 
@@ -15,6 +17,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from osaccel.search.cache_search import Candidate
+
+# The share of videos that turn, over the lasting change that is made in the first EARLY of the steps: on the miniature
+# between 1 and 3 where any turned (`benchmarks/results/search-100.md` has expected and found shares).
+TURNS, EARLY = 2.0, 0.3
 
 
 class Gains(NamedTuple):
@@ -38,17 +44,25 @@ def unknown_gains(num_blocks: int, num_steps: int) -> Gains:
     return Gains(np.linspace(0.0, 0.8, num_steps), np.zeros(shape), np.broadcast_to(stops, shape))
 
 
-def predicted_errors(pool: Sequence[Candidate], grams: np.ndarray, gains: Optional[Gains] = None) -> np.ndarray:
-    """(candidate,): errors in a unit of their own, the same for all.
+class Predictions(NamedTuple):
+    """Of each candidate: the error, in a unit of their own; and the share of videos that turn into others."""
+
+    errors: np.ndarray
+    turned: np.ndarray
+
+
+def predictions(pool: Sequence[Candidate], grams: np.ndarray, gains: Optional[Gains] = None) -> Predictions:
+    """What every candidate of the pool is predicted to do.
 
     Args:
         grams: (gap, step, block, block), see `osaccel.search.regions`.
-        gains: what was measured of g.
+        gains: what was measured of g; without, no share of turned videos is predicted.
     """
     num_steps, num_blocks = grams.shape[1:3]
+    turns = TURNS if gains else 0.0
     gains = gains or unknown_gains(num_blocks, num_steps)
     sums = np.pad(grams.cumsum(2).cumsum(3), ((0, 0), (0, 0), (1, 0), (1, 0)))
-    found = np.zeros(len(pool))
+    errors, early = np.zeros(len(pool)), np.zeros(len(pool))
     together: Dict[Tuple[int, int], List[int]] = {}
     for row, candidate in enumerate(pool):
         together.setdefault((candidate.first, candidate.interval), []).append(row)
@@ -58,5 +72,6 @@ def predicted_errors(pool: Sequence[Candidate], grams: np.ndarray, gains: Option
         start, stop = (np.array([pool[row][end] for row in rows]) for end in (0, 1))
         squares = corners[:, stop, stop] - corners[:, start, stop] - corners[:, stop, start] + corners[:, start, start]
         log_gain = (gains.steps + gains.starts[start] + gains.stops[stop])[:, steps]
-        found[rows] = (np.exp(log_gain) * np.sqrt(np.maximum(squares, 0.0)).T).sum(1)
-    return found
+        lasting = np.exp(log_gain) * np.sqrt(np.maximum(squares, 0.0)).T
+        errors[rows], early[rows] = lasting.sum(1), lasting[:, steps < EARLY * num_steps].sum(1)
+    return Predictions(errors, np.minimum(turns * early, 1.0))
