@@ -19,10 +19,11 @@ import math
 import multiprocessing
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
+from scipy.stats import gmean
 
 from benchmarks.harness import interval
 from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, load_pipeline
@@ -222,30 +223,31 @@ def row(bench: Bench, found: Found, over_best: float, error: float) -> Dict[str,
     }
 
 
-def typical(errors: Any, axis: int = -1) -> Any:
-    """The geometric mean."""
-    return np.exp(np.log(errors).mean(axis))
-
-
 def against(own: Sequence[float], other: Sequence[float]) -> Dict[str, Any]:
     """A method's held-out errors, and how much larger ours are, the same prompts drawn for both."""
-    pairs = np.random.default_rng(0).choice(np.array([own, other]), (2000, len(own)), axis=1)
-    over = {name: mean(pairs, axis=-1) for name, mean in (("mean", np.mean), ("typical", typical))}
+    pairs = np.array([own, other]).T
+    over, *over_interval = interval(pairs, _over(np.mean))
+    typical, *typical_interval = interval(pairs, _over(gmean))
     return {
         "heldout_error": float(np.mean(other)),
         "heldout_interval": interval(other)[1:],
-        "heldout_typical": float(typical(np.array(other))),
+        "heldout_typical": float(gmean(other)),
         "heldout_turned": float(np.mean(np.array(other) > TURNED)),
-        "ours_over_this": float(np.mean(own) / np.mean(other) - 1),
-        "ours_over_this_interval": _middle(over["mean"]),
-        "ours_over_this_typical": float(typical(np.array(own)) / typical(np.array(other)) - 1),
-        "ours_over_this_typical_interval": _middle(over["typical"]),
+        "ours_over_this": over,
+        "ours_over_this_interval": over_interval,
+        "ours_over_this_typical": typical,
+        "ours_over_this_typical_interval": typical_interval,
     }
 
 
-def _middle(means: np.ndarray) -> List[float]:
-    """The middle 95 % of how much larger the first mean of each draw is than the second."""
-    return [float(value) for value in np.percentile(means[0] / means[1] - 1, [2.5, 97.5])]
+def _over(mean: Callable[..., Any]) -> Callable[..., Any]:
+    """How much larger the mean of the first of each pair is than that of the second; pairs along the last axis."""
+
+    def ratio(pairs: np.ndarray, axis: int = 0) -> Any:
+        means = mean(pairs, axis=axis)
+        return means[..., 0] / means[..., 1] - 1
+
+    return ratio
 
 
 def heldout_rank(

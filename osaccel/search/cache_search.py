@@ -97,9 +97,7 @@ class Belief:
     Neighbouring candidates share most of what is missed, so a few measurements correct the whole family.
     """
 
-    def __init__(
-        self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, noise: float = CALL_NOISE
-    ):
+    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, noise: float):
         self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
         usable = np.isfinite(scores) & (scores > 0)
         floor = np.min(scores[usable]) if usable.any() else 1.0
@@ -218,8 +216,7 @@ class Search:
             return self._order_for_psnr(self.goal.min_psnr)
         mean, deviation = self.belief.estimate(self._measured())
         # Optimistic, so that what is uncertain is looked at once.
-        losses = self._losses(mean - OPTIMISM * deviation)
-        return list(np.lexsort((np.arange(len(losses)), losses)))
+        return list(np.argsort(self._losses(mean - OPTIMISM * deviation), kind="stable"))
 
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
@@ -259,10 +256,9 @@ class Search:
         """Of every candidate, by all that was measured: `expected_error` of a video that stays the same, on average
         over calls, and `expected_turned`, the share of videos that do not."""
         mean, _ = self.belief.estimate(self._measured())
-        pairs = zip(np.exp(mean).tolist(), self.turned.tolist())
         return {
             candidate: {"expected_error": error, "expected_turned": turned}
-            for candidate, (error, turned) in zip(self.belief.pool, pairs)
+            for candidate, error, turned in zip(self.belief.pool, np.exp(mean).tolist(), self.turned.tolist())
         }
 
     def _finished(self) -> Dict[Candidate, Dict[str, Any]]:

@@ -112,12 +112,10 @@ def _evaluate(
     return {
         "config": candidate.config.to_dict(),
         "error": _agreed(error) if math.isfinite(error) else None,
-        "projected": None,
         "psnr": None,
         "abandoned": False,
         "block_forwards": cache_search.cost(candidate, settings.dit_block_num, settings.num_sampling_steps, resume=0),
         "seconds": time.perf_counter() - started,
-        "curves": [[]],
     }
 
 

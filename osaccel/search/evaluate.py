@@ -152,8 +152,13 @@ class _Run:
 
 def relative_error(team: Team, latents: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float, float]:
     """Relative L2 distance over the team's shards, NaN for a zero reference; and the two sums of squares it is of."""
-    now, before = latents.detach().double(), plain.to(latents.device).double()
-    square, reference = team.sum(torch.stack([((now - before) ** 2).sum(), (before**2).sum()])).tolist()
+    before = plain.to(latents.device).double()
+    return relative_size(team, latents.detach().double() - before, before)
+
+
+def relative_size(team: Team, change: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float, float]:
+    """The same for a change of the latents; both in float64 on one device."""
+    square, reference = team.sum(torch.stack([(change**2).sum(), (plain**2).sum()])).tolist()
     return math.sqrt(square / reference) if reference > 0 else math.nan, square, reference
 
 

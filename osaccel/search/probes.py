@@ -15,8 +15,10 @@ import torch
 from osaccel.cache.config import DitCacheConfig
 from osaccel.cache.policy import IntervalPolicy
 from osaccel.search.error_model import Gains, unknown_gains
+from osaccel.search.evaluate import relative_size
 from osaccel.search.replay import Abandoned, Replay
 from osaccel.search.team import Team
+from osaccel.search.timesteps import even_places
 
 # Block forwards the probes of regions may take, in plain generations.
 BUDGET = 0.3
@@ -32,7 +34,7 @@ def whole_steps(num_steps: int) -> List[int]:
 def places(ends: Sequence[int]) -> List[int]:
     """A few of the blocks where regions of the family start, or stop, evenly taken, the outermost among them."""
     ends = sorted(set(ends))
-    return sorted({ends[round(share * (len(ends) - 1))] for share in np.linspace(0, 1, min(_PLACES, len(ends)))})
+    return [ends[place] for place in even_places(len(ends), min(_PLACES, len(ends)))]
 
 
 def region_steps(num_steps: int, num_blocks: int, starts: Sequence[int], stops: Sequence[int]) -> List[int]:
@@ -111,9 +113,7 @@ class Prober:
     def _stays(self, latents: torch.Tensor, plain: torch.Tensor) -> float:
         """The size of what stays of a change, relative to the latents, over the team's shards."""
         plain = plain.double()
-        stays = lasting(latents.detach().cpu().double() - plain)
-        square, reference = self.team.sum(torch.stack([(stays**2).sum(), (plain**2).sum()])).tolist()
-        return math.sqrt(square / reference) if reference > 0 else math.nan
+        return relative_size(self.team, lasting(latents.detach().cpu().double() - plain), plain)[0]
 
 
 def lasting(change: torch.Tensor) -> torch.Tensor:
@@ -123,7 +123,7 @@ def lasting(change: torch.Tensor) -> torch.Tensor:
     """
     over_video = list(range(2, change.dim() - 2))
     slow = change.mean(over_video, keepdim=True) if over_video else change
-    halves = [half.tensor_split(2, -1) for half in (slow - slow.mean((-2, -1), keepdim=True)).tensor_split(2, -2)]
+    halves = [half.tensor_split(2, -1) for half in (slow - _flat(slow)).tensor_split(2, -2)]
     rows = [torch.cat([_flat(quarter) for quarter in quarters], -1) for quarters in halves]
     return _flat(change) + torch.cat(rows, -2)
 
