@@ -16,6 +16,7 @@ import torch
 from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling
 
 from benchmarks.measures import Motion
+from benchmarks.reference.data import CAPTION_WORDS
 from benchmarks.reference.load import GUIDANCE, STEPS, judge
 from benchmarks.schedules import latent_shape
 from osaccel.demo.compare import ssim
@@ -63,7 +64,7 @@ class Bench:
         with self._own_transformer() as transformer, counted(transformer) as calls, arm.attach(self.pipeline), noise:
             started = time.perf_counter()
             latents = self.pipeline(
-                prompt, num_inference_steps=arm.steps, guidance_scale=GUIDANCE, max_sequence_length=16,
+                prompt, num_inference_steps=arm.steps, guidance_scale=GUIDANCE, max_sequence_length=CAPTION_WORDS,
                 latents=motion.initial(), output_type="latent",
             ).images  # fmt: skip
             seconds = time.perf_counter() - started

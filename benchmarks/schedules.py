@@ -47,7 +47,8 @@ def latent_shape(pipeline: Any) -> Sequence[int]:
 def generate(pipeline: Any, prompts: Sequence[str], steps: int, latents: torch.Tensor, kind: str = "latent") -> Any:
     return pipeline(
         list(prompts), num_inference_steps=steps, guidance_scale=load.GUIDANCE, num_frames=data.FRAMES,
-        height=data.SIZE, width=data.SIZE, latents=latents, output_type=kind, max_sequence_length=16,
+        height=data.SIZE, width=data.SIZE, latents=latents, output_type=kind,
+        max_sequence_length=data.CAPTION_WORDS,
     ).images  # fmt: skip
 
 

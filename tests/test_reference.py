@@ -130,8 +130,7 @@ def test_noise_levels_count_alike():
     assert (weight.diff() > 0).all() and weight[-1] / weight[0] < 35
 
 
-def test_a_phase_draws_most_timesteps_around_its_centre():
+def test_timesteps_are_drawn_evenly():
     draw = torch.Generator().manual_seed(0)
-    even, focused = (train.draw_timesteps(5000, centre, draw) for centre in (None, 700))
-    assert abs(even.double().mean() - 499.5) < 1 and even.min() == 0 and even.max() == 999
-    assert ((focused - 700).abs() < 150).double().mean() > 0.5 and (focused < 300).double().mean() > 0.1
+    times = train.draw_timesteps(5000, draw)
+    assert abs(times.double().mean() - 499.5) < 1 and times.bincount(minlength=1000).unique().tolist() == [5]

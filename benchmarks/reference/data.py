@@ -17,6 +17,8 @@ import numpy as np
 from osaccel.demo.parser import BOUNCES, COLOURS, COUNTS, MOTIONS, PLACES, SCALINGS, SLIDES
 
 FRAMES, SIZE = 17, 32
+# What captions are padded to; none is longer.
+CAPTION_WORDS = 16
 
 # Radius of the disc of equal area, so that size and shape are independent attributes.
 RADII = {"small": (3.7, 4.0), "large": (5.6, 6.0)}

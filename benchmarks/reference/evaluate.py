@@ -15,6 +15,7 @@ import imageio
 import numpy as np
 import torch
 
+from .data import CAPTION_WORDS
 from .load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, judge, load_pipeline
 from .paths import CHECKPOINT
 
@@ -33,7 +34,7 @@ def sample_videos(pipeline, prompts, steps: int, guidance: float, seed: int, bat
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         noise = [torch.Generator().manual_seed(seed + start + item) for item in range(len(part))]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": 16}
+        options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": CAPTION_WORDS}
         videos.append(pipeline(part, generator=noise, **options).images.numpy())
     return np.concatenate(videos)
 

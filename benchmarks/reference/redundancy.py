@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .data import CAPTION_WORDS
 from .evaluate import sampling_options
 from .load import calibration_prompts, load_pipeline
 
@@ -45,8 +46,8 @@ def measure(pipeline, prompts, steps: int, guidance: float, seed: int) -> np.nda
     for number, prompt in enumerate(prompts):
         watch = DeltaWatch(pipeline.transformer.transformer_blocks)
         noise = torch.Generator().manual_seed(seed + number)
-        pipeline(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=noise, max_sequence_length=16,
-                 output_type="latent")  # fmt: skip
+        pipeline(prompt, num_inference_steps=steps, guidance_scale=guidance, generator=noise,
+                 max_sequence_length=CAPTION_WORDS, output_type="latent")  # fmt: skip
         tables.append(watch.close())
     return np.mean(tables, axis=0)
 

@@ -28,15 +28,6 @@ STAGES = ("autoencoder", "latents", "transformer")
 
 
 @dataclass(frozen=True)
-class Phase:
-    """From step `first` on: where most timesteps are drawn (None is evenly), and the floor of the signal's share."""
-
-    first: int
-    centre: Optional[int]
-    floor: float
-
-
-@dataclass(frozen=True)
 class Config:
     """Sizes and lengths; `tiny` is for the tests."""
 
@@ -52,8 +43,9 @@ class Config:
     # Steps at which the learning rate has come down; to train on, append the end of another cycle.
     cycles: Tuple[int, ...] = (15000,)
     batch: int = 64
-    # Count, place and motion follow from the caption, and that at the noisiest timesteps, so these count in full.
-    phases: Tuple[Phase, ...] = (Phase(0, None, 0.003),)
+    # The floor of the signal's share. Count, place and motion follow from the caption, and that at the noisiest
+    # timesteps, so these count in full.
+    floor: float = 0.003
     rate: float = 3e-3
     warmup: int = 300
     decay: float = 0.999
@@ -73,9 +65,6 @@ class Config:
     def steps(self) -> int:
         return self.cycles[-1]
 
-    def phase(self, step: int) -> Phase:
-        return [phase for phase in self.phases if phase.first <= step][-1]
-
     def rate_at(self, step: int) -> float:
         """The transformer's learning rate: a warm-up and a cosine per cycle."""
         begin, end = next(pair for pair in zip((0, *self.cycles), self.cycles) if step < pair[1])
@@ -93,7 +82,6 @@ def tiny() -> Config:
         chunk=4,
         cycles=(5, 8),
         batch=4,
-        phases=(Phase(0, None, 0.03), Phase(4, 700, 0.003)),
         warmup=2,
         layers=2,
         place_block=0,
@@ -268,8 +256,8 @@ def make_tokenizer():
 
 
 def tokenize(captions):
-    """Word ids and mask, (N, 16) each, of one caption or several."""
-    return make_tokenizer()(captions, padding="max_length", max_length=16, return_tensors="pt")
+    """Word ids and mask, (N, CAPTION_WORDS) each, of one caption or several."""
+    return make_tokenizer()(captions, padding="max_length", max_length=data.CAPTION_WORDS, return_tensors="pt")
 
 
 def alphas_cumprod() -> torch.Tensor:
@@ -289,15 +277,10 @@ def noise_weight(alphas: torch.Tensor, variance: float, floor: float) -> torch.T
     return weight / weight.mean()
 
 
-def draw_timesteps(count: int, centre: Optional[int], draw: torch.Generator) -> torch.Tensor:
-    """Timesteps (count,), one from each of `count` equally likely parts of the schedule, for less variance."""
-    times = torch.arange(1000, dtype=torch.float64)
-    density = torch.ones_like(times)
-    if centre is not None:
-        density = 0.35 + 1.5 * torch.exp(-0.5 * ((times - centre) / 150) ** 2)
-    cumulative = density.cumsum(0) / density.sum()
+def draw_timesteps(count: int, draw: torch.Generator) -> torch.Tensor:
+    """Timesteps (count,), one from each of `count` equal parts of the schedule, for less variance."""
     parts = (torch.arange(count) + torch.rand(count, generator=draw)) / count
-    return torch.searchsorted(cumulative, parts.double(), right=True).clamp(max=999)
+    return (parts.double() * 1000).long().clamp(max=999)
 
 
 class Examples:
@@ -307,16 +290,16 @@ class Examples:
         tokens = tokenize(captions)
         self.config, self.latents, self.alphas = config, latents, alphas_cumprod()
         variance = latents.float().var().item()
-        self.weights = {phase: noise_weight(self.alphas, variance, phase.floor) for phase in config.phases}
+        self.weights = noise_weight(self.alphas, variance, config.floor)
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.empty = tokenize("")
 
     def batch(self, step: int):
         """(noisy latents, timesteps, word ids, word mask, the noise to predict, the weight of its error)."""
         config, draw = self.config, step_generator(self.config.seed + 2, step)
-        phase, size = config.phase(step), config.batch
+        size = config.batch
         chosen = torch.randint(len(self.latents), (size,), generator=draw)
-        timestep = draw_timesteps(size, phase.centre, draw)
+        timestep = draw_timesteps(size, draw)
         dropped = torch.rand(size, 1, generator=draw) < config.caption_dropout
         ids = torch.where(dropped, self.empty.input_ids, self.ids[chosen])
         mask = torch.where(dropped, self.empty.attention_mask, self.mask[chosen])
@@ -324,7 +307,7 @@ class Examples:
         noise = torch.randn(clean.shape, generator=draw)
         signal = self.alphas[timestep].view(-1, 1, 1, 1, 1)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
-        return noisy, timestep, ids, mask, noise, self.weights[phase][timestep].view_as(signal)
+        return noisy, timestep, ids, mask, noise, self.weights[timestep].view_as(signal)
 
 
 def transformer_loop(config: Config, out: Path, read_only: bool = False) -> Loop:

@@ -45,9 +45,9 @@ class Evaluator:
         started = time.perf_counter()
         rival = _Rival(best, self.references()) if best else None
         curves: List[List[Optional[float]]] = []
-        squares, blocks, steps_run, abandoned, psnrs = [0.0, 0.0], 0, 0, False, []
+        squares, blocks, steps_run, abandoned, psnrs = 0.0, 0, 0, False, []
         for number, replay in enumerate(self.replays):
-            run = _Run(replay, candidate, self.team, rival.on_call(number, squares[0]) if rival else None, self.on_step)
+            run = _Run(replay, candidate, self.team, rival.on_call(number, squares) if rival else None, self.on_step)
             output = run.go(decode=self.decode)
             curves.append([_json(value) for value in run.curve])
             blocks += replay.cache.computed_blocks if replay.cache else 0
@@ -57,15 +57,15 @@ class Evaluator:
                 self.final = run.last
             if abandoned:
                 break
-            squares[0] += run.square
-            squares[1] += run.reference
+            squares += run.square
             if self.decode:
                 psnrs.append(self._psnr(number, replay, output))
-        error = math.sqrt(squares[0] / squares[1]) if squares[1] > 0 and squares[0] >= 0 else math.nan
+        reference = sum(self.references())
+        error = math.sqrt(squares / reference) if reference > 0 and squares >= 0 else math.nan
         return {
             "config": candidate.config.to_dict(),
             "error": None if abandoned else _json(error),
-            "projected": _json(rival.heading_for(curves, squares[0])) if rival and abandoned else None,
+            "projected": _json(rival.heading_for(curves, squares)) if rival and abandoned else None,
             "psnr": _mean_psnr(psnrs) if psnrs and not abandoned else None,
             "abandoned": abandoned,
             "resumed_at": self.replays[0].resumed_at(candidate.first),
@@ -127,7 +127,7 @@ class _Run:
         self.replay, self.candidate, self.team = replay, candidate, team
         self.is_hopeless, self.on_step = is_hopeless, on_step
         self.curve: List[float] = [0.0] * replay.resumed_at(candidate.first)
-        self.square = self.reference = 0.0
+        self.square = 0.0
         self.abandoned = False
         self.last: Optional[torch.Tensor] = None
 
@@ -140,7 +140,7 @@ class _Run:
             return None
 
     def _watch(self, step: int, latents: torch.Tensor) -> None:
-        error, self.square, self.reference = relative_error(self.team, latents, self.replay.recording.latents[step])
+        error, self.square = relative_error(self.team, latents, self.replay.recording.latents[step])
         self.curve.append(error)
         self.last = latents.detach().cpu().clone()
         self.on_step()
@@ -150,16 +150,16 @@ class _Run:
             raise Abandoned
 
 
-def relative_error(team: Team, latents: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float, float]:
-    """Relative L2 distance over the team's shards, NaN for a zero reference; and the two sums of squares it is of."""
+def relative_error(team: Team, latents: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float]:
+    """Relative L2 distance over the team's shards, NaN for a zero reference; and the sum of squares of the change."""
     before = plain.to(latents.device).double()
     return relative_size(team, latents.detach().double() - before, before)
 
 
-def relative_size(team: Team, change: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float, float]:
+def relative_size(team: Team, change: torch.Tensor, plain: torch.Tensor) -> Tuple[float, float]:
     """The same for a change of the latents; both in float64 on one device."""
     square, reference = team.sum(torch.stack([(change**2).sum(), (plain**2).sum()])).tolist()
-    return math.sqrt(square / reference) if reference > 0 else math.nan, square, reference
+    return math.sqrt(square / reference) if reference > 0 else math.nan, square
 
 
 def frames_of(output: Any) -> np.ndarray:
