@@ -26,6 +26,7 @@ import torch
 from scipy.stats import gmean
 
 from benchmarks.harness import interval
+from benchmarks.reference import data
 from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, load_pipeline
 from benchmarks.reference.paths import CHECKPOINT
 from osaccel import formats
@@ -45,8 +46,12 @@ RATIOS = (1.3, 1.5, 1.8)
 MORE = 4
 METHODS = ("ours", f"ours, {MORE} prompts", "two-stage", "brute force")
 # The miniature's call; frames, height and width are what it was trained on.
-SIZE = {"num_frames": 17, "height": 32, "width": 32, "max_sequence_length": 16}
+SIZE = {
+    "num_frames": data.FRAMES, "height": data.SIZE, "width": data.SIZE, "max_sequence_length": data.CAPTION_WORDS
+}  # fmt: skip
 BLOCKS, NAMES = "transformer.transformer_blocks", ("hidden_states",)
+# Held-out prompts that exist; videos beyond are of the same prompts with other noise.
+HELDOUT = 426
 # Relative errors are below .2 or near the size of the latents: then it is another video.
 TURNED = 0.5
 
@@ -65,7 +70,7 @@ class Bench:
         self.pipeline, self.steps = load_pipeline(checkpoint=checkpoint), steps
         self.blocks = list(self.pipeline.transformer.transformer_blocks)
         self.replays: Dict[Case, Replay] = {}
-        bound = fingerprint.of_search(self._call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
+        bound = fingerprint.of_search(self.call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
         self.journal = Journal(str(journal), json.loads(json.dumps(bound)))
         if self.journal.started_anew:
             print(f"{journal}: starting anew: {self.journal.started_anew}", flush=True)
@@ -79,13 +84,13 @@ class Bench:
     def arguments(self, prompt: str) -> Dict[str, Any]:
         return dict(SIZE, prompt=prompt, num_inference_steps=self.steps, guidance_scale=GUIDANCE)
 
-    def _call(self, case: Case) -> Call:
+    def call(self, case: Case) -> Call:
         torch.manual_seed(case.seed)
         return Call(type(self.pipeline).__call__, self.pipeline, (self.pipeline,), self.arguments(case.prompt))
 
     def replay(self, case: Case) -> Replay:
         if case not in self.replays:
-            replay = self.replays[case] = Replay(self._call(case))
+            replay = self.replays[case] = Replay(self.call(case))
             states = HiddenStates(NAMES)
             replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, replay.boundaries.observe), decode=False)
         return self.replays[case]
@@ -275,10 +280,10 @@ def table(results: Dict[str, Any]) -> str:
     ]
     for ratio, result in results.items():
         lines += [_line(ratio, method, result["rows"][method]) for method in METHODS]
-    prompts = ", ".join(str(result["heldout"]) for result in results.values())
+    videos = ", ".join(str(result["heldout"]) for result in results.values())
     lines += [
         "",
-        f"On held-out prompts ({prompts} of them):",
+        f"On held-out videos ({videos} of them):",
         "",
         "| ratio | method | mean error [95 %] | ours over it [95 %] | typical error | ours over it [95 %] | "
         "turned into another video |",
@@ -333,7 +338,8 @@ def run_ratio(options: argparse.Namespace, ratio: float) -> None:
     stem = options.out / f"search-{options.steps}-{ratio:g}"
     bench = Bench(options.steps, options.checkpoint, Path(f"{stem}.journal"))
     cases = [Case(text, options.seed + number) for number, text in enumerate(calibration_prompts(MORE))]
-    heldout = [Case(text, 1000 + number) for number, text in enumerate(heldout_prompts(options.heldout))]
+    prompts, numbers = heldout_prompts(HELDOUT), range(options.first, options.first + options.heldout)
+    heldout = [Case(prompts[number % len(prompts)], 1000 + number) for number in numbers]
     result = compare(bench, ratio, cases, heldout, heldout[: options.rank_prompts])
     formats.write_json(f"{stem}.json", {"steps": options.steps, "ratio": ratio, **result})
 
@@ -352,8 +358,9 @@ def write_table(options: argparse.Namespace) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--heldout", type=int, default=120, help="held-out prompts for the found configurations")
-    parser.add_argument("--rank-prompts", type=int, default=2, help="of these, how many run the whole family")
+    parser.add_argument("--heldout", type=int, default=120, help="held-out videos for the found configurations")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first of them; leaves out earlier ones")
+    parser.add_argument("--rank-prompts", type=int, default=2, help="of them, how many run the whole family")
     parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
     parser.add_argument("--jobs", type=int, default=1, help="ratios at a time")
     parser.add_argument("--seed", type=int, default=7)

@@ -18,9 +18,6 @@ MAX_INTERVAL = 6
 BUDGET = 6.0
 # Where candidates are so cheap that the budget would buy far more, they also differ too little to go on.
 MAX_VERIFIED = 32
-# What is believed of log errors before any is measured: how far predictions are off, over which distance in features
-# this changes, and how much the error of one call differs from what it is on average over prompts and noise.
-SPREAD, LENGTH, CALL_NOISE = 0.4, 0.25, 0.1
 # A candidate is as promising as its expected log error less so many of its standard deviations.
 OPTIMISM = 1.0
 # The relative error of a video that turned into another one: that of two videos with nothing in common would be 1.4.
@@ -91,46 +88,63 @@ def candidates(num_blocks: int, num_steps: int, ratio: float, max_interval: int 
     return found
 
 
+class Variation(NamedTuple):
+    """How log errors vary over candidates: a smooth part, alike within `length` in features, and each one's own."""
+
+    smooth: float
+    length: float
+    own: float
+
+    def covariance(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """(left, right), of candidates with these features (candidate, feature)."""
+        distance = ((left[:, None] - right[None]) ** 2).sum(-1)
+        return self.smooth**2 * np.exp(-0.5 * distance / self.length**2) + self.own**2 * (distance == 0)
+
+
+# What is believed before any error is measured: how far predictions are off, and how much the errors of one call differ
+# from those on average over prompts and noise. About what `python -m benchmarks.belief` fits; it varies with the calls
+# that are looked at, and what is found depends little on it.
+MISSED, CALL = Variation(0.4, 0.4, 0.024), Variation(0.2, 0.6, 0.035)
+
+
 class Belief:
     """Predicted log errors corrected by the measured ones: a Gaussian process on what the prediction misses.
 
-    Neighbouring candidates share most of what is missed, so a few measurements correct the whole family.
+    Neighbouring candidates share most of what is missed, so a few measurements correct the whole family. What is
+    peculiar to the calls these ran on is shared by neighbours, too, and says little of which of them is best.
     """
 
-    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, noise: float):
+    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, calls: int = 1):
         self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
         usable = np.isfinite(scores) & (scores > 0)
         floor = np.min(scores[usable]) if usable.any() else 1.0
         self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
-        self.features = np.array(
-            [
-                (c.start / num_blocks, c.stop / num_blocks, c.first / num_steps, math.log2(c.interval) / 2)
-                for c in self.pool
-            ]
-        )
-        self.noise = noise
+        self.features = features(self.pool, num_blocks, num_steps)
+        self.calls = calls
 
     def estimate(self, measured: Dict[Candidate, float]) -> Tuple[np.ndarray, np.ndarray]:
         """Expected log error on average over calls, and its standard deviation, per candidate."""
         known = [(self.index[c], math.log(error)) for c, error in measured.items() if c in self.index and error > 0]
+        before = MISSED.smooth**2 + MISSED.own**2
         if not known:
-            return self.log_scores, np.full(len(self.pool), SPREAD)
+            return self.log_scores, np.full(len(self.pool), math.sqrt(before))
         rows = [index for index, _ in known]
         residual = np.array([log for _, log in known]) - self.log_scores[rows]
+        across = MISSED.covariance(self.features, self.features[rows])
+        solve = np.linalg.inv(across[rows] + CALL.covariance(self.features[rows], self.features[rows]) / self.calls)
         # One common offset with a wide prior: the prediction has no unit.
-        covariance = self._kernel(rows, rows) + self.noise**2 * np.eye(len(rows))
-        solve = np.linalg.inv(covariance)
         ones = np.ones(len(rows))
         offset = ones @ solve @ residual / (ones @ solve @ ones)
-        across = self._kernel(range(len(self.pool)), rows)
         mean = self.log_scores + offset + across @ solve @ (residual - offset)
-        variance = SPREAD**2 - np.einsum("ij,jk,ik->i", across, solve, across)
+        variance = before - np.einsum("ij,jk,ik->i", across, solve, across)
         return mean, np.sqrt(np.maximum(variance, 0.0))
 
-    def _kernel(self, left: Sequence[int], right: Sequence[int]) -> np.ndarray:
-        a, b = self.features[list(left)], self.features[list(right)]
-        distance = ((a[:, None] - b[None]) ** 2).sum(-1)
-        return SPREAD**2 * np.exp(-0.5 * distance / LENGTH**2)
+
+def features(pool: Sequence[Candidate], num_blocks: int, num_steps: int) -> np.ndarray:
+    """(candidate, feature): where candidates with near features err alike."""
+    return np.array(
+        [(c.start / num_blocks, c.stop / num_blocks, c.first / num_steps, math.log2(c.interval) / 2) for c in pool]
+    )
 
 
 class Goal(NamedTuple):
@@ -173,7 +187,7 @@ class Search:
         self.plain, self.overhead = plain or num_blocks * num_steps, overhead
         self.price = price or (lambda candidate: cost(candidate, num_blocks, num_steps) / (num_blocks * num_steps))
         self.budget, self.workers = budget, workers
-        self.belief = Belief(pool, scores, num_blocks, num_steps, CALL_NOISE / math.sqrt(calls))
+        self.belief = Belief(pool, scores, num_blocks, num_steps, calls)
         self.turned = np.zeros(len(pool)) if turned is None else turned
         self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
         self.done: Dict[Candidate, Dict[str, Any]] = {}
