@@ -5,7 +5,8 @@
 
 `MISSED` and `CALL` of `osaccel.search.cache_search`: how log errors differ from predicted ones, on average over calls
 and from call to call. Every candidate of the families of three speed-ups runs on a few calls; the two are what makes
-the errors of the better candidates of each family most likely. `TURNS` of `osaccel.search.error_model`: configurations
+the errors of the better candidates of each family most likely. What searches find that believe so is compared with what
+those find that believe what is in use. `TURNS` of `osaccel.search.error_model`: configurations
 that reuse at high noise run on many prompts; how many videos turn into others, over the lasting change early on.
 
 Finished evaluations are kept in the journals of `benchmarks.search`, so an interrupted run goes on and the two share
@@ -13,15 +14,14 @@ them, one running after the other. Writes OUT/belief.md.
 """
 
 import argparse
-import math
 import multiprocessing
 from pathlib import Path
-from typing import List, NamedTuple, Sequence, Tuple
+from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.stats import binomtest
+from scipy.stats import chi2
 
 from benchmarks.reference.load import STEPS, calibration_prompts
 from benchmarks.reference.paths import CHECKPOINT
@@ -29,7 +29,17 @@ from benchmarks.search import NAMES, RATIOS, TURNED, Bench, Case
 from osaccel.cache.executor import HiddenStates
 from osaccel.search import cache_search, error_model, probes
 from osaccel.search.boundaries import Boundaries
-from osaccel.search.cache_search import MAX_INTERVAL, Candidate, Variation, candidates, features
+from osaccel.search.cache_search import (
+    MAX_INTERVAL,
+    Belief,
+    Candidate,
+    Goal,
+    Search,
+    Variation,
+    candidates,
+    cost,
+    features,
+)
 from osaccel.search.error_model import Predictions, predictions
 from osaccel.search.observe import watch_blocks
 from osaccel.search.regions import RegionErrors
@@ -44,14 +54,42 @@ SEED, TURN_SEED = 7, 20000
 
 
 class Family(NamedTuple):
-    """The better candidates: `missed` (call, candidate) are log errors over predicted ones."""
+    """Every candidate on every call: errors (call, candidate), what was predicted, and the probes' block forwards."""
+
+    ratio: float
+    pool: Sequence[Candidate]
+    blocks: int
+    steps: int
+    errors: np.ndarray
+    predicted: Sequence[Predictions]
+    probed: Sequence[int]
+
+    def better(self) -> "Missed":
+        """What the predictions of the better candidates missed."""
+        logs = np.log(self.errors)
+        better = np.argsort(logs.mean(0), kind="stable")[: int(BETTER * len(self.pool))]
+        missed = logs - np.log([one.errors for one in self.predicted])
+        return Missed(features(self.pool, self.blocks, self.steps)[better], missed[:, better])
+
+
+class Missed(NamedTuple):
+    """Of some candidates, log errors over predicted ones (call, candidate)."""
 
     features: np.ndarray
-    missed: np.ndarray
+    values: np.ndarray
 
 
-def predicted(bench: Bench, pool: Sequence[Candidate], case: Case) -> Predictions:
-    """What a search predicts from this call."""
+class Turning(NamedTuple):
+    """How many videos turned, of how many, how large their errors are, and the share that is predicted with TURNS 1."""
+
+    candidate: Candidate
+    errors: List[float]
+    videos: int
+    share: float
+
+
+def predicted(bench: Bench, pool: Sequence[Candidate], case: Case) -> Tuple[Predictions, int]:
+    """What a search predicts from this call, and the block forwards of its probes."""
     replay, errors = Replay(bench.call(case)), RegionErrors(len(bench.blocks), MAX_INTERVAL - 1)
     replay.boundaries = Boundaries()
     states = HiddenStates(NAMES)
@@ -59,29 +97,63 @@ def predicted(bench: Bench, pool: Sequence[Candidate], case: Case) -> Prediction
         lambda g: watch_blocks(bench.blocks, g.clock, states, errors.observe, replay.boundaries.observe), decode=False
     )
     grams = errors.tensor(bench.steps).numpy()
-    gains, _ = probes.measure(replay, grams, [c.start for c in pool], [c.stop for c in pool], Team())
-    return predictions(pool, grams, gains)
+    gains, spent = probes.measure(replay, grams, [c.start for c in pool], [c.stop for c in pool], Team())
+    return predictions(pool, grams, gains), spent
 
 
-def family(bench: Bench, pool: Sequence[Candidate], cases: Sequence[Case], found: Sequence[Predictions]) -> Family:
-    """Every candidate on every call."""
-    logs = []
+def family(bench: Bench, ratio: float, cases: Sequence[Case]) -> Family:
+    pool = candidates(len(bench.blocks), bench.steps, ratio)
+    found, probed = zip(*(predicted(bench, pool, case) for case in cases))
+    errors = []
     for case in cases:
-        logs.append([math.log(bench.error(candidate, case)) for candidate in pool])
+        errors.append([bench.error(candidate, case) for candidate in pool])
         bench.forget(case)
-    errors = np.array(logs)
-    better = np.argsort(errors.mean(0), kind="stable")[: int(BETTER * len(pool))]
-    missed = errors - np.log([one.errors for one in found])
-    return Family(features(pool, len(bench.blocks), bench.steps)[better], missed[:, better])
+    return Family(ratio, pool, len(bench.blocks), bench.steps, np.array(errors), found, probed)
 
 
-def unlikelihood(family: Family, missed: Variation, call: Variation) -> float:
+def searched(family: Family, number: int, missed: Variation, call: Variation) -> int:
+    """The place in the pool of what a search on this call finds that believes so and gives no candidate up early."""
+    pool, found = family.pool, family.predicted[number]
+    search = Search(
+        pool, found.errors, family.blocks, family.steps, Goal(family.ratio), overhead=family.probed[number],
+        turned=found.turned,
+    )  # fmt: skip
+    search.belief = Belief(pool, found.errors, family.blocks, family.steps, 1, missed, call)
+    round_ = search.next_round()
+    while round_:
+        for candidate in round_:
+            error = float(family.errors[number, pool.index(candidate)])
+            search.add({
+                "config": candidate.config.to_dict(), "error": error, "abandoned": False, "projected": None,
+                "block_forwards": cost(candidate, family.blocks, family.steps),
+            })  # fmt: skip
+        round_ = search.next_round()
+    choice = search.choice()
+    assert choice is not None, "every candidate has an error"
+    return pool.index(choice)
+
+
+def losses(families: Sequence[Family], choose: Callable[[Family, int], int]) -> Tuple[float, float]:
+    """How much larger the error of what is chosen from one call is than the least: on it; on the others, with what is
+    expected of videos that turn. Means over calls and families."""
+    own, other = [], []
+    for family in families:
+        turned = np.mean([one.turned for one in family.predicted], axis=0)
+        for number, errors in enumerate(family.errors):
+            place = choose(family, number)
+            elsewhere = np.delete(family.errors, number, axis=0).mean(0) + turned
+            own.append(errors[place] / errors.min() - 1)
+            other.append(elsewhere[place] / elsewhere.min() - 1)
+    return float(np.mean(own)), float(np.mean(other))
+
+
+def unlikelihood(family: Missed, missed: Variation, call: Variation) -> float:
     """-log of the likelihood of a family's errors, up to a constant; what all candidates share is left out."""
-    calls, count = family.missed.shape
+    calls, count = family.values.shape
     over_candidates, over_calls = contrasts(count), contrasts(calls)
     own = over_candidates.T @ call.covariance(family.features, family.features) @ over_candidates
     shared = over_candidates.T @ missed.covariance(family.features, family.features) @ over_candidates + own / calls
-    values = family.missed @ over_candidates
+    values = family.values @ over_candidates
     return _unlikelihood(own, over_calls.T @ values) + _unlikelihood(shared, values.mean(0, keepdims=True))
 
 
@@ -96,7 +168,7 @@ def contrasts(count: int) -> np.ndarray:
     return np.linalg.svd(np.eye(count) - 1 / count)[0][:, : count - 1]
 
 
-def fit(families: Sequence[Family]) -> Tuple[Variation, Variation]:
+def fit(families: Sequence[Missed]) -> Tuple[Variation, Variation]:
     """The variations, of predictions and of calls, under which all families' errors are most likely."""
 
     def split(logs: np.ndarray) -> Tuple[Variation, Variation]:
@@ -112,47 +184,65 @@ def fit(families: Sequence[Family]) -> Tuple[Variation, Variation]:
     return split(found.x)
 
 
-def run_ratio(options: argparse.Namespace, ratio: float) -> Tuple[Family, List[str]]:
-    """The family's errors, and what is to be said of turned videos."""
+def run_ratio(options: argparse.Namespace, ratio: float) -> Tuple[Family, Optional[Turning]]:
+    """The family's errors, and the turned videos where the ratio has a configuration to look at."""
     torch.set_num_threads(1)
     bench = Bench(options.steps, options.checkpoint, Path(f"{options.out}/search-{options.steps}-{ratio:g}.journal"))
-    pool = candidates(len(bench.blocks), bench.steps, ratio)
     cases = [Case(text, SEED + number) for number, text in enumerate(calibration_prompts(options.calls))]
-    found = [predicted(bench, pool, case) for case in cases]
-    lines = []
+    whole, turning = family(bench, ratio, cases), None
     if ratio in EARLY:
-        expected = float(np.mean([one.turned[pool.index(EARLY[ratio])] for one in found]))
-        lines.append(turned(bench, EARLY[ratio], options.videos, expected))
-    return family(bench, pool, cases, found), lines
+        shares = [one.turned[whole.pool.index(EARLY[ratio])] for one in whole.predicted]
+        turning = turned(bench, EARLY[ratio], options.videos, float(np.mean(shares)) / error_model.TURNS)
+    return whole, turning
 
 
-def turned(bench: Bench, candidate: Candidate, videos: int, expected: float) -> str:
-    """How many videos turn, against the share that is predicted."""
-    cases = [Case(text, TURN_SEED + number) for number, text in enumerate(calibration_prompts(videos))]
-    count = 0
-    for case in cases:
-        count += bench.error(candidate, case) > TURNED
+def turned(bench: Bench, candidate: Candidate, videos: int, share: float) -> Turning:
+    errors = []
+    for number, text in enumerate(calibration_prompts(videos)):
+        case = Case(text, TURN_SEED + number)
+        errors.append(bench.error(candidate, case))
         bench.forget(case)
-    share = binomtest(count, len(cases)).proportion_ci(method="wilson")
-    return (
-        f"| {candidate.start}, {candidate.stop - candidate.start}, {candidate.first}, {candidate.interval} | "
-        f"{count} of {len(cases)} | {100 * count / len(cases):.2f} % [{100 * share.low:.2f}, {100 * share.high:.2f}] | "
-        f"{100 * expected:.2f} % |"
-    )
+    return Turning(candidate, [error for error in errors if error > TURNED], len(errors), share)
 
 
-def report(options: argparse.Namespace, families: Sequence[Family], lines: Sequence[str]) -> str:
-    counts = ", ".join(str(family.missed.shape[1]) for family in families)
+def report(options: argparse.Namespace, families: Sequence[Family], turning: Sequence[Turning]) -> str:
+    better = [family.better() for family in families]
+    best, used = fit(better), (cache_search.MISSED, cache_search.CALL)
+    counts = ", ".join(str(missed.values.shape[1]) for missed in better)
     table = [f"Smooth part, length and own part that fit best, {counts} candidates:", ""]
     table += ["| calls | MISSED | CALL |", "|---|---|---|"]
-    table.append(_row(f"all {options.calls}", *fit(families)))
+    table.append(_row(f"all {options.calls}", *best))
     for left_out in range(options.calls):
-        rest = [family._replace(missed=np.delete(family.missed, left_out, axis=0)) for family in families]
+        rest = [missed._replace(values=np.delete(missed.values, left_out, axis=0)) for missed in better]
         table.append(_row(f"all but number {left_out + 1}", *fit(rest)))
-    table.append(_row("in use", cache_search.MISSED, cache_search.CALL))
-    table += ["", f"Turned into another video, predicted with TURNS = {error_model.TURNS:g}:", ""]
-    table += ["| start, blocks, step, interval | turned | share [95 %] | predicted |", "|---|---|---|---|", *lines]
+    table.append(_row("in use", *used))
+    table += ["", "Searches on one call each, error over the least one:", ""]
+    table += ["| believing | on the call | on the others, with turned ones |", "|---|---|---|"]
+    choices: List[Tuple[str, Callable[[Family, int], int]]] = [
+        ("what fits best", lambda family, number: searched(family, number, *best)),
+        ("what is in use", lambda family, number: searched(family, number, *used)),
+        ("the call alone: brute force", lambda family, number: int(family.errors[number].argmin())),
+    ]
+    for name, choose in choices:
+        own, other = losses(families, choose)
+        table.append(f"| {name} | {100 * own:+.1f} % | {100 * other:+.1f} % |")
+    table += ["", "Videos that turned into others:", ""]
+    table += ["| start, blocks, step, interval | turned | their errors | expected with TURNS 1 |", "|---|---|---|---|"]
+    table += [_turning_row(one) for one in turning]
+    count, expected = sum(len(one.errors) for one in turning), sum(one.share * one.videos for one in turning)
+    # The exact interval of a Poisson count (Garwood 1936).
+    least, most = np.nan_to_num(chi2.ppf([0.025, 0.975], [2 * count, 2 * count + 2]) / 2) / expected
+    table += ["", f"TURNS: {count / expected:.2f} [{least:.2f}, {most:.2f}], in use {error_model.TURNS:g}"]
     return "\n".join(table) + "\n"
+
+
+def _turning_row(one: Turning) -> str:
+    config = one.candidate.config
+    numbers = config.cache_block_start, config.cache_num_blocks, config.cache_step_start, config.cache_step_interval
+    return (
+        f"| {', '.join(map(str, numbers))} | {len(one.errors)} of {one.videos} | "
+        f"{', '.join(f'{error:.2f}' for error in sorted(one.errors))} | {one.share * one.videos:.1f} |"
+    )
 
 
 def _row(name: str, *variations: Variation) -> str:
@@ -174,8 +264,8 @@ def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(RATIOS))) as pool:
-        families, lines = zip(*pool.starmap(run_ratio, [(options, ratio) for ratio in RATIOS], chunksize=1))
-    text = report(options, families, [line for group in lines for line in group])
+        families, turning = zip(*pool.starmap(run_ratio, [(options, ratio) for ratio in RATIOS], chunksize=1))
+    text = report(options, families, [one for one in turning if one])
     (options.out / "belief.md").write_text(text)
     print(text)
 

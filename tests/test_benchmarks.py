@@ -207,7 +207,17 @@ def test_the_variations_of_predictions_and_calls_are_found_again():
     for _ in range(6):
         shared, own = (np.linalg.cholesky(v.covariance(places, places)) for v in (missed, call))
         values = [shared @ draw.normal(size=60)] + [own @ draw.normal(size=60) for _ in range(4)]
-        families.append(belief.Family(places, 3.0 + values[0] + np.array(values[1:])))
+        families.append(belief.Missed(places, 3.0 + values[0] + np.array(values[1:])))
     found, found_call = belief.fit(families)
     assert found[:2] == pytest.approx(missed[:2], rel=0.3) and found.own < 0.05
     assert found_call == pytest.approx(call, rel=0.3)
+
+
+def test_searches_are_replayed_on_the_errors_of_whole_families(tmp_path):
+    bench = search.Bench(6, search.CHECKPOINT, tmp_path / "families.journal")
+    family = belief.family(bench, 1.3, [search.Case(PROMPT, SEED), search.Case(heldout_prompts(2)[1], 2)])
+    assert family.errors.shape == (2, len(search.candidates(12, 6, 1.3)))
+    found = belief.searched(family, 0, belief.cache_search.MISSED, belief.cache_search.CALL)
+    assert family.errors[0, found] < np.median(family.errors[0])
+    own, other = belief.losses([family], lambda family, number: int(family.errors[number].argmin()))
+    assert own == 0 and other >= 0

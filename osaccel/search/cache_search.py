@@ -20,8 +20,6 @@ BUDGET = 6.0
 MAX_VERIFIED = 32
 # A candidate is as promising as its expected log error less so many of its standard deviations.
 OPTIMISM = 1.0
-# The relative error of a video that turned into another one: that of two videos with nothing in common would be 1.4.
-TURNED_ERROR = 0.9
 
 
 class SearchError(RuntimeError):
@@ -102,8 +100,8 @@ class Variation(NamedTuple):
 
 
 # What is believed before any error is measured: how far predictions are off, and how much the errors of one call differ
-# from those on average over prompts and noise. About what `python -m benchmarks.belief` fits; it varies with the calls
-# that are looked at, and what is found depends little on it.
+# from those on average over prompts and noise. `python -m benchmarks.belief` fits both, each time to a few calls of one
+# model; here predictions are trusted less and calls more, which finds better ones in the searches that it replays.
 MISSED, CALL = Variation(0.4, 0.4, 0.024), Variation(0.2, 0.6, 0.035)
 
 
@@ -114,24 +112,35 @@ class Belief:
     peculiar to the calls these ran on is shared by neighbours, too, and says little of which of them is best.
     """
 
-    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, calls: int = 1):
+    def __init__(
+        self,
+        pool: Sequence[Candidate],
+        scores: np.ndarray,
+        num_blocks: int,
+        num_steps: int,
+        calls: int = 1,
+        missed: Variation = MISSED,
+        call: Variation = CALL,
+    ):
         self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
         usable = np.isfinite(scores) & (scores > 0)
         floor = np.min(scores[usable]) if usable.any() else 1.0
         self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
         self.features = features(self.pool, num_blocks, num_steps)
-        self.calls = calls
+        self.calls, self.missed, self.call = calls, missed, call
 
     def estimate(self, measured: Dict[Candidate, float]) -> Tuple[np.ndarray, np.ndarray]:
         """Expected log error on average over calls, and its standard deviation, per candidate."""
         known = [(self.index[c], math.log(error)) for c, error in measured.items() if c in self.index and error > 0]
-        before = MISSED.smooth**2 + MISSED.own**2
+        before = self.missed.smooth**2 + self.missed.own**2
         if not known:
             return self.log_scores, np.full(len(self.pool), math.sqrt(before))
         rows = [index for index, _ in known]
         residual = np.array([log for _, log in known]) - self.log_scores[rows]
-        across = MISSED.covariance(self.features, self.features[rows])
-        solve = np.linalg.inv(across[rows] + CALL.covariance(self.features[rows], self.features[rows]) / self.calls)
+        across = self.missed.covariance(self.features, self.features[rows])
+        solve = np.linalg.inv(
+            across[rows] + self.call.covariance(self.features[rows], self.features[rows]) / self.calls
+        )
         # One common offset with a wide prior: the prediction has no unit.
         ones = np.ones(len(rows))
         offset = ones @ solve @ residual / (ones @ solve @ ones)
@@ -263,8 +272,8 @@ class Search:
         return min(finished, key=lambda c: (finished[c]["error"] > 0, losses[c], c), default=None)
 
     def _losses(self, log_errors: np.ndarray) -> np.ndarray:
-        """(candidate,): the mean error over videos, those that turn included."""
-        return np.exp(log_errors) + TURNED_ERROR * self.turned
+        """(candidate,): the mean error over videos; that of one that turned into another is about 1."""
+        return np.exp(log_errors) + self.turned
 
     def expected(self) -> Dict[Candidate, Dict[str, float]]:
         """Of every candidate, by all that was measured: `expected_error` of a video that stays the same, on average

@@ -18,9 +18,9 @@ import numpy as np
 
 from osaccel.search.cache_search import Candidate
 
-# The share of videos that turn, over the lasting change that is made in the first EARLY of the steps. A rough figure
-# from the few videos of the miniature that turned: for what is found at 1.8 it gives 1.9 %, and of 300 turned 1.3 %.
-TURNS, EARLY = 2.0, 0.3
+# The share of videos that turn, over the lasting change that is made in the first EARLY of the steps. Not well known,
+# as few turn: `python -m benchmarks.belief` gives it from 600 calibration videos.
+TURNS, EARLY = 1.0, 0.3
 
 
 class Gains(NamedTuple):
