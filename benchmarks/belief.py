@@ -6,8 +6,10 @@
 `MISSED` and `CALL` of `osaccel.search.cache_search`: how log errors differ from predicted ones, on average over calls
 and from call to call. Every candidate of the families of three speed-ups runs on a few calls; the two are what makes
 the errors of the better candidates of each family most likely. What searches find that believe so is compared with what
-those find that believe what is in use. `TURNS` of `osaccel.search.error_model`: configurations
-that reuse at high noise run on many prompts; how many videos turn into others, over the lasting change early on.
+those find that believe what is in use.
+
+`TURNS` of `osaccel.search.error_model`: configurations that reuse at high noise run on many prompts; how many videos
+turn into others, over the lasting change early on.
 
 Finished evaluations are kept in the journals of `benchmarks.search`, so an interrupted run goes on and the two share
 them, one running after the other. Writes OUT/belief.md.

@@ -3,6 +3,7 @@
 
     python -m benchmarks.search --jobs 2          ratios 1.3, 1.5, 1.8, one process each, 100 steps
     python -m benchmarks.search --ratios 1.5      one ratio; --table only writes the table of what is there
+    ... --first 300 --heldout 552                 on held-out videos 300 to 851; nothing was chosen on these
 
 Every error is one of final latents, relative to the plain generation with the same noise; costs are transformer block
 forwards. Brute force evaluates the whole family, each candidate resumed exactly from the recorded plain generation;
