@@ -211,6 +211,7 @@ def compare(
     return {
         "rows": rows,
         "heldout": len(heldout),
+        "first_seed": heldout[0].seed,
         "family": len(pool),
         "rank": 1 + order.index(own.candidate),
         "heldout_ranks": ranks,
@@ -281,10 +282,10 @@ def table(results: Dict[str, Any]) -> str:
     ]
     for ratio, result in results.items():
         lines += [_line(ratio, method, result["rows"][method]) for method in METHODS]
-    videos = ", ".join(str(result["heldout"]) for result in results.values())
+    videos = ", ".join(f"{result['heldout']} from seed {result['first_seed']} on" for result in results.values())
     lines += [
         "",
-        f"On held-out videos ({videos} of them):",
+        f"On held-out videos ({videos}):",
         "",
         "| ratio | method | mean error [95 %] | ours over it [95 %] | typical error | ours over it [95 %] | "
         "turned into another video |",
