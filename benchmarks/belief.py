@@ -16,24 +16,26 @@ them, one running after the other. Writes OUT/belief.md.
 """
 
 import argparse
-import multiprocessing
-from pathlib import Path
 from typing import Callable, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
-import torch
 from scipy.optimize import minimize
 from scipy.stats import chi2
 
-from benchmarks.reference.load import STEPS, calibration_prompts
-from benchmarks.reference.paths import CHECKPOINT
-from benchmarks.search import NAMES, RATIOS, TURNED, Bench, Case
-from osaccel.cache.executor import HiddenStates
+from benchmarks.search import (
+    RATIOS,
+    TURNED,
+    Bench,
+    Case,
+    calibration_cases,
+    each_ratio,
+    numbers_of,
+    open_bench,
+    parser,
+)
 from osaccel.search import cache_search, error_model, probes
-from osaccel.search.boundaries import Boundaries
 from osaccel.search.cache_search import (
     MAX_INTERVAL,
-    Belief,
     Candidate,
     Goal,
     Search,
@@ -43,16 +45,17 @@ from osaccel.search.cache_search import (
     features,
 )
 from osaccel.search.error_model import Predictions, predictions
-from osaccel.search.observe import watch_blocks
 from osaccel.search.regions import RegionErrors
-from osaccel.search.replay import Replay
 from osaccel.search.team import Team
 
 # Of each family, the share of candidates that a search may end at; what is far worse does not follow the same rules.
 BETTER = 0.3
 # Configurations that reuse from the first steps on.
-EARLY = {1.5: Candidate(4, 12, 0, 2), 1.8: Candidate(0, 11, 1, 2)}
+REUSING_EARLY = {1.5: Candidate(4, 12, 0, 2), 1.8: Candidate(0, 11, 1, 2)}
 SEED, TURN_SEED = 7, 20000
+
+# Of predictions and of calls.
+Pair = Tuple[Variation, Variation]
 
 
 class Family(NamedTuple):
@@ -92,12 +95,8 @@ class Turning(NamedTuple):
 
 def predicted(bench: Bench, pool: Sequence[Candidate], case: Case) -> Tuple[Predictions, int]:
     """What a search predicts from this call, and the block forwards of its probes."""
-    replay, errors = Replay(bench.call(case)), RegionErrors(len(bench.blocks), MAX_INTERVAL - 1)
-    replay.boundaries = Boundaries()
-    states = HiddenStates(NAMES)
-    replay.record(
-        lambda g: watch_blocks(bench.blocks, g.clock, states, errors.observe, replay.boundaries.observe), decode=False
-    )
+    errors = RegionErrors(len(bench.blocks), MAX_INTERVAL - 1)
+    replay = bench.record(case, errors.observe)
     grams = errors.tensor(bench.steps).numpy()
     gains, spent = probes.measure(replay, grams, [c.start for c in pool], [c.stop for c in pool], Team())
     return predictions(pool, grams, gains), spent
@@ -105,12 +104,12 @@ def predicted(bench: Bench, pool: Sequence[Candidate], case: Case) -> Tuple[Pred
 
 def family(bench: Bench, ratio: float, cases: Sequence[Case]) -> Family:
     pool = candidates(len(bench.blocks), bench.steps, ratio)
-    found, probed = zip(*(predicted(bench, pool, case) for case in cases))
-    errors = []
+    found, errors = [], []
     for case in cases:
+        found.append(predicted(bench, pool, case))
         errors.append([bench.error(candidate, case) for candidate in pool])
         bench.forget(case)
-    return Family(ratio, pool, len(bench.blocks), bench.steps, np.array(errors), found, probed)
+    return Family(ratio, pool, len(bench.blocks), bench.steps, np.array(errors), *zip(*found))
 
 
 def searched(family: Family, number: int, missed: Variation, call: Variation) -> int:
@@ -120,13 +119,13 @@ def searched(family: Family, number: int, missed: Variation, call: Variation) ->
         pool, found.errors, family.blocks, family.steps, Goal(family.ratio), overhead=family.probed[number],
         turned=found.turned,
     )  # fmt: skip
-    search.belief = Belief(pool, found.errors, family.blocks, family.steps, 1, missed, call)
+    search.belief.missed, search.belief.call = missed, call
     round_ = search.next_round()
     while round_:
         for candidate in round_:
             error = float(family.errors[number, pool.index(candidate)])
             search.add({
-                "config": candidate.config.to_dict(), "error": error, "abandoned": False, "projected": None,
+                "config": candidate.config.to_dict(), "error": error, "abandoned": False,
                 "block_forwards": cost(candidate, family.blocks, family.steps),
             })  # fmt: skip
         round_ = search.next_round()
@@ -170,10 +169,10 @@ def contrasts(count: int) -> np.ndarray:
     return np.linalg.svd(np.eye(count) - 1 / count)[0][:, : count - 1]
 
 
-def fit(families: Sequence[Missed]) -> Tuple[Variation, Variation]:
+def fit(families: Sequence[Missed]) -> Pair:
     """The variations, of predictions and of calls, under which all families' errors are most likely."""
 
-    def split(logs: np.ndarray) -> Tuple[Variation, Variation]:
+    def split(logs: np.ndarray) -> Pair:
         values = np.exp(logs).tolist()
         return Variation(*values[:3]), Variation(*values[3:])
 
@@ -188,37 +187,43 @@ def fit(families: Sequence[Missed]) -> Tuple[Variation, Variation]:
 
 def run_ratio(options: argparse.Namespace, ratio: float) -> Tuple[Family, Optional[Turning]]:
     """The family's errors, and the turned videos where the ratio has a configuration to look at."""
-    torch.set_num_threads(1)
-    bench = Bench(options.steps, options.checkpoint, Path(f"{options.out}/search-{options.steps}-{ratio:g}.journal"))
-    cases = [Case(text, SEED + number) for number, text in enumerate(calibration_prompts(options.calls))]
-    whole, turning = family(bench, ratio, cases), None
-    if ratio in EARLY:
-        shares = [one.turned[whole.pool.index(EARLY[ratio])] for one in whole.predicted]
-        turning = turned(bench, EARLY[ratio], options.videos, float(np.mean(shares)) / error_model.TURNS)
+    bench = open_bench(options, ratio)
+    whole, turning = family(bench, ratio, calibration_cases(options.calls, SEED)), None
+    if ratio in REUSING_EARLY:
+        candidate = REUSING_EARLY[ratio]
+        shares = [one.turned[whole.pool.index(candidate)] for one in whole.predicted]
+        turning = turned(bench, candidate, options.videos, float(np.mean(shares)) / error_model.TURNS)
     return whole, turning
 
 
 def turned(bench: Bench, candidate: Candidate, videos: int, share: float) -> Turning:
     errors = []
-    for number, text in enumerate(calibration_prompts(videos)):
-        case = Case(text, TURN_SEED + number)
+    for case in calibration_cases(videos, TURN_SEED):
         errors.append(bench.error(candidate, case))
         bench.forget(case)
     return Turning(candidate, [error for error in errors if error > TURNED], len(errors), share)
 
 
-def report(options: argparse.Namespace, families: Sequence[Family], turning: Sequence[Turning]) -> str:
+def report(calls: int, families: Sequence[Family], turning: Sequence[Turning]) -> str:
     better = [family.better() for family in families]
     best, used = fit(better), (cache_search.MISSED, cache_search.CALL)
+    table = [*_fits(calls, better, best, used), "", *_searches(families, best, used), "", *_turns(turning)]
+    return "\n".join(table) + "\n"
+
+
+def _fits(calls: int, better: Sequence[Missed], best: Pair, used: Pair) -> List[str]:
     counts = ", ".join(str(missed.values.shape[1]) for missed in better)
     table = [f"Smooth part, length and own part that fit best, {counts} candidates:", ""]
     table += ["| calls | MISSED | CALL |", "|---|---|---|"]
-    table.append(_row(f"all {options.calls}", *best))
-    for left_out in range(options.calls):
+    table.append(_row(f"all {calls}", *best))
+    for left_out in range(calls):
         rest = [missed._replace(values=np.delete(missed.values, left_out, axis=0)) for missed in better]
         table.append(_row(f"all but number {left_out + 1}", *fit(rest)))
-    table.append(_row("in use", *used))
-    table += ["", "Searches on one call each, error over the least one:", ""]
+    return [*table, _row("in use", *used)]
+
+
+def _searches(families: Sequence[Family], best: Pair, used: Pair) -> List[str]:
+    table = ["Searches on one call each, error over the least one:", ""]
     table += ["| believing | on the call | on the others, with turned ones |", "|---|---|---|"]
     choices: List[Tuple[str, Callable[[Family, int], int]]] = [
         ("what fits best", lambda family, number: searched(family, number, *best)),
@@ -228,21 +233,22 @@ def report(options: argparse.Namespace, families: Sequence[Family], turning: Seq
     for name, choose in choices:
         own, other = losses(families, choose)
         table.append(f"| {name} | {100 * own:+.1f} % | {100 * other:+.1f} % |")
-    table += ["", "Videos that turned into others:", ""]
+    return table
+
+
+def _turns(turning: Sequence[Turning]) -> List[str]:
+    table = ["Videos that turned into others:", ""]
     table += ["| start, blocks, step, interval | turned | their errors | expected with TURNS 1 |", "|---|---|---|---|"]
     table += [_turning_row(one) for one in turning]
     count, expected = sum(len(one.errors) for one in turning), sum(one.share * one.videos for one in turning)
     # The exact interval of a Poisson count (Garwood 1936).
     least, most = np.nan_to_num(chi2.ppf([0.025, 0.975], [2 * count, 2 * count + 2]) / 2) / expected
-    table += ["", f"TURNS: {count / expected:.2f} [{least:.2f}, {most:.2f}], in use {error_model.TURNS:g}"]
-    return "\n".join(table) + "\n"
+    return [*table, "", f"TURNS: {count / expected:.2f} [{least:.2f}, {most:.2f}], in use {error_model.TURNS:g}"]
 
 
 def _turning_row(one: Turning) -> str:
-    config = one.candidate.config
-    numbers = config.cache_block_start, config.cache_num_blocks, config.cache_step_start, config.cache_step_interval
     return (
-        f"| {', '.join(map(str, numbers))} | {len(one.errors)} of {one.videos} | "
+        f"| {numbers_of(one.candidate.config.to_dict())} | {len(one.errors)} of {one.videos} | "
         f"{', '.join(f'{error:.2f}' for error in sorted(one.errors))} | {one.share * one.videos:.1f} |"
     )
 
@@ -252,22 +258,17 @@ def _row(name: str, *variations: Variation) -> str:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--calls", type=int, default=5, help="calls that run every family")
-    parser.add_argument("--videos", type=int, default=300, help="calibration prompts for turned videos (392 exist)")
-    parser.add_argument("--jobs", type=int, default=1, help="speed-ups at a time")
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
+    own = parser(__doc__.splitlines()[0])
+    own.add_argument("--calls", type=int, default=5, help="calls that run every family")
+    own.add_argument("--videos", type=int, default=300, help="calibration prompts for turned videos (392 exist)")
+    return own.parse_args()
 
 
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
-    with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(RATIOS))) as pool:
-        families, turning = zip(*pool.starmap(run_ratio, [(options, ratio) for ratio in RATIOS], chunksize=1))
-    text = report(options, families, [one for one in turning if one])
+    families, turning = zip(*each_ratio(run_ratio, options, RATIOS))
+    text = report(options.calls, families, [one for one in turning if one])
     (options.out / "belief.md").write_text(text)
     print(text)
 

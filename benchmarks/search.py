@@ -71,7 +71,7 @@ class Bench:
         self.pipeline, self.steps = load_pipeline(checkpoint=checkpoint), steps
         self.blocks = list(self.pipeline.transformer.transformer_blocks)
         self.replays: Dict[Case, Replay] = {}
-        bound = fingerprint.of_search(self.call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
+        bound = fingerprint.of_search(self._call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
         self.journal = Journal(str(journal), json.loads(json.dumps(bound)))
         if self.journal.started_anew:
             print(f"{journal}: starting anew: {self.journal.started_anew}", flush=True)
@@ -85,16 +85,20 @@ class Bench:
     def arguments(self, prompt: str) -> Dict[str, Any]:
         return dict(SIZE, prompt=prompt, num_inference_steps=self.steps, guidance_scale=GUIDANCE)
 
-    def call(self, case: Case) -> Call:
+    def _call(self, case: Case) -> Call:
         torch.manual_seed(case.seed)
         return Call(type(self.pipeline).__call__, self.pipeline, (self.pipeline,), self.arguments(case.prompt))
 
     def replay(self, case: Case) -> Replay:
-        if case not in self.replays:
-            replay = self.replays[case] = Replay(self.call(case))
-            states = HiddenStates(NAMES)
-            replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, replay.boundaries.observe), decode=False)
-        return self.replays[case]
+        return self.replays[case] if case in self.replays else self.record(case)
+
+    def record(self, case: Case, *observers: Callable[..., None]) -> Replay:
+        """Anew, its blocks watched by `observers` too."""
+        replay, states = Replay(self._call(case)), HiddenStates(NAMES)
+        observers = (replay.boundaries.observe, *observers)
+        replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, *observers), decode=False)
+        self.replays[case] = replay
+        return replay
 
     def forget(self, case: Case) -> None:
         """Its recording is not needed any more; what was evaluated stays known."""
@@ -313,13 +317,17 @@ def table(results: Dict[str, Any]) -> str:
 
 
 def _line(ratio: str, method: str, row: Dict[str, Any]) -> str:
-    keys = ("cache_block_start", "cache_num_blocks", "cache_step_start", "cache_step_interval")
-    config = ", ".join(str(row["config"][key]) for key in keys)
     return (
-        f"| {ratio} | {method} | {config} | {row['speed_up']:.3f} | {row['calibration_error']:.5f} | "
-        f"{100 * row['over_best']:+.1f} % | {row['evaluations']} | {row['block_forwards']} | "
-        f"{row['plain_generations']:.2f} |"
+        f"| {ratio} | {method} | {numbers_of(row['config'])} | {row['speed_up']:.3f} | "
+        f"{row['calibration_error']:.5f} | {100 * row['over_best']:+.1f} % | {row['evaluations']} | "
+        f"{row['block_forwards']} | {row['plain_generations']:.2f} |"
     )
+
+
+def numbers_of(config: Dict[str, int]) -> str:
+    """Start, blocks, step, interval."""
+    keys = ("cache_block_start", "cache_num_blocks", "cache_step_start", "cache_step_interval")
+    return ", ".join(str(config[key]) for key in keys)
 
 
 def _heldout_line(ratio: str, method: str, row: Dict[str, Any]) -> str:
@@ -336,14 +344,33 @@ def _heldout_line(ratio: str, method: str, row: Dict[str, Any]) -> str:
 
 
 def run_ratio(options: argparse.Namespace, ratio: float) -> None:
-    torch.set_num_threads(1)
-    stem = options.out / f"search-{options.steps}-{ratio:g}"
-    bench = Bench(options.steps, options.checkpoint, Path(f"{stem}.journal"))
-    cases = [Case(text, options.seed + number) for number, text in enumerate(calibration_prompts(MORE))]
+    bench, cases = open_bench(options, ratio), calibration_cases(MORE, options.seed)
     prompts, numbers = heldout_prompts(HELDOUT), range(options.first, options.first + options.heldout)
     heldout = [Case(prompts[number % len(prompts)], 1000 + number) for number in numbers]
     result = compare(bench, ratio, cases, heldout, heldout[: options.rank_prompts])
-    formats.write_json(f"{stem}.json", {"steps": options.steps, "ratio": ratio, **result})
+    formats.write_json(f"{_stem(options, ratio)}.json", {"steps": options.steps, "ratio": ratio, **result})
+
+
+def open_bench(options: argparse.Namespace, ratio: float) -> Bench:
+    return Bench(options.steps, options.checkpoint, Path(f"{_stem(options, ratio)}.journal"))
+
+
+def _stem(options: argparse.Namespace, ratio: float) -> Path:
+    return options.out / f"search-{options.steps}-{ratio:g}"
+
+
+def calibration_cases(count: int, seed: int) -> List[Case]:
+    return [Case(text, seed + number) for number, text in enumerate(calibration_prompts(count))]
+
+
+def each_ratio(run: Callable[..., Any], options: argparse.Namespace, ratios: Sequence[float]) -> List[Any]:
+    """`run(options, ratio)` of every ratio, `options.jobs` at a time.
+
+    In processes of their own, of one thread each: two searches in one would share its random state.
+    """
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(min(options.jobs, len(ratios)), torch.set_num_threads, (1,)) as pool:
+        return pool.starmap(run, [(options, ratio) for ratio in ratios], chunksize=1)
 
 
 def write_table(options: argparse.Namespace) -> str:
@@ -357,28 +384,32 @@ def write_table(options: argparse.Namespace) -> str:
     return text
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """What `open_bench` and `each_ratio` need to be told."""
+    shared = argparse.ArgumentParser(description=description)
+    shared.add_argument("--steps", type=int, default=STEPS)
+    shared.add_argument("--jobs", type=int, default=1, help="ratios at a time")
+    shared.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    shared.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    return shared
+
+
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--heldout", type=int, default=120, help="held-out videos for the found configurations")
-    parser.add_argument("--first", type=int, default=0, help="the number of the first of them; leaves out earlier ones")
-    parser.add_argument("--rank-prompts", type=int, default=2, help="of them, how many run the whole family")
-    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
-    parser.add_argument("--jobs", type=int, default=1, help="ratios at a time")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--table", action="store_true", help="evaluate nothing")
-    return parser.parse_args()
+    own = parser(__doc__.splitlines()[0])
+    own.add_argument("--heldout", type=int, default=120, help="held-out videos for the found configurations")
+    own.add_argument("--first", type=int, default=0, help="the number of the first of them; leaves out earlier ones")
+    own.add_argument("--rank-prompts", type=int, default=2, help="of them, how many run the whole family")
+    own.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    own.add_argument("--seed", type=int, default=7)
+    own.add_argument("--table", action="store_true", help="evaluate nothing")
+    return own.parse_args()
 
 
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.table:
-        # Processes of their own: two searches in one would share its random state.
-        with multiprocessing.get_context("spawn").Pool(min(options.jobs, len(options.ratios))) as pool:
-            pool.starmap(run_ratio, [(options, ratio) for ratio in options.ratios], chunksize=1)
+        each_ratio(run_ratio, options, options.ratios)
     print(write_table(options))
 
 

@@ -112,22 +112,13 @@ class Belief:
     peculiar to the calls these ran on is shared by neighbours, too, and says little of which of them is best.
     """
 
-    def __init__(
-        self,
-        pool: Sequence[Candidate],
-        scores: np.ndarray,
-        num_blocks: int,
-        num_steps: int,
-        calls: int = 1,
-        missed: Variation = MISSED,
-        call: Variation = CALL,
-    ):
+    def __init__(self, pool: Sequence[Candidate], scores: np.ndarray, num_blocks: int, num_steps: int, calls: int = 1):
         self.pool, self.index = list(pool), {candidate: number for number, candidate in enumerate(pool)}
         usable = np.isfinite(scores) & (scores > 0)
         floor = np.min(scores[usable]) if usable.any() else 1.0
         self.log_scores = np.log(np.where(np.isfinite(scores), np.maximum(scores, floor), np.inf))
         self.features = features(self.pool, num_blocks, num_steps)
-        self.calls, self.missed, self.call = calls, missed, call
+        self.calls, self.missed, self.call = calls, MISSED, CALL
 
     def estimate(self, measured: Dict[Candidate, float]) -> Tuple[np.ndarray, np.ndarray]:
         """Expected log error on average over calls, and its standard deviation, per candidate."""
@@ -267,9 +258,9 @@ class Search:
         if self.goal.min_psnr is not None:
             return self.best()
         mean, _ = self.belief.estimate(self._measured())
-        losses, finished = dict(zip(self.belief.pool, self._losses(mean).tolist())), self._finished()
+        losses, finished = self._losses(mean), self._finished()
         # No error at all has no logarithm to learn from, and nothing is better.
-        return min(finished, key=lambda c: (finished[c]["error"] > 0, losses[c], c), default=None)
+        return min(finished, key=lambda c: (finished[c]["error"] > 0, losses[self.belief.index[c]], c), default=None)
 
     def _losses(self, log_errors: np.ndarray) -> np.ndarray:
         """(candidate,): the mean error over videos; that of one that turned into another is about 1."""
