@@ -3,12 +3,12 @@
 
     python -m benchmarks.belief --jobs 2
 
-`MISSED` and `CALL` of `osaccel.search.cache_search`: how log errors differ from predicted ones, on average over calls
+`MISSED` and `CALL` of `candidates`: how log errors differ from predicted ones, on average over calls
 and from call to call. Every candidate of the families of three speed-ups runs on a few calls; the two are what makes
 the errors of the better candidates of each family most likely. What searches find that believe so is compared with what
 those find that believe what is in use.
 
-`TURNS` of `osaccel.search.error_model`: configurations that reuse at high noise run on many prompts; how many videos
+`TURNS` of `error_model`: configurations that reuse at high noise run on many prompts; how many videos
 turn into others, over the lasting change early on.
 
 Finished evaluations are kept in the journals of `benchmarks.search`, so an interrupted run goes on and the two share
@@ -33,8 +33,9 @@ from benchmarks.search import (
     open_bench,
     parser,
 )
-from osaccel.search import cache_search, error_model, probes
-from osaccel.search.cache_search import (
+from osaccel.search.dit_cache import candidates as cache_search
+from osaccel.search.dit_cache import error_model, probes
+from osaccel.search.dit_cache.candidates import (
     MAX_INTERVAL,
     Candidate,
     Goal,
@@ -44,8 +45,8 @@ from osaccel.search.cache_search import (
     cost,
     features,
 )
-from osaccel.search.error_model import Predictions, predictions
-from osaccel.search.regions import RegionErrors
+from osaccel.search.dit_cache.error_model import Predictions, predictions
+from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.team import Team
 
 # Of each family, the share of candidates that a search may end at; what is far worse does not follow the same rules.

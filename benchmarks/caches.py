@@ -22,10 +22,10 @@ from benchmarks import masks, packages, rules
 from benchmarks.harness import Arm, Bench, judged, meet_budget, run_arms
 from benchmarks.reference.load import STEPS, calibration_prompts, heldout_prompts, load_pipeline
 from benchmarks.reference.paths import CHECKPOINT
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.formats import read_cache_config
 from osaccel.generation import Generation
+from osaccel.network.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks
 
 WARMUP = 10
 RATIO, RATIOS = 1.6, (1.3, 1.5, 1.8, 2.2)

@@ -20,8 +20,8 @@ from benchmarks.reference.data import CAPTION_WORDS
 from benchmarks.reference.load import GUIDANCE, STEPS, judge
 from benchmarks.schedules import latent_shape
 from osaccel.demo.compare import ssim
-from osaccel.search.denoiser_log import NoiseLevels
-from osaccel.search.evaluate import psnr
+from osaccel.search.dit_cache.evaluate import psnr
+from osaccel.search.timesteps.denoised import NoiseLevels
 
 
 class Arm(NamedTuple):

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from benchmarks.harness import Arm, Bench
-from osaccel.cache.policy import MaskPolicy, Region
 from osaccel.generation import Generation
+from osaccel.network.policy import MaskPolicy, Region
 
 REACH = 8  # most steps between two computed ones
 

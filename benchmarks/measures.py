@@ -14,7 +14,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tupl
 import numpy as np
 import torch
 
-from osaccel.search.denoiser_log import NoiseLevels, cosine_matrix
+from osaccel.search.timesteps.denoised import NoiseLevels, cosine_matrix
 
 MEASURES = ("coupled error", "typical error", "energy distance", "mmd", "low band", "middle band", "high band")
 BANDS = MEASURES[4:]

@@ -20,8 +20,8 @@ from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduli
 
 from benchmarks import measures
 from osaccel.generation import Generation
-from osaccel.search import timesteps
-from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, cosine_matrix
+from osaccel.search.timesteps import lists as timesteps
+from osaccel.search.timesteps.denoised import DenoiserLog, NoiseLevels, cosine_matrix
 
 SHAPE = (4, 3, 8, 8)
 

@@ -22,9 +22,9 @@ from torch import nn
 
 from benchmarks.harness import interval
 from osaccel import hooks
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
+from osaccel.network.policy import IntervalPolicy
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional
 import numpy as np
 import torch
 
-from osaccel.cache.executor import ReplacedForward
+from osaccel.network.regions import ReplacedForward
 
 
 def relative_l1(now: torch.Tensor, before: torch.Tensor) -> float:

@@ -23,8 +23,8 @@ from benchmarks import measures, oracle
 from benchmarks.reference import data, load
 from benchmarks.reference.paths import CHECKPOINT
 from osaccel.generation import Generation
-from osaccel.search import timesteps
-from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels, step_arguments
+from osaccel.search.timesteps import lists as timesteps
+from osaccel.search.timesteps.denoised import DenoiserLog, NoiseLevels, step_arguments
 
 TEACHER_STEPS = 100
 SEEDS_PER_PROMPT = 2

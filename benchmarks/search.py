@@ -30,14 +30,13 @@ from benchmarks.harness import interval
 from benchmarks.reference import data
 from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, load_pipeline
 from benchmarks.reference.paths import CHECKPOINT
-from osaccel import formats
-from osaccel.cache.executor import HiddenStates
-from osaccel.search import fingerprint
-from osaccel.search.cache_search import Candidate, candidate_of, candidates, cost
-from osaccel.search.evaluate import Evaluator
+from osaccel import binding, formats
+from osaccel.network.regions import HiddenStates
+from osaccel.search.dit_cache.candidates import Candidate, candidate_of, candidates, cost
+from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.journal import Journal
-from osaccel.search.observe import watch_blocks
-from osaccel.search.replay import Call, Replay
+from osaccel.search.recording.observe import watch_blocks
+from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.search.team import Team
 from osaccel.settings import Settings
@@ -71,7 +70,7 @@ class Bench:
         self.pipeline, self.steps = load_pipeline(checkpoint=checkpoint), steps
         self.blocks = list(self.pipeline.transformer.transformer_blocks)
         self.replays: Dict[Case, Replay] = {}
-        bound = fingerprint.of_search(self._call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
+        bound = binding.of_search(self._call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
         self.journal = Journal(str(journal), json.loads(json.dumps(bound)))
         if self.journal.started_anew:
             print(f"{journal}: starting anew: {self.journal.started_anew}", flush=True)
@@ -149,7 +148,7 @@ def ours(bench: Bench, ratio: float, cases: Sequence[Case]) -> Found:
                 torch.manual_seed(case.seed)
                 arguments = bench.arguments(case.prompt)
                 session.on_call(type(bench.pipeline).__call__, bench.pipeline, (bench.pipeline,), arguments)
-            report = formats.read_file(fingerprint.report_path(output))
+            report = formats.read_file(binding.report_path(output))
         bench.journal.save(name, report)
     found = candidate_of({"config": report["chosen"]})
     return Found(found, len(report["evaluations"]), report["cost"]["block_forwards"])

@@ -8,7 +8,7 @@ import os
 import tempfile
 from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
-from osaccel.cache.config import CACHE_KEYS, DitCacheConfig, check_cache_value
+from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig, check_cache_value
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # The time axis Open-Sora-Plan is trained on: a searched value x in [0, 1] stands for the timestep 1000 * x.

@@ -13,8 +13,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 import wrapt
 
-from osaccel.cache.executor import BlockCache, HiddenStates, ReplacedForward, StepClock
-from osaccel.cache.policy import Policy, check_regions
+from osaccel.network.policy import Policy, check_regions
+from osaccel.network.regions import BlockCache, HiddenStates, ReplacedForward, StepClock
 
 Interceptor = Callable[[Callable, tuple, dict], Any]
 
@@ -63,7 +63,7 @@ class Generation:
 
     Args:
         pipeline: a diffusers pipeline with a `scheduler`, and transformer blocks at `block_path`.
-        policy: a cache policy (see `osaccel.cache.policy`), or None.
+        policy: a cache policy (see `osaccel.network.policy`), or None.
         timesteps: the searched timesteps, descending, in [0, 1000], or None for the scheduler's own spacing.
         block_path, hidden_states: where the blocks are and what they call their hidden states.
         source: where the cache configuration came from, for error messages.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from osaccel import formats
-from osaccel.cache.config import DitCacheConfig
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.formats import SettingsError, closest
 
 PREFIX = "OSACCEL_"

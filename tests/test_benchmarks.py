@@ -15,7 +15,7 @@ pytest.importorskip("scipy")
 from benchmarks import belief, caches, masks, packages, rules, search  # noqa: E402
 from benchmarks.harness import Arm, Bench, meet_budget  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
-from osaccel.cache.policy import MaskPolicy, Region  # noqa: E402
+from osaccel.network.policy import MaskPolicy, Region  # noqa: E402
 
 STEPS, WARMUP, BLOCKS, SEED = 12, 3, 12, 1
 PROMPT = heldout_prompts(1)[0]

@@ -13,9 +13,9 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from tiny import Block, Pipeline, reference_loop
 
-from osaccel.cache.config import CACHE_KEYS, DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy, computed_blocks
+from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig
 from osaccel.generation import Generation, UnsupportedPipeline
+from osaccel.network.policy import IntervalPolicy, computed_blocks
 
 
 def config_of(start, blocks, step_start, interval):

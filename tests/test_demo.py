@@ -34,8 +34,8 @@ import copy, sys, torch
 import osaccel.demo
 sys.path.insert(0, osaccel.demo.__path__[0])
 from benchmarks.reference.load import load_pipeline
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy
+from osaccel.dit_cache_config import DitCacheConfig
+from osaccel.network.policy import IntervalPolicy
 from osaccel.generation import Generation
 
 pipeline = load_pipeline()

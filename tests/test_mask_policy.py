@@ -5,9 +5,9 @@ import pytest
 import torch
 from tiny import Block, Pipeline
 
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
+from osaccel.network.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks
 
 REGION = Region(1, 5)
 

@@ -13,7 +13,7 @@ import torch
 diffusers = pytest.importorskip("diffusers")
 
 from osaccel.sampling import UnsupportedScheduler, adapter_for  # noqa: E402
-from osaccel.sampling.adapters import _adams_bashforth  # noqa: E402
+from osaccel.sampling.lists import _adams_bashforth  # noqa: E402
 
 # diffusers hands tensors to NumPy functions, thousands of times per test under NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")

@@ -21,17 +21,17 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from osaccel.cache.executor import HiddenStates
-from osaccel.cache.policy import IntervalPolicy
 from osaccel.generation import Generation
-from osaccel.search import cache_search
-from osaccel.search.boundaries import Boundaries
-from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
-from osaccel.search.evaluate import Evaluator
+from osaccel.network.policy import IntervalPolicy
+from osaccel.network.regions import HiddenStates
+from osaccel.search.dit_cache import candidates as cache_search
+from osaccel.search.dit_cache.candidates import Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.evaluate import Evaluator
+from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.journal import Journal, digest_of, weights_digest
-from osaccel.search.observe import watch_blocks
-from osaccel.search.regions import RegionErrors
-from osaccel.search.replay import Call, RandomState, Replay
+from osaccel.search.recording.boundaries import Boundaries
+from osaccel.search.recording.observe import watch_blocks
+from osaccel.search.recording.replay import Call, RandomState, Replay
 from osaccel.search.team import Team
 
 SCHEDULERS = (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import tiny
 
-from osaccel import report
 from osaccel.adaptors import DitCacheAdaptor, DitCacheSearchConfig
+from osaccel.report import page as report
 
 
 def make(ratio=1.3):

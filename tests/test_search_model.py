@@ -6,14 +6,14 @@ import pytest
 import tiny
 import torch
 
-from osaccel.cache.executor import HiddenStates
-from osaccel.search.boundaries import Boundaries
-from osaccel.search.cache_search import Belief, Candidate, Goal, Search, candidates, cost
-from osaccel.search.error_model import EARLY, TURNS, Gains, predictions
-from osaccel.search.observe import watch_blocks
-from osaccel.search.probes import BUDGET, lasting, measure, places, region_steps, whole_steps
-from osaccel.search.regions import RegionErrors
-from osaccel.search.replay import Call, Replay
+from osaccel.network.regions import HiddenStates
+from osaccel.search.dit_cache.candidates import Belief, Candidate, Goal, Search, candidates, cost
+from osaccel.search.dit_cache.error_model import EARLY, TURNS, Gains, predictions
+from osaccel.search.dit_cache.probes import BUDGET, lasting, measure, places, region_steps, whole_steps
+from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.search.recording.boundaries import Boundaries
+from osaccel.search.recording.observe import watch_blocks
+from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.team import Team
 
 BLOCKS, STEPS = 12, 40

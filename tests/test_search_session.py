@@ -12,9 +12,9 @@ import tiny
 import torch
 
 from osaccel import formats
-from osaccel.cache.policy import IntervalPolicy
 from osaccel.generation import Generation
-from osaccel.search.cache_search import SearchError
+from osaccel.network.policy import IntervalPolicy
+from osaccel.search.dit_cache.candidates import SearchError
 from osaccel.search.session import Session
 from osaccel.settings import Settings
 

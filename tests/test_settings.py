@@ -149,7 +149,7 @@ def test_disable_needs_no_valid_file():
 
 
 def test_files_written_load_again_and_hold_exactly_the_known_content(tmp_path):
-    from osaccel.cache.config import DitCacheConfig
+    from osaccel.dit_cache_config import DitCacheConfig
 
     config = tmp_path / "new" / "dit_cache_config.json"
     write_cache_config(str(config), DitCacheConfig(**GOOD))

@@ -14,14 +14,16 @@ from test_search_script import finish, start
 from torch import nn
 
 from osaccel import formats, settings
+from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
 from osaccel.generation import Generation
-from osaccel.restep_adaptor import ReStepAdaptor, ReStepSearchConfig
-from osaccel.search import calibration, restep_plots, timesteps
-from osaccel.search.cache_search import SearchError
-from osaccel.search.denoiser_log import DenoiserLog, cosine_matrix
-from osaccel.search.replay import Call
-from osaccel.search.restep import RestepRunner, paths_of
+from osaccel.report import timesteps as restep_plots
+from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
+from osaccel.search.timesteps import calibration
+from osaccel.search.timesteps import lists as timesteps
+from osaccel.search.timesteps.denoised import DenoiserLog, cosine_matrix
+from osaccel.search.timesteps.runner import RestepRunner, paths_of
 
 SIZE = 32
 

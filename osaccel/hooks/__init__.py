@@ -6,7 +6,7 @@ import sys
 from importlib import util
 from typing import Any, Optional
 
-from osaccel.hooks.targets import TARGETS
+from osaccel.targets import TARGETS
 
 
 class _PipelineFinder:

@@ -13,8 +13,8 @@ import wrapt
 from osaccel import settings as settings_module
 from osaccel.formats import SettingsError
 from osaccel.hooks import agreement
-from osaccel.hooks.targets import TARGETS, Target
 from osaccel.settings import Settings
+from osaccel.targets import TARGETS, Target
 
 logger = logging.getLogger("osaccel")
 
@@ -92,8 +92,8 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
-    from osaccel.cache.policy import IntervalPolicy
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
+    from osaccel.network.policy import IntervalPolicy
 
     agreement.check(settings, target.state_modules)
     _check_fingerprint(wrapped, pipeline, args, kwargs, target, settings)
@@ -126,8 +126,8 @@ def _check_fingerprint(
     wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings
 ) -> None:
     """Warn, or refuse in strict mode, when the cache configuration was searched for another kind of generation."""
+    from osaccel import binding
     from osaccel.generation import find_blocks
-    from osaccel.search import fingerprint
 
     if settings.cache is None or settings.cache_file is None:
         return
@@ -136,8 +136,8 @@ def _check_fingerprint(
     except (TypeError, ValueError):
         # Not the upstream we know; opening the generation will say so.
         return
-    found = fingerprint.of_call(pipeline, _bind(wrapped, args, kwargs), blocks, settings.timesteps)
-    differences = fingerprint.mismatches(settings.cache_file, found)
+    found = binding.of_call(pipeline, _bind(wrapped, args, kwargs), blocks, settings.timesteps)
+    differences = binding.mismatches(settings.cache_file, found)
     if not differences:
         return
     message = f"{settings.cache_file} was searched for another generation: {'; '.join(differences)}"

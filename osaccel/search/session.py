@@ -13,8 +13,8 @@ import sys
 from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional
 
-from osaccel.search.cache_search import SearchError
-from osaccel.search.replay import Call, RandomState
+from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.recording.replay import Call, RandomState
 from osaccel.search.team import Team
 from osaccel.settings import Settings
 
@@ -22,9 +22,9 @@ logger = logging.getLogger("osaccel")
 
 # mode: "module:class" of its runner.
 RUNNERS = {
-    "dit_cache": "osaccel.search.cache_runner:CacheRunner",
-    "restep": "osaccel.search.restep:RestepRunner",
-    "all": "osaccel.search.cache_runner:AllRunner",
+    "dit_cache": "osaccel.search.dit_cache.runner:CacheRunner",
+    "restep": "osaccel.search.timesteps.runner:RestepRunner",
+    "all": "osaccel.search.dit_cache.runner:AllRunner",
 }
 
 

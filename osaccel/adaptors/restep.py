@@ -14,10 +14,11 @@ import numpy as np
 import torch
 
 from osaccel import formats
-from osaccel.search import calibration, restep, timesteps
-from osaccel.search.denoiser_log import DenoiserLog, NoiseLevels
-from osaccel.search.replay import Call
+from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
+from osaccel.search.timesteps import calibration, runner
+from osaccel.search.timesteps import lists as timesteps
+from osaccel.search.timesteps.denoised import DenoiserLog, NoiseLevels
 
 __all__ = ["ReStepAdaptor", "ReStepSearchConfig"]
 
@@ -131,7 +132,7 @@ class ReStepAdaptor:
         evaluations = calibration.evaluate(call, videos, log, self.team, steps)
         statistics = log.statistics(self.team)
         values = timesteps.search(statistics, [count], self.method)[count]
-        report = restep.make_report(statistics, {count: values.tolist()}, self.method, timesteps.DEFAULTS)
+        report = runner.make_report(statistics, {count: values.tolist()}, self.method, timesteps.DEFAULTS)
         report["evaluations"] = evaluations
         return values, report
 

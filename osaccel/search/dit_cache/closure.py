@@ -11,13 +11,13 @@ from typing import Any, Callable, Dict, List
 import numpy as np
 import torch
 
-from osaccel.cache.config import DitCacheConfig
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import wrap_method
-from osaccel.search import cache_search
-from osaccel.search.cache_search import Candidate, Goal, Search, SearchError
-from osaccel.search.error_model import predictions
-from osaccel.search.observe import watch_blocks
-from osaccel.search.regions import RegionErrors
+from osaccel.search.dit_cache import candidates as cache_search
+from osaccel.search.dit_cache.candidates import Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.error_model import predictions
+from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.search.recording.observe import watch_blocks
 
 # Whole generations cannot be resumed, so fewer fit into the same cost.
 GENERATIONS = 6

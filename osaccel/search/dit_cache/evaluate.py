@@ -8,9 +8,9 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel.cache.policy import IntervalPolicy
-from osaccel.search.cache_search import Candidate, projected
-from osaccel.search.replay import Abandoned, Replay
+from osaccel.network.policy import IntervalPolicy
+from osaccel.search.dit_cache.candidates import Candidate, projected
+from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
 
 # A candidate is given up when the error it is heading for is larger than the best one's by this factor.

@@ -8,10 +8,11 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 
-from osaccel.search import cache_search, fingerprint
-from osaccel.search.cache_search import Candidate, Search
-from osaccel.search.evaluate import frames_of
-from osaccel.search.replay import Replay
+from osaccel import binding
+from osaccel.search.dit_cache import candidates as cache_search
+from osaccel.search.dit_cache.candidates import Candidate, Search
+from osaccel.search.dit_cache.evaluate import frames_of
+from osaccel.search.recording.replay import Replay
 
 logger = logging.getLogger("osaccel")
 
@@ -45,7 +46,7 @@ def report(
         "expected_turned": expected[best]["expected_turned"],
         "psnr": chosen["psnr"],
         "fingerprint": bound,
-        "versions": fingerprint.versions(),
+        "versions": binding.versions(),
         "cost": {
             **_cost(search, replays),
             "seconds": seconds + plain_seconds,

@@ -15,10 +15,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence
 import numpy as np
 import torch
 
-from osaccel.cache.executor import BlockCache, Streams
-from osaccel.cache.policy import IntervalPolicy
 from osaccel.generation import Generation, wrap_method
-from osaccel.search.boundaries import Boundaries
+from osaccel.network.policy import IntervalPolicy
+from osaccel.network.regions import BlockCache, Streams
+from osaccel.search.recording.boundaries import Boundaries
 
 
 class Abandoned(Exception):

@@ -26,7 +26,7 @@ from typing import Any, Callable, Dict, Optional, Sequence, Type
 import numpy as np
 import torch
 
-from .sigmas import alphas_cumprod_at, checked_timesteps, sigmas_at
+from .levels import alphas_cumprod_at, checked_timesteps, sigmas_at
 
 # Instance attributes that belong to whoever opened the generation; neither saved nor restored here.
 _NOT_STATE = ("step", "set_timesteps")

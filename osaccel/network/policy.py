@@ -3,7 +3,7 @@
 
 from typing import Dict, NamedTuple, Optional, Protocol, Sequence, Set, Tuple
 
-from osaccel.cache.config import DitCacheConfig
+from osaccel.dit_cache_config import DitCacheConfig
 
 
 class Region(NamedTuple):

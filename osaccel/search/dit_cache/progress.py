@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache search's progress bar: block forwards spent of the budget, on the one rank that shows it."""
 
-from osaccel.search.cache_search import Search
+from osaccel.search.dit_cache.candidates import Search
 
 
 class Progress:

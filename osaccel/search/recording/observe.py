@@ -5,7 +5,7 @@ from typing import Any, Callable, List, Sequence, Tuple
 
 import torch
 
-from osaccel.cache.executor import HiddenStates, ReplacedForward, Streams
+from osaccel.network.regions import HiddenStates, ReplacedForward, Streams
 
 # f(step, branch, block index, what entered, what left); a branch is the n-th call of the block within a step.
 Observer = Callable[[int, int, int, Streams, Streams], None]

@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from osaccel.cache.policy import Policy, Region, RegionPlan
+from osaccel.network.policy import Policy, Region, RegionPlan
 
 Streams = Tuple[torch.Tensor, ...]
 _ABSENT = object()
@@ -187,7 +187,7 @@ class BlockCache:
 
     Args:
         blocks: the transformer's blocks, in the order they run. Only blocks of the policy's regions are touched.
-        policy: see `osaccel.cache.policy`.
+        policy: see `osaccel.network.policy`.
         clock: has `step`, the index of the current denoising step.
         states: the names of the blocks' hidden-state arguments; any shape, batch first or sequence first.
         compile_forward: applied to each block's own forward, for models that run compiled.

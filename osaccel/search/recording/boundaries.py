@@ -8,8 +8,8 @@ longer fits is not kept, and is computed again by whoever needs it.
 
 from typing import Any, Container, Dict, List, Optional, Tuple
 
-from osaccel.cache.executor import Streams
-from osaccel.cache.policy import Region
+from osaccel.network.policy import Region
+from osaccel.network.regions import Streams
 
 # Host memory for all recorded calls of a process together.
 MEMORY = 2 * 2**30

@@ -12,10 +12,10 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-from osaccel.search.cache_search import Candidate, SearchError, candidate_of
-from osaccel.search.evaluate import Evaluator
+from osaccel.search.dit_cache.candidates import Candidate, SearchError, candidate_of
+from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.journal import Journal
-from osaccel.search.replay import Call, Replay
+from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.team import Team
 
 _POLL_SECONDS = 0.1

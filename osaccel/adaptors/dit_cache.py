@@ -11,11 +11,11 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.executor import BlockCache, HiddenStates
-from osaccel.cache.policy import IntervalPolicy, check_regions
+from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks, wrap_method
-from osaccel.restep_adaptor import ReStepAdaptor, ReStepSearchConfig
+from osaccel.network.policy import IntervalPolicy, check_regions
+from osaccel.network.regions import BlockCache, HiddenStates
 
 __all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig", "ReStepAdaptor", "ReStepSearchConfig"]
 
@@ -221,7 +221,7 @@ class DitCacheAdaptor:
             ValueError: there is no search configuration, an argument is wrong, the ratio cannot be reached, or the
                 function returns another number of videos.
         """
-        from osaccel.search.closure import search_by_closure
+        from osaccel.search.dit_cache.closure import search_by_closure
 
         if self.search_config is None:
             raise ValueError("search_config must be set before calling search()")

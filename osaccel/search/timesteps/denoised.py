@@ -11,9 +11,9 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import numpy as np
 import torch
 
-from osaccel.sampling.sigmas import sigma_table
+from osaccel.sampling.levels import sigma_table
 from osaccel.search.team import Team
-from osaccel.search.timesteps import Statistics
+from osaccel.search.timesteps.lists import Statistics
 
 _RINGS = 6
 

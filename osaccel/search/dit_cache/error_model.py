@@ -16,7 +16,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from osaccel.search.cache_search import Candidate
+from osaccel.search.dit_cache.candidates import Candidate
 
 # The share of videos that turn, over the lasting change that is made in the first EARLY of the steps. Not well known,
 # as few turn: `python -m benchmarks.belief` gives it from 600 calibration videos.
@@ -55,7 +55,7 @@ def predictions(pool: Sequence[Candidate], grams: np.ndarray, gains: Optional[Ga
     """What every candidate of the pool is predicted to do.
 
     Args:
-        grams: (gap, step, block, block), see `osaccel.search.regions`.
+        grams: (gap, step, block, block), see `osaccel.search.dit_cache.region_errors`.
         gains: what was measured of g; without, no share of turned videos is predicted.
     """
     num_steps, num_blocks = grams.shape[1:3]

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from osaccel.generation import Generation
-from osaccel.search.cache_search import SearchError
-from osaccel.search.denoiser_log import DenoiserLog, step_arguments
-from osaccel.search.replay import Call
+from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
+from osaccel.search.timesteps.denoised import DenoiserLog, step_arguments
 
 FEWEST, MOST = 5, 20
 EVALUATIONS = 2000

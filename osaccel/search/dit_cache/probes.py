@@ -12,13 +12,13 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy
-from osaccel.search.error_model import Gains, unknown_gains
-from osaccel.search.evaluate import relative_size
-from osaccel.search.replay import Abandoned, Replay
+from osaccel.dit_cache_config import DitCacheConfig
+from osaccel.network.policy import IntervalPolicy
+from osaccel.search.dit_cache.error_model import Gains, unknown_gains
+from osaccel.search.dit_cache.evaluate import relative_size
+from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
-from osaccel.search.timesteps import even_places
+from osaccel.search.timesteps.lists import even_places
 
 # Block forwards the probes of regions may take, in plain generations.
 BUDGET = 0.3

@@ -13,22 +13,24 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel import formats
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.executor import HiddenStates
+from osaccel import binding, formats
+from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks
-from osaccel.search import boundaries, cache_report, cache_search, fingerprint, probes
-from osaccel.search.boundaries import Boundaries
-from osaccel.search.cache_search import MAX_INTERVAL, Candidate, Goal, Search, SearchError
-from osaccel.search.error_model import Gains, predictions
-from osaccel.search.evaluate import Evaluator
+from osaccel.network.regions import HiddenStates
+from osaccel.search.dit_cache import candidates as cache_search
+from osaccel.search.dit_cache import probes, sidecar
+from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.error_model import Gains, predictions
+from osaccel.search.dit_cache.evaluate import Evaluator
+from osaccel.search.dit_cache.progress import Progress
+from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.search.dit_cache.workers import Helper, Workers, final_name
 from osaccel.search.journal import Journal, digest_of
-from osaccel.search.observe import watch_blocks
-from osaccel.search.progress import Progress
-from osaccel.search.regions import RegionErrors
-from osaccel.search.replay import Call, Replay
+from osaccel.search.recording import boundaries
+from osaccel.search.recording.boundaries import Boundaries
+from osaccel.search.recording.observe import watch_blocks
+from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Runner, Session
-from osaccel.search.workers import Helper, Workers, final_name
 
 logger = logging.getLogger("osaccel")
 
@@ -123,7 +125,7 @@ class CacheRunner(Runner):
         metric = "latents" if self.goal.min_psnr is None else "latents and frames"
         prompts = self.session.settings.search_prompts
         self.fingerprint = self.team.share(
-            fingerprint.of_search(call, self.num_blocks, self.timesteps, prompts, self.team.size, metric)
+            binding.of_search(call, self.num_blocks, self.timesteps, prompts, self.team.size, metric)
         )
         directory = self.output + ".search"
         if self.team.is_leader:
@@ -219,14 +221,12 @@ class CacheRunner(Runner):
             raise SearchError(self._nothing_found(search))
         final = self.journal.load(final_name(best, self.team.member))
         has_final = self.team.all_agree(final is not None)
-        frames = cache_report.frames(self.replays[0], final) if has_final else None
+        frames = sidecar.frames(self.replays[0], final) if has_final else None
         if self.team.is_first:
-            report = cache_report.report(
-                search, best, changes, self.replays, self.fingerprint, seconds, self.bytes_used
-            )
+            report = sidecar.report(search, best, changes, self.replays, self.fingerprint, seconds, self.bytes_used)
             if frames is not None:
-                cache_report.write_frames(self.output + ".report.npz", frames)
-            formats.write_json(fingerprint.report_path(self.output), report)
+                sidecar.write_frames(self.output + ".report.npz", frames)
+            formats.write_json(binding.report_path(self.output), report)
             formats.write_cache_config(self.output, best.config)
             logger.info(
                 "found %s: speed-up %.3f in blocks, error %.4g, %d candidates verified, cost %.2f plain generations; "
@@ -260,7 +260,7 @@ class AllRunner(Runner):
 
     def __init__(self, session: Session):
         super().__init__(session)
-        from osaccel.search.restep import RestepRunner  # type: ignore[import-not-found,unused-ignore]
+        from osaccel.search.timesteps.runner import RestepRunner  # type: ignore[import-not-found,unused-ignore]
 
         self.restep = RestepRunner(session)
 

@@ -10,8 +10,8 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 
 import numpy as np
 
-from osaccel.cache.config import DitCacheConfig
-from osaccel.cache.policy import IntervalPolicy, computed_blocks
+from osaccel.dit_cache_config import DitCacheConfig
+from osaccel.network.policy import IntervalPolicy, computed_blocks
 
 MAX_INTERVAL = 6
 # Block forwards a search may spend, in plain generations, the observed one included.

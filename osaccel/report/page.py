@@ -11,9 +11,9 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 
 from osaccel import formats
-from osaccel.cache.config import CACHE_KEYS
+from osaccel.dit_cache_config import CACHE_KEYS
 from osaccel.formats import SettingsError
-from osaccel.search import restep_plots
+from osaccel.report import timesteps as restep_plots
 
 SUFFIX = ".report.json"
 
@@ -272,7 +272,3 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         print(f"osaccel: error: the report needs matplotlib: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -7,13 +7,14 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from osaccel import formats
+from osaccel import binding, formats
 from osaccel.generation import Generation, find_blocks
-from osaccel.search import calibration, fingerprint, timesteps
-from osaccel.search.cache_search import SearchError
-from osaccel.search.denoiser_log import DenoiserLog
-from osaccel.search.replay import Call
+from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
+from osaccel.search.timesteps import calibration
+from osaccel.search.timesteps import lists as timesteps
+from osaccel.search.timesteps.denoised import DenoiserLog
 
 logger = logging.getLogger("osaccel")
 
@@ -150,12 +151,12 @@ def write(
         formats.write_timesteps(path, values)
         stored = _as_stored(values)
         bound = {
-            **fingerprint.of_call(call.pipeline, call.arguments, blocks, stored),
+            **binding.of_call(call.pipeline, call.arguments, blocks, stored),
             "teacher_steps": report["teacher_steps"],
             "guidance_scale": call.arguments.get("guidance_scale"),
-            "versions": fingerprint.versions(),
+            "versions": binding.versions(),
         }
-        formats.write_json(fingerprint.report_path(path), {**report, "fingerprint": bound})
+        formats.write_json(binding.report_path(path), {**report, "fingerprint": bound})
         logger.info("searched timesteps (%d steps) written to %s", len(values), path)
 
 
