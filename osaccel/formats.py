@@ -9,6 +9,7 @@ import tempfile
 from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig, check_cache_value
+from osaccel.plan import FORMAT, Correction, Plan, Region, of_dit_cache
 
 YAML_SUFFIXES = (".yaml", ".yml")
 # The time axis Open-Sora-Plan is trained on: a searched value x in [0, 1] stands for the timestep 1000 * x.
@@ -101,6 +102,106 @@ def write_cache_config(path: str, config: DitCacheConfig) -> None:
     write_json(path, config.to_dict())
 
 
+_PLAN_KEYS = ("format", "steps", "skip", "conditional_only", "regions", "correction", "made_for", "measured")
+_REGION_KEYS = ("start", "stop", "reuse", "order")
+_CORRECTION_KEYS = ("predictor", "corrector")
+
+
+def parse_plan(content: Any, place: str) -> Plan:
+    """A `Plan` from the mapping of a plan file, or from msModelSlim's four keys; `place` opens every error message."""
+    if isinstance(content, dict) and "format" not in content and set(content) & set(CACHE_KEYS):
+        return of_dit_cache(parse_cache_config(content, place))
+    mapping = check_keys(content, _PLAN_KEYS, place)
+    if mapping.get("format") != FORMAT:
+        raise SettingsError(f"{place}: format must be {FORMAT!r}, got {_shown(mapping.get('format'))}.")
+    steps = _whole_number(mapping, "steps", place, minimum=1)
+    regions = _list(mapping, "regions", place, "a list of regions")
+    try:
+        return Plan(
+            steps=steps,
+            skip=_steps(mapping, "skip", place),
+            conditional_only=_steps(mapping, "conditional_only", place),
+            regions=tuple(_region(item, f"{place}: regions[{number}]") for number, item in enumerate(regions)),
+            correction=_correction(mapping.get("correction", {}), f"{place}: correction"),
+            made_for=_mapping(mapping, "made_for", place),
+            measured=_mapping(mapping, "measured", place),
+        )
+    except SettingsError:
+        raise
+    except ValueError as error:
+        raise SettingsError(f"{place}: {error}") from None
+
+
+def _whole_number(mapping: Dict[str, Any], key: str, place: str, minimum: int = 0) -> int:
+    if key not in mapping:
+        raise SettingsError(f"{place}: missing key {key}.")
+    value = mapping[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise SettingsError(f"{place}: {key} must be an integer of at least {minimum}, got {_shown(value)}.")
+    return value
+
+
+def _list(mapping: Dict[str, Any], key: str, place: str, what: str) -> List[Any]:
+    value = mapping.get(key, [])
+    if not isinstance(value, list):
+        raise SettingsError(f"{place}: {key} must be {what}, got {_shown(value)}.")
+    return value
+
+
+def _steps(mapping: Dict[str, Any], key: str, place: str) -> Tuple[int, ...]:
+    steps = _list(mapping, key, place, "a list of step indices")
+    for step in steps:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise SettingsError(f"{place}: {key}: a step must be an integer, got {_shown(step)}.")
+    return tuple(sorted(steps))
+
+
+def _region(content: Any, place: str) -> Region:
+    mapping = check_keys(content, _REGION_KEYS, place)
+    start, stop = (_whole_number(mapping, key, place) for key in ("start", "stop"))
+    order = _whole_number(mapping, "order", place) if "order" in mapping else 0
+    return Region(start, stop, _steps(mapping, "reuse", place), order)
+
+
+def _correction(content: Any, place: str) -> Correction:
+    mapping = check_keys(content, _CORRECTION_KEYS, place)
+    return Correction(**{key: tuple(value) if isinstance(value, list) else value for key, value in mapping.items()})
+
+
+def _mapping(mapping: Dict[str, Any], key: str, place: str) -> Dict[str, Any]:
+    value = mapping.get(key, {})
+    if not isinstance(value, dict):
+        raise SettingsError(f"{place}: {key} must be a mapping, got {_shown(value)}.")
+    return value
+
+
+def read_plan(path: str) -> Plan:
+    """Read a plan file (JSON or YAML), or one with msModelSlim's four keys."""
+    return parse_plan(read_file(path), path)
+
+
+def plan_content(plan: Plan) -> Dict[str, Any]:
+    """The mapping of a plan file; the plan must name its steps (`osaccel.plan.for_steps`)."""
+    content: Dict[str, Any] = {"format": FORMAT, "steps": plan.steps}
+    for key in ("skip", "conditional_only"):
+        if getattr(plan, key):
+            content[key] = list(getattr(plan, key))
+    if plan.regions:
+        content["regions"] = [
+            {"start": region.start, "stop": region.stop, "reuse": list(region.reuse), "order": region.order}
+            for region in plan.regions
+        ]
+    if plan.correction.is_used:
+        pairs = ((key, getattr(plan.correction, key)) for key in _CORRECTION_KEYS)
+        content["correction"] = {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
+    return {**content, "made_for": dict(plan.made_for), "measured": dict(plan.measured)}
+
+
+def write_plan(path: str, plan: Plan) -> None:
+    """Write a plan file, JSON."""
+    write_json(path, plan_content(plan))
+
+
 def parse_timesteps(content: Any, place: str) -> Tuple[float, ...]:
     """Timesteps, descending, from msModelSlim's ascending list of at least two numbers in [0, 1]."""
     if not isinstance(content, list):
@@ -163,3 +264,7 @@ def write_atomically(path: str, write: Callable[[Any], Any]) -> None:
 def _kind(value: Any) -> str:
     names = {dict: "a mapping", list: "a list", str: "text", bool: "a boolean", type(None): "nothing"}
     return names.get(type(value), f"a number of type {type(value).__name__}")
+
+
+def _shown(value: Any) -> str:
+    return f"{value!r} ({_kind(value)})"

@@ -2,16 +2,19 @@
 """Settings from options, environment variables and one YAML file, checked once and then frozen; needs no torch."""
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from osaccel import formats
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.formats import SettingsError, closest
+from osaccel.plan import Correction, Plan, of_dit_cache
 
 PREFIX = "OSACCEL_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 SEARCHES = ("dit_cache", "restep", "all")
+# What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
+DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
 # Read by the test-suite, not by the package.
 _FOREIGN_VARIABLES = ("OSACCEL_UPSTREAM",)
 
@@ -83,6 +86,24 @@ def _step_counts(value: Value) -> Tuple[int, ...]:
     return counts
 
 
+def _correction(value: Value) -> Optional[Correction]:
+    """1 for the default strengths, 0 for none, or two strengths."""
+    word = str(value.raw).lower()
+    if word in ("1", "true", "yes", "on"):
+        return DEFAULT_CORRECTION
+    if word in ("0", "false", "no", "off"):
+        return None
+    parts = value.raw if isinstance(value.raw, list) else word.split(",")
+    allowed = "expected 1, 0, or two numbers in [0, 1], predictor,corrector"
+    if len(parts) != 2:
+        raise SettingsError(f"{value.place}: {allowed}, got {value.raw!r}.")
+    try:
+        predictor, corrector = (_number(0, 1)(value._replace(raw=part)) for part in parts)
+    except SettingsError:
+        raise SettingsError(f"{value.place}: {allowed}, got {value.raw!r}.") from None
+    return Correction(predictor, corrector)
+
+
 def _search_then(value: Value) -> str:
     choices = ("exit", "continue")
     if value.raw not in choices:
@@ -122,6 +143,21 @@ class Setting(NamedTuple):
 TABLE: Tuple[Setting, ...] = (
     Setting(
         "config", (), _path, "one YAML file with everything: cache:, sampling:, search:, log:", "FILE", is_path=True
+    ),
+    Setting(
+        "plan",
+        ("plan",),
+        _path,
+        "what every step computes: a plan file (JSON or YAML, format osaccel.plan/1), or msModelSlim's four keys",
+        "FILE",
+        is_path=True,
+    ),
+    Setting(
+        "correction",
+        ("correction",),
+        _correction,
+        "second-order correction of the sampler without any file: 1, or PREDICTOR,CORRECTOR in [0, 1]",
+        "WHAT",
     ),
     Setting(
         "cache_config",
@@ -185,6 +221,8 @@ class Settings:
     """What the user asked for, checked. `sources` tells for each name where its value came from.
 
     Attributes:
+        plan: what a plan file says, or None.
+        correction: asked for without a plan file, or None.
         cache: the cache configuration, or None.
         timesteps: timesteps, descending, in [0, 1000], or None.
         cache_file: the file `cache` was read from, None when it stood in the YAML file itself.
@@ -194,6 +232,8 @@ class Settings:
         log: a level name of `logging`.
     """
 
+    plan: Optional[Plan] = None
+    correction: Optional[Correction] = None
     cache: Optional[DitCacheConfig] = None
     timesteps: Optional[Tuple[float, ...]] = None
     cache_file: Optional[str] = None
@@ -214,7 +254,17 @@ class Settings:
     @property
     def accelerates(self) -> bool:
         """Whether a generation differs from the plain one."""
-        return bool((self.cache and self.cache.cache_num_blocks) or self.timesteps)
+        return not self.generation_plan().is_plain
+
+    def generation_plan(self) -> Plan:
+        """The one plan that all sources together make."""
+        plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
+        return replace(plan, timesteps=self.timesteps, correction=self.correction or plan.correction)
+
+    @property
+    def plan_source(self) -> str:
+        """Where what a generation computes comes from, for messages."""
+        return next((self.sources[name] for name in ("plan", "cache_config") if name in self.sources), "plan")
 
 
 def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None) -> Settings:
@@ -235,7 +285,7 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
         return Settings(disable=True, sources={"disable": values["disable"].place})
     parsed: Dict[str, Any] = {}
     for name in values:
-        if name not in ("config", "cache_config", "timesteps"):
+        if name not in ("config", "cache_config", "timesteps", "plan"):
             parsed[name] = BY_NAME[name].parse(values[name])
     for name, output, searches in _OUTPUTS:
         if parsed.get("search") in searches:
@@ -246,6 +296,9 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
             parsed["cache_file"] = os.path.abspath(_path(values["cache_config"]))
     if "timesteps" in values and not parsed.get("timesteps_output"):
         parsed["timesteps"] = _timesteps(values["timesteps"])
+    if "plan" in values:
+        parsed["plan"] = _plan(values["plan"])
+        _check_contradictions(values, parsed)
     return Settings(sources={name: value.place for name, value in values.items()}, **parsed)
 
 
@@ -317,6 +370,29 @@ def _cache(value: Value) -> DitCacheConfig:
     if isinstance(value.raw, dict):
         return formats.parse_cache_config(value.raw, value.place)
     return formats.read_cache_config(_path(value))
+
+
+def _plan(value: Value) -> Plan:
+    if isinstance(value.raw, dict):
+        return formats.parse_plan(value.raw, value.place)
+    return formats.read_plan(_path(value))
+
+
+def _check_contradictions(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> None:
+    """Raise SettingsError when another source says something else of what the plan says."""
+    plan, place = parsed["plan"], values["plan"].place
+    if parsed.get("cache") is not None:
+        raise SettingsError(
+            f"{place} and {values['cache_config'].place} both say which blocks compute; give one of them."
+        )
+    timesteps = parsed.get("timesteps")
+    if timesteps is not None and plan.steps not in (None, len(timesteps)):
+        raise SettingsError(
+            f"{place}: the plan is for {plan.steps} steps, but {values['timesteps'].place} lists {len(timesteps)}; "
+            "give a list and a plan of the same length."
+        )
+    if plan.correction.is_used and parsed.get("correction") not in (None, plan.correction):
+        raise SettingsError(f"{place} and {values['correction'].place} ask for different corrections; give one.")
 
 
 def _timesteps(value: Value) -> Tuple[float, ...]:

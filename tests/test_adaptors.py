@@ -235,7 +235,7 @@ def test_deltas_die_with_the_generation():
 
     def watch(i, *_):
         lanes = adaptor._cache.regions[0].lanes.values()
-        alive.extend(weakref.ref(x) for lane in lanes for delta in lane.deltas for x in delta)
+        alive.extend(weakref.ref(x) for lane in lanes for _, delta in lane.deltas for x in delta)
 
     pipeline(callback=watch)
     gc.collect()

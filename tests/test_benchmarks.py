@@ -109,7 +109,7 @@ def test_the_budget_is_met_from_below():
 @pytest.mark.parametrize("ratio", [1.3, 1.5, 1.6, 1.8, 2.2])
 def test_fixed_schedules_fill_the_budget(ratio):
     size = budget, *_ = (int(1200 / ratio), 12, 100, 10)
-    computed = caches.computed_blocks(caches.IntervalPolicy(caches.interval_config(*size)), 12, 100)
+    computed = caches.computed_blocks(caches.of_dit_cache(caches.interval_config(*size)), 12, 100)
     assert 0.95 * budget < computed <= budget
     assert 0.95 * budget < 100 + 11 * sum(caches.even_mask(*size)) <= budget
     every, start = caches.taylor_schedule(*size)

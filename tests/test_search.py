@@ -3,7 +3,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,14 +20,16 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from osaccel.binding import digest_of, weights_digest
+from osaccel.clock import Clock
 from osaccel.generation import Generation
-from osaccel.network.policy import IntervalPolicy
-from osaccel.network.regions import HiddenStates
+from osaccel.network.forwards import HiddenStates
+from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache.candidates import Candidate, Goal, Search, SearchError
 from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.dit_cache.region_errors import RegionErrors
-from osaccel.search.journal import Journal, digest_of, weights_digest
+from osaccel.search.journal import Journal
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, RandomState, Replay
@@ -63,7 +64,7 @@ def calls_of(pipeline, function):
 
 def full_run(call, candidate):
     call.state.restore()
-    with Generation(call.pipeline, IntervalPolicy(candidate.config)):
+    with Generation(call.pipeline, of_dit_cache(candidate.config)):
         return call.function(*call.args, **call.kwargs)
 
 
@@ -76,7 +77,7 @@ def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(schedul
     plain = replay.record()
     steps = replay.recording.steps
     candidate = Candidate(1, 5, steps // 2, 2)
-    resumed, calls = calls_of(pipeline, lambda: replay.run(IntervalPolicy(candidate.config), candidate.first))
+    resumed, calls = calls_of(pipeline, lambda: replay.run(of_dit_cache(candidate.config), candidate.first))
     assert torch.equal(resumed, full_run(replay.call, candidate))
     assert calls[0] == steps - candidate.first, "no step before the first stored delta is recomputed"
     assert 0 < calls[2] < calls[0], "the region was reused"
@@ -91,7 +92,7 @@ def test_nothing_before_the_first_reused_step_is_computed_again(forwards, sequen
     replay = recorded(pipeline)
     for start, stop in ((0, 6), (1, 4), (5, 6)):
         candidate = Candidate(start, stop, first, 2)
-        run = IntervalPolicy(candidate.config), first, lambda *_: None
+        run = of_dit_cache(candidate.config), first, lambda *_: None
         resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
         assert torch.equal(resumed, full_run(replay.call, candidate)), "bit for bit"
         reused = cache_search.reused(10, first, 2)
@@ -107,7 +108,7 @@ def test_boundaries_stay_within_their_memory_and_where_they_end_the_storing_step
     assert replay.boundaries.bytes_used == 3 * one_step <= memory
     for first, again in ((2, 0), (3, 1)):
         candidate = Candidate(1, 5, first, 3)
-        run = IntervalPolicy(candidate.config), first, lambda *_: None
+        run = of_dit_cache(candidate.config), first, lambda *_: None
         resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
         assert torch.equal(resumed, full_run(replay.call, candidate))
         assert calls[0] == 9 - first + again
@@ -177,15 +178,15 @@ def test_region_errors_stay_within_their_memory():
     blocks = torch.nn.ModuleList([tiny.Block() for _ in range(5)])
     limit = 60_000
     errors = RegionErrors(5, 5, memory=limit)
-    clock = SimpleNamespace(step=0)
+    clock = Clock()
     detach = watch_blocks(blocks, clock, HiddenStates(), errors.observe)
     exact = RegionErrors(5, 5)
     with torch.no_grad():
         for step in range(8):
-            clock.step = step
             hidden = torch.randn(2, 2000, tiny.WIDTH)
             for block in blocks:
                 hidden = block(hidden, timestep=torch.tensor(float(step)))
+            clock.end_step()
     detach()
     assert 0 < errors.bytes_used <= limit
     assert exact.bytes_used == 0

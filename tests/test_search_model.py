@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from osaccel.network.regions import HiddenStates
+from osaccel.network.forwards import HiddenStates
 from osaccel.search.dit_cache.candidates import Belief, Candidate, Goal, Search, candidates, cost
 from osaccel.search.dit_cache.error_model import EARLY, TURNS, Gains, predictions
 from osaccel.search.dit_cache.probes import BUDGET, lasting, measure, places, region_steps, whole_steps

@@ -16,6 +16,7 @@ from torch import nn
 from osaccel import formats, settings
 from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
 from osaccel.generation import Generation
+from osaccel.interceptors import Interceptor
 from osaccel.report import timesteps as restep_plots
 from osaccel.search.dit_cache.candidates import SearchError
 from osaccel.search.recording.replay import Call
@@ -223,15 +224,16 @@ def test_logged_prediction_is_the_exact_denoiser(scheduler):
     pipeline, seen = Pipeline(made), []
     log = DenoiserLog(made)
 
-    def step(original, args, kwargs):
-        output, time, sample = args
-        sigma = log.levels.sigma(time)
-        x = sample * log.levels.scale(sigma)
-        seen.append((log.levels.denoised(output, time, sample) - x / (1 + sigma**2)).abs().max() / x.abs().max())
-        return log.step(original, args, kwargs)
+    class Watch(Interceptor):
+        def step(self, proceed, call):
+            sigma = log.levels.sigma(call.timestep)
+            x = call.sample * log.levels.scale(sigma)
+            denoised = log.levels.denoised(call.model_output, sigma, call.sample)
+            seen.append((denoised - x / (1 + sigma**2)).abs().max() / x.abs().max())
+            return proceed(call)
 
     torch.manual_seed(0)
-    with Generation(pipeline, step=step):
+    with Generation(pipeline, interceptors=[Watch(), log]):
         pipeline(num_inference_steps=12)
     log.end_generation()
     assert max(seen) < 1e-3

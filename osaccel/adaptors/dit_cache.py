@@ -11,13 +11,14 @@ from typing import Any, Callable, List, Optional, Tuple
 
 import torch
 
-from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
+from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks, wrap_method
-from osaccel.network.policy import IntervalPolicy, check_regions
-from osaccel.network.regions import BlockCache, HiddenStates
+from osaccel.network.forwards import HiddenStates
+from osaccel.network.regions import BlockCache
+from osaccel.plan import of_dit_cache
 
-__all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig", "ReStepAdaptor", "ReStepSearchConfig"]
+__all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig"]
 
 
 @dataclass
@@ -65,7 +66,7 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive")
 
 
-class _AdaptorClock:
+class _AdaptorClock(Clock):
     """The step index of one adaptor: set by `set_timestep_idx`, moved on by the scheduler or, without one, by passes.
 
     Each `set_timestep_idx` wins over what was counted; the index falls back to 0 when a generation begins, so neither
@@ -73,15 +74,16 @@ class _AdaptorClock:
     """
 
     def __init__(self, num_sampling_steps: Optional[int], forget: Callable[[], None]):
-        self.num_sampling_steps, self.forget = num_sampling_steps, forget
+        self.num_sampling_steps, self._forget = num_sampling_steps, forget
         self.index: Optional[int] = None
+        self.forward, self.has_branches, self.is_half = -1, False, False
         self.has_scheduler = False
         self._first = 0
         self._seen = 0
         self._just_set = True
 
     @property
-    def step(self) -> int:
+    def step(self) -> int:  # type: ignore[override]
         self._follow_explicit_index()
         if self.index is None:
             raise ValueError(
@@ -98,13 +100,15 @@ class _AdaptorClock:
 
     def _move_to(self, index: Optional[int]) -> None:
         if index is None or (self.index is not None and index < self.index):
-            self.forget()
+            self._forget()
+        if index != self.index:
+            self.forward = -1
         self.index = index
 
     def begin_generation(self) -> None:
         self._follow_explicit_index()
-        self.forget()
-        self.index = self._first = 0
+        self._forget()
+        self.index, self._first, self.forward = 0, 0, -1
 
     def begin_pass(self) -> None:
         """The first block is called: without a scheduler to count steps, each pass through the blocks is one."""
@@ -117,7 +121,7 @@ class _AdaptorClock:
 
     def end_step(self) -> None:
         self._follow_explicit_index()
-        self.index = (self.index or 0) + 1
+        self.index, self.forward = (self.index or 0) + 1, -1
 
 
 class DitCacheAdaptor:
@@ -241,11 +245,14 @@ class DitCacheAdaptor:
         self._clock.has_scheduler = False
 
     def _attach(self, config: DitCacheConfig) -> None:
-        policy = IntervalPolicy(config)
-        check_regions(policy, len(self._blocks), "dit_cache_config")
+        plan = of_dit_cache(config)
+        try:
+            plan.check_blocks(len(self._blocks))
+        except ValueError as error:
+            raise ValueError(f"dit_cache_config: {error}") from None
         self._config = config
         self._cache = BlockCache(
-            list(self._blocks), policy, self._clock, self.hidden_states(), begin_pass=self._begin_pass
+            list(self._blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
         )
         self._undo.append(self._cache.detach)
         self._follow_scheduler()

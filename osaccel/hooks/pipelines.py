@@ -6,6 +6,7 @@ import inspect
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import wrapt
@@ -80,9 +81,8 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
     from osaccel.search.session import Session
 
     if _session is None:
-        agreement.check(settings, target.state_modules)
-        group = agreement.sequence_parallel_group(target.state_modules)
-        _session = Session(settings, group, target.block_path, target.hidden_states)
+        agreement.check(settings, target)
+        _session = Session(settings, target)
     output = _session.on_call(wrapped, pipeline, args, kwargs)
     if _session.is_over:
         # OSACCEL_SEARCH_THEN=continue: from here on as if what was found had been given.
@@ -93,18 +93,14 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
-    from osaccel.network.policy import IntervalPolicy
 
-    agreement.check(settings, target.state_modules)
-    _check_fingerprint(wrapped, pipeline, args, kwargs, target, settings)
-    generation = Generation(
-        pipeline,
-        policy=IntervalPolicy(settings.cache) if settings.cache else None,
-        timesteps=None if _has_own_timesteps(wrapped, args, kwargs) else settings.timesteps,
-        block_path=target.block_path,
-        hidden_states=target.hidden_states,
-        source=settings.sources.get("cache_config", "cache configuration"),
-    )
+    agreement.check(settings, target)
+    plan = settings.generation_plan()
+    if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
+        plan = replace(plan, timesteps=None)
+    _check_binding(_bind(wrapped, args, kwargs), pipeline, target, settings)
+    say = logger.info if is_rank_zero() else logger.debug
+    generation = Generation(pipeline, plan, target, source=settings.plan_source, announce=lambda line: say("%s", line))
     try:
         generation.open()
     except UnsupportedPipeline as error:
@@ -115,32 +111,29 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
     try:
         args, kwargs = _with_steps(wrapped, args, kwargs, generation.num_inference_steps)
         output = wrapped(*args, **kwargs)
-        if is_rank_zero():
-            logger.info("%s", generation.summary())
+        say("%s", generation.summary())
         return output
     finally:
         generation.close()
 
 
-def _check_fingerprint(
-    wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings
-) -> None:
-    """Warn, or refuse in strict mode, when the cache configuration was searched for another kind of generation."""
+def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Settings) -> None:
+    """Warn, or refuse in strict mode, when what is applied was searched for another kind of generation."""
     from osaccel import binding
     from osaccel.generation import find_blocks
 
-    if settings.cache is None or settings.cache_file is None:
+    source, recorded = binding.recorded_of(settings)
+    if not recorded:
         return
     try:
         blocks = len(find_blocks(pipeline, target.block_path))
     except (TypeError, ValueError):
         # Not the upstream we know; opening the generation will say so.
         return
-    found = binding.of_call(pipeline, _bind(wrapped, args, kwargs), blocks, settings.timesteps)
-    differences = binding.mismatches(settings.cache_file, found)
+    differences = binding.mismatches(recorded, binding.of_call(pipeline, arguments, blocks, settings.timesteps))
     if not differences:
         return
-    message = f"{settings.cache_file} was searched for another generation: {'; '.join(differences)}"
+    message = f"{source} was searched for another generation: {'; '.join(differences)}"
     if settings.strict:
         raise SettingsError(message + ". OSACCEL_STRICT refuses it; search again, or sample as it was searched.")
     if message not in _warned:

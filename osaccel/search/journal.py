@@ -5,7 +5,6 @@ One directory beside the output file holds the fingerprint, the recorded plain g
 and one line per finished evaluation. Lines are appended whole and flushed; a torn last line is ignored.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -117,40 +116,3 @@ def describe_difference(known: Dict[str, Any], now: Dict[str, Any]) -> str:
         for key in sorted(set(known) | set(now))
         if known.get(key) != now.get(key)
     )
-
-
-def weights_digest(module: torch.nn.Module, samples: int = 64) -> str:
-    """A digest of names, shapes and some values of every parameter: cheap, and different for another checkpoint."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // samples)][: samples + 1]
-        digest.update(picked.float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def digest_of(value: Any) -> str:
-    """A digest of call arguments: text, numbers, tensors, and lists and dicts of them; other objects by their type."""
-    digest = hashlib.sha256()
-    _feed(digest, value)
-    return digest.hexdigest()[:16]
-
-
-def _feed(digest: Any, value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().float().cpu().numpy().tobytes())
-    elif isinstance(value, dict):
-        for key in sorted(value, key=str):
-            digest.update(str(key).encode())
-            _feed(digest, value[key])
-    elif isinstance(value, (list, tuple)):
-        digest.update(b"[")
-        for item in value:
-            _feed(digest, item)
-        digest.update(b"]")
-    elif value is None or isinstance(value, (str, bytes, int, float, bool)):
-        digest.update(f"{type(value).__name__} {value!r}".encode())
-    else:
-        digest.update(type(value).__qualname__.encode())

@@ -17,6 +17,7 @@ from osaccel.search.dit_cache.candidates import SearchError
 from osaccel.search.recording.replay import Call, RandomState
 from osaccel.search.team import Team
 from osaccel.settings import Settings
+from osaccel.targets import Target
 
 logger = logging.getLogger("osaccel")
 
@@ -41,8 +42,8 @@ class Runner:
     def record(self, call: Call) -> Any:
         """Run `call` plainly, once, observing what the search needs; returns what the pipeline returned.
 
-        `osaccel.search.replay.Replay(call).record(...)` does that and keeps what replays need. Must raise SearchError
-        before the first transformer forward when the goal cannot be reached.
+        `osaccel.search.recording.replay.Replay(call).record(...)` does that and keeps what replays need. Must raise
+        SearchError before the first transformer forward when the goal cannot be reached.
         """
         raise NotImplementedError
 
@@ -67,13 +68,12 @@ class Session:
 
     Args:
         settings: with `search` set.
-        group: the sequence-parallel process group, or None.
-        block_path, hidden_states: see osaccel.generation.Generation.
+        target: where things are in the pipeline.
     """
 
-    def __init__(self, settings: Settings, group: Any, block_path: str, hidden_states: Any):
-        self.settings, self.team = settings, Team(group)
-        self.block_path, self.hidden_states = block_path, hidden_states
+    def __init__(self, settings: Settings, target: Target):
+        self.settings, self.target = settings, target
+        self.team = Team(target.sequence_parallel_group())
         self.calls: List[Call] = []
         self.is_over = False
         self._runner: Optional[Runner] = None
@@ -88,7 +88,7 @@ class Session:
 
     def on_call(self, function: Callable, pipeline: Any, args: tuple, kwargs: dict) -> Any:
         """What happens in place of a pipeline call while the search is not over; returns the call's output."""
-        call = Call(function, pipeline, args, kwargs, self.block_path, self.hidden_states)
+        call = Call(function, pipeline, args, kwargs, self.target)
         if self.team.worker > 0:
             self._end(self.runner.assist(call))
             call.state.restore()

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tu
 import numpy as np
 
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.network.policy import IntervalPolicy, computed_blocks
+from osaccel.plan import Interval
 
 MAX_INTERVAL = 6
 # Block forwards a search may spend, in plain generations, the observed one included.
@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
 
     def speed_up(self, num_blocks: int, num_steps: int) -> float:
         """Blocks of a plain generation over blocks computed with this cache."""
-        return num_blocks * num_steps / computed_blocks(IntervalPolicy(self.config), num_blocks, num_steps)
+        return num_blocks * num_steps / cost(self, num_blocks, num_steps, resume=0)
 
 
 def reused(num_steps: int, first: int, interval: int) -> int:
@@ -311,9 +311,10 @@ def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:
 
 def cost(candidate: Candidate, num_blocks: int, num_steps: int, resume: Optional[int] = None) -> int:
     """Blocks a branch computes in a generation with this cache from step `resume` on; by default the storing step."""
-    policy = IntervalPolicy(candidate.config)
+    reuse = Interval(candidate.first, candidate.interval)
     start = candidate.first if resume is None else resume
-    return computed_blocks(policy, num_blocks, num_steps) - computed_blocks(policy, num_blocks, start)
+    skipped = sum(step in reuse for step in range(start, num_steps))
+    return num_blocks * (num_steps - start) - skipped * (candidate.stop - candidate.start)
 
 
 def candidate_of(evaluation: Dict[str, Any]) -> Candidate:

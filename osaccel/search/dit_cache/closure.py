@@ -11,6 +11,7 @@ from typing import Any, Callable, Dict, List
 import numpy as np
 import torch
 
+from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import wrap_method
 from osaccel.search.dit_cache import candidates as cache_search
@@ -64,20 +65,21 @@ def _observed(adaptor: Any, run: Callable, num_videos: int, errors: RegionErrors
             undo.pop()()
 
 
-class _Clock:
+class _Clock(Clock):
     """The step of the observed run: from the scheduler, or, without one, one pass through the blocks per step."""
 
     def __init__(self, num_steps: int):
-        self.num_steps, self.step = num_steps, 0
+        super().__init__()
+        self.num_steps = num_steps
 
     def follow(self, pipeline: Any, last_block: torch.nn.Module) -> Callable[[], None]:
         scheduler: Any = getattr(pipeline, "scheduler", None)
         if not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
-            handle = last_block.register_forward_hook(lambda *_: self._advance((self.step + 1) % self.num_steps))
+            handle = last_block.register_forward_hook(lambda *_: self._end_pass())
             return handle.remove
         undo = [
-            wrap_method(scheduler, "set_timesteps", scheduler.set_timesteps, self._wrapper(lambda: 0)),
-            wrap_method(scheduler, "step", scheduler.step, self._wrapper(lambda: self.step + 1)),
+            wrap_method(scheduler, "set_timesteps", scheduler.set_timesteps, self._before(self.restart)),
+            wrap_method(scheduler, "step", scheduler.step, self._before(self.end_step)),
         ]
 
         def detach() -> None:
@@ -86,16 +88,19 @@ class _Clock:
 
         return detach
 
-    def _wrapper(self, following: Callable[[], int]) -> Callable:
+    def _end_pass(self) -> None:
+        self.end_step()
+        if self.step == self.num_steps:
+            self.restart()
+
+    @staticmethod
+    def _before(then: Callable[[], None]) -> Callable:
         def wrapper(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
             result = wrapped(*args, **kwargs)
-            self._advance(following())
+            then()
             return result
 
         return wrapper
-
-    def _advance(self, step: int) -> None:
-        self.step = step
 
 
 def _evaluate(

@@ -8,7 +8,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel.network.policy import IntervalPolicy
+from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.candidates import Candidate, projected
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
@@ -50,7 +50,7 @@ class Evaluator:
             run = _Run(replay, candidate, self.team, rival.on_call(number, squares) if rival else None, self.on_step)
             output = run.go(decode=self.decode)
             curves.append([_json(value) for value in run.curve])
-            blocks += replay.cache.computed_blocks if replay.cache else 0
+            blocks += int(replay.cache.computed_blocks) if replay.cache else 0
             steps_run = len(run.curve)
             abandoned = run.abandoned
             if number == 0:
@@ -132,7 +132,7 @@ class _Run:
         self.last: Optional[torch.Tensor] = None
 
     def go(self, decode: bool) -> Any:
-        policy = IntervalPolicy(self.candidate.config)
+        policy = of_dit_cache(self.candidate.config)
         try:
             return self.replay.run_cached(policy, self.candidate.first, self._watch, decode=decode)
         except Abandoned:

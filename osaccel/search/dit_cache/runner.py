@@ -14,9 +14,10 @@ import numpy as np
 import torch
 
 from osaccel import binding, formats
+from osaccel.binding import digest_of
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks
-from osaccel.network.regions import HiddenStates
+from osaccel.network.forwards import HiddenStates
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache import probes, sidecar
 from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search, SearchError
@@ -25,7 +26,7 @@ from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.dit_cache.progress import Progress
 from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.dit_cache.workers import Helper, Workers, final_name
-from osaccel.search.journal import Journal, digest_of
+from osaccel.search.journal import Journal
 from osaccel.search.recording import boundaries
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
@@ -55,7 +56,7 @@ class CacheRunner(Runner):
     # Recording
 
     def record(self, call: Call) -> Any:
-        blocks = list(find_blocks(call.pipeline, call.block_path))
+        blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
         replay = Replay(call, self.timesteps)
         if self.journal is None:
@@ -82,7 +83,7 @@ class CacheRunner(Runner):
         kept = replay.boundaries = Boundaries(boundaries.MEMORY // self.session.settings.search_prompts)
 
         def attach(generation: Any) -> Any:
-            states = HiddenStates(call.hidden_states)
+            states = HiddenStates(call.target.hidden_states)
             return watch_blocks(blocks, generation.clock, states, errors.observe, kept.observe)
 
         def before_first_forward() -> None:

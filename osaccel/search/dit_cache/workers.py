@@ -172,7 +172,7 @@ class Helper(Workers):
         """Rank 0's recorded call as this rank's own, on its own pipeline and device."""
         device = {"device": call.kwargs["device"]} if "device" in call.kwargs else {}
         kwargs = {**content["kwargs"], **device}
-        adopted = Call(call.function, call.pipeline, content["args"], kwargs, call.block_path, call.hidden_states)
+        adopted = Call(call.function, call.pipeline, content["args"], kwargs, call.target)
         replay = Replay(adopted, self.timesteps)
         replay.load(self.journal.load(f"recording-{number}-{self.team.member}.pt")["replay"])
         return replay

@@ -8,8 +8,8 @@ longer fits is not kept, and is computed again by whoever needs it.
 
 from typing import Any, Container, Dict, List, Optional, Tuple
 
-from osaccel.network.policy import Region
-from osaccel.network.regions import Streams
+from osaccel.network.forwards import Streams
+from osaccel.plan import Region
 
 # Host memory for all recorded calls of a process together.
 MEMORY = 2 * 2**30

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from osaccel.generation import Generation
+from osaccel.interceptors import Interceptor, StepCall, with_latents
 from osaccel.search.dit_cache.candidates import SearchError
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
-from osaccel.search.timesteps.denoised import DenoiserLog, step_arguments
+from osaccel.search.timesteps.denoised import DenoiserLog
 
 FEWEST, MOST = 5, 20
 EVALUATIONS = 2000
@@ -137,7 +138,7 @@ def evaluate(
     log: DenoiserLog,
     team: Team,
     steps: Optional[int] = None,
-    forward: Optional[Callable] = None,
+    watchers: Sequence[Interceptor] = (),
 ) -> int:
     """Log the guided predictions along noised calibration videos; returns the number of guided evaluations."""
     steps = steps or int(call.arguments["num_inference_steps"])
@@ -148,17 +149,15 @@ def evaluate(
         for _ in range(paths):
             oracle = _NoisedPath(clean, log, team)
             args, kwargs = call.with_arguments(num_inference_steps=steps, output_type="latent", callback=None)
-            with Generation(
-                call.pipeline, None, None, call.block_path, call.hidden_states, step=oracle.step, forward=forward
-            ):
+            with Generation(call.pipeline, None, call.target, [oracle, *watchers]):
                 call.function(*args, **kwargs)
             log.end_generation()
             evaluations += oracle.calls
     return evaluations
 
 
-class _NoisedPath:
-    """A step interceptor that leads the pipeline along x = x0 + s^2 W(lam), one Brownian motion W, from noise to data.
+class _NoisedPath(Interceptor):
+    """Leads the pipeline along x = x0 + s^2 W(lam), one Brownian motion W, from noise to data.
 
     The pipeline's own initial noise is the first point: there the signal is below a hundredth of the noise.
     """
@@ -169,21 +168,18 @@ class _NoisedPath:
         self._motion: Optional[torch.Tensor] = None
         self._snr = 0.0
 
-    def step(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        output, timestep, sample = step_arguments(args, kwargs)
-        self.log.observe(output, timestep, sample)
-        result = original(*args, **kwargs)
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        sample = call.sample
+        self.log.observe(call.model_output, call.timestep, sample)
+        result = proceed(call)
         self.calls += 1
         scheduler, levels = self.log.levels.scheduler, self.log.levels
         if self._motion is None:
-            self._begin(sample, levels.sigma(timestep))
+            self._begin(sample, levels.sigma(call.timestep))
         times = scheduler.timesteps
         if self.calls < len(times):
             following = self._at(levels.sigma(times[self.calls])) / levels.scale(levels.sigma(times[self.calls]))
-            following = following.to(sample.device, sample.dtype)
-            if isinstance(result, tuple):
-                return (following, *result[1:])
-            result.prev_sample = following
+            result = with_latents(result, following.to(sample.dtype))
         return result
 
     def _begin(self, sample: torch.Tensor, sigma: float) -> None:

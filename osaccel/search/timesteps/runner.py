@@ -9,6 +9,7 @@ import numpy as np
 
 from osaccel import binding, formats
 from osaccel.generation import Generation, find_blocks
+from osaccel.interceptors import Interceptor
 from osaccel.search.dit_cache.candidates import SearchError
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
@@ -17,6 +18,17 @@ from osaccel.search.timesteps import lists as timesteps
 from osaccel.search.timesteps.denoised import DenoiserLog
 
 logger = logging.getLogger("osaccel")
+
+
+class _ForwardCounter(Interceptor):
+    """Counts the transformer's forwards of one kind."""
+
+    def __init__(self, counts: Dict[str, int], kind: str):
+        self.counts, self.kind = counts, kind
+
+    def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
+        self.counts[self.kind] += 1
+        return proceed(*args, **kwargs)
 
 
 class RestepRunner(Runner):
@@ -35,8 +47,8 @@ class RestepRunner(Runner):
         if directory is not None and not self._videos:
             self._calibrate(call, log, directory)
         counting = self._counter("script")
-        step = log.step if directory is None else None
-        with Generation(call.pipeline, None, None, call.block_path, call.hidden_states, step=step, forward=counting):
+        watchers = [counting, log] if directory is None else [counting]
+        with Generation(call.pipeline, None, call.target, watchers):
             output = call.function(*call.args, **call.kwargs)
         if directory is None:
             log.end_generation()
@@ -78,15 +90,11 @@ class RestepRunner(Runner):
     def _calibrate(self, call: Call, log: DenoiserLog, directory: str) -> None:
         videos = calibration.Videos(directory, call.arguments)
         self._videos = [os.path.basename(path) for path in videos.paths]
-        calibration.evaluate(call, videos, log, self.session.team, forward=self._counter("search"))
+        calibration.evaluate(call, videos, log, self.session.team, watchers=[self._counter("search")])
         call.state.restore()
 
-    def _counter(self, kind: str) -> Callable:
-        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
-            self.forwards[kind] += 1
-            return original(*args, **kwargs)
-
-        return forward
+    def _counter(self, kind: str) -> Interceptor:
+        return _ForwardCounter(self.forwards, kind)
 
 
 def _find(
@@ -169,6 +177,6 @@ def _as_stored(values: Sequence[float]) -> Tuple[float, ...]:
 
 def _number_of_blocks(call: Call) -> int:
     try:
-        return len(find_blocks(call.pipeline, call.block_path))
+        return len(find_blocks(call.pipeline, call.target.block_path))
     except (TypeError, ValueError):
         return 0
