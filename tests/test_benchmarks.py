@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks import belief, caches, masks, packages, rules, search  # noqa: E402
+from benchmarks import caches, masks, packages, rules, search  # noqa: E402
 from benchmarks.harness import Arm, Bench, meet_budget  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
 from osaccel.network.policy import MaskPolicy, Region  # noqa: E402
@@ -198,26 +198,3 @@ def test_the_search_benchmark_goes_through_and_keeps_what_it_evaluated(tmp_path)
     assert "| 1.3 | two-stage |" in search.table({"1.3": result})
     again = search.Bench(6, search.CHECKPOINT, tmp_path / "kept.journal")
     assert again.error(brute, case) == rows["brute force"]["calibration_error"] and not again.replays
-
-
-def test_the_variations_of_predictions_and_calls_are_found_again():
-    missed, call = belief.Variation(0.4, 0.3, 0.02), belief.Variation(0.15, 0.6, 0.04)
-    draw = np.random.default_rng(0)
-    places, families = draw.uniform(size=(60, 2)), []
-    for _ in range(6):
-        shared, own = (np.linalg.cholesky(v.covariance(places, places)) for v in (missed, call))
-        values = [shared @ draw.normal(size=60)] + [own @ draw.normal(size=60) for _ in range(4)]
-        families.append(belief.Missed(places, 3.0 + values[0] + np.array(values[1:])))
-    found, found_call = belief.fit(families)
-    assert found[:2] == pytest.approx(missed[:2], rel=0.3) and found.own < 0.05
-    assert found_call == pytest.approx(call, rel=0.3)
-
-
-def test_searches_are_replayed_on_the_errors_of_whole_families(tmp_path):
-    bench = search.Bench(6, search.CHECKPOINT, tmp_path / "families.journal")
-    family = belief.family(bench, 1.3, [search.Case(PROMPT, SEED), search.Case(heldout_prompts(2)[1], 2)])
-    assert family.errors.shape == (2, len(search.candidates(12, 6, 1.3)))
-    found = belief.searched(family, 0, belief.cache_search.MISSED, belief.cache_search.CALL)
-    assert family.errors[0, found] < np.median(family.errors[0])
-    own, other = belief.losses([family], lambda family, number: int(family.errors[number].argmin()))
-    assert own == 0 and other >= 0
