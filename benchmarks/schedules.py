@@ -16,16 +16,19 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
-import torch.multiprocessing
-from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling
 
-from benchmarks import measures, oracle
+from benchmarks.lib import measures, models
+from benchmarks.lib.jobs import in_processes
+from benchmarks.lib.kept import made_by
+from benchmarks.lib.lists import lists_of
+from benchmarks.lib.motion import Motion, euler_ancestral
+from benchmarks.lib.own import along
 from benchmarks.reference import data, load
 from benchmarks.reference.paths import CHECKPOINT
-from osaccel.generation import Generation
 from osaccel.search.timesteps import lists as timesteps
 from osaccel.search.timesteps.denoised import DenoiserLog, NoiseLevels, step_arguments
 
+MODEL = models.model("miniature")
 TEACHER_STEPS = 100
 SEEDS_PER_PROMPT = 2
 
@@ -36,20 +39,6 @@ class Batch(NamedTuple):
     prompts: Sequence[str]
     seed: int
     path: Path
-
-
-def latent_shape(pipeline: Any) -> Sequence[int]:
-    frames, height, width = pipeline.vae.vae_scale_factor
-    return (pipeline.transformer.config.in_channels, (data.FRAMES - 1) // frames + 1, data.SIZE // height,
-            data.SIZE // width)  # fmt: skip
-
-
-def generate(pipeline: Any, prompts: Sequence[str], steps: int, latents: torch.Tensor, kind: str = "latent") -> Any:
-    return pipeline(
-        list(prompts), num_inference_steps=steps, guidance_scale=load.GUIDANCE, num_frames=data.FRAMES,
-        height=data.SIZE, width=data.SIZE, latents=latents, output_type=kind,
-        max_sequence_length=data.CAPTION_WORDS,
-    ).images  # fmt: skip
 
 
 def logged(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 8) -> List[DenoiserLog]:
@@ -65,9 +54,9 @@ def logged(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 8) -> 
                 log.observe(output[number : number + 1], timestep, sample[number : number + 1])
             return original(*args, **kwargs)
 
-        with torch.no_grad(), Generation(pipeline, step=step):
-            noise = torch.randn(len(rows), *latent_shape(pipeline))
-            generate(pipeline, prompts[start : start + batch], TEACHER_STEPS, noise)
+        with along(pipeline, step=step):
+            noise = torch.randn(len(rows), *MODEL.latent_shape(pipeline))
+            MODEL.generate(pipeline, prompts[start : start + batch], TEACHER_STEPS, noise)
         for log in rows:
             log.end_generation()
     return logs
@@ -85,7 +74,7 @@ def search(pipeline: Any, options: argparse.Namespace) -> Dict[str, Any]:
     size = options.calibration
     logs = logged(pipeline, load.calibration_prompts(size * options.seeds), seed=1, batch=options.batch)
     searches = [joined(logs[start : start + size]) for start in range(0, len(logs), size)]
-    lists = oracle.arms(searches[0], options.steps, options.variants)
+    lists = lists_of(searches[0], options.steps, options.variants)
     spread = {str(count): spread_of([timesteps.wdp(one, [count])[count] for one in searches], count)
               for count in options.steps}  # fmt: skip
     singles = {str(count): spread_of([timesteps.wdp(joined([log]), [count])[count] for log in logs], count)
@@ -106,9 +95,9 @@ def sample_batch(pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence
     sigmas = [levels.sigma(value) for values in lists.values() for value in values]
     finals = {}
     for name, times in lists.items():
-        motion = measures.Motion(sigmas, (len(prompts), *latent_shape(pipeline)), seed)
-        with torch.no_grad(), motion.patched(scheduling, levels, times), Generation(pipeline, timesteps=times):
-            finals[name] = generate(pipeline, prompts, len(times), motion.initial())
+        motion = Motion(sigmas, (len(prompts), *MODEL.latent_shape(pipeline)), seed)
+        with motion.patched(euler_ancestral, levels, times), along(pipeline, times):
+            finals[name] = MODEL.generate(pipeline, prompts, len(times), motion.initial())
     return finals
 
 
@@ -123,7 +112,6 @@ def make_batches(
     share: int, lists: Dict[str, List[float]], todo: Sequence[Batch], options: argparse.Namespace, until: float
 ) -> None:
     """Sample this job's share of the batches, as long as another one would be ready before `until`."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
     pipeline, longest = load.load_pipeline(checkpoint=options.checkpoint), 0.0
     for batch in todo[share :: options.jobs]:
         if batch.path.exists():
@@ -141,7 +129,9 @@ def make_batches(
 def sample_all(lists: Dict[str, List[float]], options: argparse.Namespace, until: float) -> Dict[str, Any]:
     """Every batch that is there or fits before `until`: {"prompts": [...], "finals": {arm: latents}}."""
     todo = batches(prompts_of(options), options)
-    torch.multiprocessing.spawn(make_batches, (lists, todo, options, until), nprocs=options.jobs)
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    calls = [(share, lists, todo, options, until) for share in range(options.jobs)]
+    in_processes(make_batches, calls, options.jobs, threads)
     done = [batch for batch in todo if batch.path.exists()]
     if not done:
         raise SystemExit("no batch fits into --seconds")
@@ -168,7 +158,7 @@ def parser_scores(pipeline: Any, results: Dict[str, torch.Tensor], prompts: Sequ
     for name, final in results.items():
         with torch.no_grad():
             videos = np.concatenate([pipeline.decode_latents(part).numpy() for part in final.split(8)])
-        scores[name] = load.score(videos, prompts)
+        scores[name] = load.score(list(videos), prompts)
     return scores
 
 
@@ -231,6 +221,8 @@ def main() -> None:
     report = measures.compare(results, real, options.steps, groups=len(prompts))
     report["parser"] = parser_scores(pipeline, results, [name for name in prompts for _ in range(SEEDS_PER_PROMPT)])
     report.update(found, lists=lists, split=options.split, seconds=time.time() - started)
+    report["made by"] = made_by()
+    print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     print(text(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1))

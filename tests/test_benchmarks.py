@@ -12,32 +12,46 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks import caches, masks, packages, rules, search  # noqa: E402
-from benchmarks.harness import Arm, Bench, meet_budget  # noqa: E402
+from benchmarks import caches, search  # noqa: E402
+from benchmarks.competitors import (  # noqa: E402
+    cache_dit,
+    first_block_cache,
+    mag_cache,
+    packages,
+    sea_cache,
+    taylor_seer,
+    tea_cache,
+)
+from benchmarks.lib import masks, models  # noqa: E402
+from benchmarks.lib.bench import Arm, Bench  # noqa: E402
+from benchmarks.lib.calibration import Calibration, meet_budget  # noqa: E402
+from benchmarks.lib.models import Case  # noqa: E402
+from benchmarks.lib.own import interval_config, with_policy  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
-from osaccel.network.policy import MaskPolicy, Region  # noqa: E402
+from osaccel.network.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks  # noqa: E402
 
+MODEL = models.model("miniature")
 STEPS, WARMUP, BLOCKS, SEED = 12, 3, 12, 1
 PROMPT = heldout_prompts(1)[0]
-MASK = caches.even_mask(100, BLOCKS, STEPS, WARMUP)
+MASK = masks.even(100, BLOCKS, STEPS, WARMUP)
 
 
 @pytest.fixture(scope="module")
 def bench():
-    return Bench(load_pipeline(), [STEPS, STEPS // 2, 8])
+    return Bench(MODEL, load_pipeline(), STEPS)
 
 
 @pytest.fixture(scope="module")
 def calibration(bench):
-    return caches.Calibration(bench, STEPS, WARMUP)
+    return Calibration(bench, WARMUP)
 
 
 def sampled(bench, attach):
-    return bench.sample(Arm(attach, STEPS), PROMPT, SEED)
+    return bench.sample(Arm(attach), PROMPT, SEED)
 
 
 def own(forecast):
-    return caches.cached(MaskPolicy(Region(1, BLOCKS), MASK, forecast), STEPS).attach
+    return lambda pipeline: with_policy(pipeline, MaskPolicy(Region(1, BLOCKS), MASK, forecast))
 
 
 def test_blocks_are_counted_where_they_run(bench):
@@ -51,32 +65,30 @@ def test_blocks_are_counted_where_they_run(bench):
 def test_fewer_steps_follow_the_same_motion(bench):
     """Coupled to the plain run: nearer to it than a plain run from other noise, on average over seeds."""
 
-    def ratio(seed):
-        plain, half, other = (
-            bench.sample(Arm(steps=steps), PROMPT, noise).latents
-            for steps, noise in ((STEPS, seed), (STEPS // 2, seed), (STEPS, seed + 10))
-        )
-        return float((half - plain).norm() / (other - plain).norm())
-
-    assert sum(ratio(seed) for seed in range(1, 5)) / 4 < 0.85
+    plain, half, other = (
+        [bench.sample(Arm(steps=steps), PROMPT, seed + first).latents for seed in range(8)]
+        for steps, first in ((STEPS, 1), (STEPS // 2, 1), (STEPS, 100))
+    )
+    ratios = [float((b - a).norm() / (c - a).norm()) for a, b, c in zip(plain, half, other)]
+    assert sum(ratios) / len(ratios) < 0.85
 
 
 @pytest.mark.parametrize("forecast", [False, True])
 def test_cache_dit_with_the_same_mask_is_the_same_rule(bench, forecast):
     pytest.importorskip("cache_dit")
-    theirs = sampled(bench, lambda own: packages.cache_dit(own, STEPS, WARMUP, mask=MASK, taylor=forecast))
+    theirs = sampled(bench, lambda own: cache_dit.attach(own, STEPS, WARMUP, mask=MASK, taylor=forecast))
     ours = sampled(bench, own(forecast))
     assert theirs.computed == ours.computed
     assert (theirs.latents - ours.latents).norm() < 1e-3 * ours.latents.norm()
 
 
 PACKAGED = {
-    "cache-dit": lambda own, value: packages.cache_dit(own, STEPS, WARMUP, value),
-    "cache-dit TaylorSeer": lambda own, value: packages.cache_dit(own, STEPS, WARMUP, value, taylor=True),
-    "FirstBlockCache": lambda own, value: packages.first_block(own, STEPS, WARMUP, value),
-    "SeaCache": lambda own, value: packages.sea_cache(own, STEPS, WARMUP, value),
-    "MagCache": lambda own, value: packages.mag_cache(own, STEPS, WARMUP, value, [1.0, *[0.9] * (STEPS - 1)]),
-    "TeaCache": lambda own, value: rules.tea_cache(own, WARMUP, value),
+    "cache-dit": lambda own, value: cache_dit.attach(own, STEPS, WARMUP, value),
+    "cache-dit TaylorSeer": lambda own, value: cache_dit.attach(own, STEPS, WARMUP, value, taylor=True),
+    "FirstBlockCache": lambda own, value: first_block_cache.attach(own, STEPS, WARMUP, value),
+    "SeaCache": lambda own, value: sea_cache.attach(own, STEPS, WARMUP, value),
+    "MagCache": lambda own, value: mag_cache.attach(own, STEPS, WARMUP, value, [1.0, *[0.9] * (STEPS - 1)]),
+    "TeaCache": lambda own, value: tea_cache.attach(own, WARMUP, value),
 }
 
 
@@ -94,8 +106,8 @@ def test_thresholds_skip_after_the_warm_up_and_leave_nothing_behind(bench, name)
 def test_taylor_seer_keeps_to_its_schedule(bench):
     if "diffusers" in packages.missing():
         pytest.skip("package missing")
-    every, start = caches.taylor_schedule(100, BLOCKS, STEPS, WARMUP)
-    found = sampled(bench, lambda own: packages.taylor_seer(own, STEPS, start, every))
+    every, start = taylor_seer.schedule(100, BLOCKS, STEPS, WARMUP)
+    found = sampled(bench, lambda own: taylor_seer.attach(own, STEPS, start, every))
     assert 100 - BLOCKS < found.computed <= 100
 
 
@@ -109,10 +121,10 @@ def test_the_budget_is_met_from_below():
 @pytest.mark.parametrize("ratio", [1.3, 1.5, 1.6, 1.8, 2.2])
 def test_fixed_schedules_fill_the_budget(ratio):
     size = budget, *_ = (int(1200 / ratio), 12, 100, 10)
-    computed = caches.computed_blocks(caches.IntervalPolicy(caches.interval_config(*size)), 12, 100)
+    computed = computed_blocks(IntervalPolicy(interval_config(*size)), 12, 100)
     assert 0.95 * budget < computed <= budget
-    assert 0.95 * budget < 100 + 11 * sum(caches.even_mask(*size)) <= budget
-    every, start = caches.taylor_schedule(*size)
+    assert 0.95 * budget < 100 + 11 * sum(masks.even(*size)) <= budget
+    every, start = taylor_seer.schedule(*size)
     runs = sum(step < start or (step - start - 1) % every == 0 for step in range(100))
     assert 0.95 * budget < 12 * runs <= budget
 
@@ -123,14 +135,14 @@ def test_a_missing_package_is_one_clear_line(calibration, monkeypatch):
     assert list(absent) == ["cache-dit"] and "cache-dit left out" in absent["cache-dit"]
     assert "pip install" in absent["cache-dit"] and "\n" not in absent["cache-dit"]
     everything = {**absent, "diffusers": "diffusers left out"}
-    names = list(caches.Comparison(calibration, 1.5).arms(everything))
+    names = list(caches.Arms(calibration, 1 / 1.5, everything).by_name)
     assert names[0] == f"plain {STEPS}" and not any(name.startswith(("cache-dit", "diffusers")) for name in names)
 
 
 def test_tables_and_curve(calibration, tmp_path):
     """The whole comparison on a few steps, without the packages."""
     everything = {"cache-dit": "", "diffusers": ""}
-    report = caches.compare(calibration, 1.5, heldout_prompts(2), everything)
+    report = caches.compare(calibration, 1.5, MODEL.heldout_cases(2), everything)
     rows, fixed = report["rows"], [name for name in report["rows"] if name not in report["thresholds"]][1:]
     assert rows["plain 12"]["computed"] == 144 and "latent_error" not in rows["plain 12"]
     assert rows["plain 6"]["computed"] == 72 and rows["plain 8"]["computed"] == report["budget"] == 96
@@ -187,14 +199,14 @@ def test_held_out_errors_of_two_methods_are_compared_prompt_by_prompt():
 
 
 def test_the_search_benchmark_goes_through_and_keeps_what_it_evaluated(tmp_path):
-    case, held = search.Case(PROMPT, SEED), search.Case(heldout_prompts(2)[1], 2)
-    bench = search.Bench(6, search.CHECKPOINT, tmp_path / "kept.journal")
-    result = search.compare(bench, 1.3, [case], [held], [held])
+    case, held = Case(PROMPT, SEED), Case(heldout_prompts(2)[1], 2)
+    ledger = search.Ledger(6, search.CHECKPOINT, tmp_path / "kept.journal")
+    result = search.compare(ledger, 1.3, [case], [held], [held])
     rows = result["rows"]
-    brute = min(search.candidates(12, 6, 1.3), key=lambda candidate: bench.error(candidate, case))
+    brute = min(search.candidates(12, 6, 1.3), key=lambda candidate: ledger.error(candidate, case))
     assert rows["brute force"]["config"] == brute.config.to_dict() and rows["brute force"]["over_best"] == 0
     assert all(row["speed_up"] >= 1.3 for row in rows.values())
     assert rows["ours"]["plain_generations"] <= 6 < rows["two-stage"]["plain_generations"]
     assert "| 1.3 | two-stage |" in search.table({"1.3": result})
-    again = search.Bench(6, search.CHECKPOINT, tmp_path / "kept.journal")
+    again = search.Ledger(6, search.CHECKPOINT, tmp_path / "kept.journal")
     assert again.error(brute, case) == rows["brute force"]["calibration_error"] and not again.replays
