@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison harness: real block counts, budgets that are met, packages that may be missing."""
 
+import ast
+import contextlib
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ pytest.importorskip("scipy")
 from benchmarks import caches, search  # noqa: E402
 from benchmarks.competitors import (  # noqa: E402
     cache_dit,
+    cfg_gate,
+    fewer_steps,
     first_block_cache,
     mag_cache,
     packages,
@@ -22,11 +27,11 @@ from benchmarks.competitors import (  # noqa: E402
     taylor_seer,
     tea_cache,
 )
-from benchmarks.lib import masks, models  # noqa: E402
+from benchmarks.lib import compare, masks, models, motion, quality  # noqa: E402
 from benchmarks.lib.bench import Arm, Bench  # noqa: E402
 from benchmarks.lib.calibration import Calibration, meet_budget  # noqa: E402
 from benchmarks.lib.models import Case  # noqa: E402
-from benchmarks.lib.own import interval_config, with_policy  # noqa: E402
+from benchmarks.lib.own import cached, interval_config, with_policy  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
 from osaccel.network.policy import IntervalPolicy, MaskPolicy, Region, computed_blocks  # noqa: E402
 
@@ -210,3 +215,139 @@ def test_the_search_benchmark_goes_through_and_keeps_what_it_evaluated(tmp_path)
     assert "| 1.3 | two-stage |" in search.table({"1.3": result})
     again = search.Ledger(6, search.CHECKPOINT, tmp_path / "kept.journal")
     assert again.error(brute, case) == rows["brute force"]["calibration_error"] and not again.replays
+
+
+# The library that commands share -------------------------------------------------------------------------------------
+
+CASES = MODEL.heldout_cases(3)
+
+
+def close(first, second, tolerance=1e-4):
+    return float((first - second).norm()) <= tolerance * float(second.norm())
+
+
+def imported(path):
+    """The modules that a file imports, names taken from packages included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("folder, below", [("lib", ["lib"]), ("competitors", ["lib", "competitors"])])
+def test_no_import_points_up(folder, below):
+    for path in Path(caches.__file__).parent.glob(f"{folder}/*.py"):
+        rooms = [name.split(".")[1] for name in imported(path) if name.startswith("benchmarks.")]
+        assert set(rooms) <= set(below), path
+
+
+def test_a_video_has_its_noise_in_every_batch_and_it_is_the_seed_s(bench):
+    together = Bench(MODEL, bench.pipeline, STEPS, batch=3).run(Arm(), CASES)
+    for case, sample in zip(CASES, together):
+        torch.manual_seed(case.seed)
+        arguments = {**MODEL.arguments(), "output_type": "latent", "num_inference_steps": STEPS}
+        alone = bench.pipeline(case.prompt, **arguments).images
+        assert torch.equal(bench.sample(Arm(), *case).latents, alone)
+        assert close(sample.latents, alone) and sample.computed == STEPS * BLOCKS
+
+
+def test_levels_filled_in_leave_the_motion_as_it_was():
+    plain, between = [16.0, 4.0, 1.0, 0.25], [16.0, 3.0, 2.0, 0.25]
+    whole, filled = motion.Motion(plain, (40000,), 1), motion.Motion(plain, (40000,), 1, between)
+    torch.manual_seed(1)
+    assert torch.equal(filled.initial(), torch.randn(40000))
+    drawn = [torch.randn(40000) for _ in plain[1:]]
+    for sigma, noise in zip(plain[1:], drawn):
+        assert torch.allclose(whole.until(motion.snr_of(sigma)), noise, atol=1e-5)
+        assert torch.allclose(filled.until(motion.snr_of(sigma)), noise, atol=1e-5)
+    again = motion.Motion(plain, (40000,), 1, between)
+    steps = torch.stack([again.until(motion.snr_of(sigma)) for sigma in between[1:]])
+    assert torch.allclose(torch.cov(steps), torch.eye(3), atol=0.03)
+    merged = motion.Motion(plain, (40000,), 1).until(motion.snr_of(0.25))
+    widths = torch.tensor([1 / b**2 - 1 / a**2 for a, b in zip(plain, plain[1:])])
+    expected = sum(w.sqrt() * noise for w, noise in zip(widths, drawn)) / widths.sum().sqrt()
+    assert torch.allclose(merged, expected, atol=1e-5)
+    with pytest.raises(ValueError, match="must lie between"):
+        motion.Motion(plain, (1,), 1, [17.0])
+
+
+def test_fewer_steps_of_deterministic_samplers_and_of_those_that_cannot_be_coupled():
+    for sampler in ("EulerDiscrete", "DDIM"):
+        own = Bench(MODEL, load_pipeline(sampler), STEPS)
+        few, plain = (own.run(arm, CASES[:1])[0] for arm in (fewer_steps.of(8, STEPS), Arm()))
+        assert few.computed == 8 * BLOCKS and 0 < quality.errors([few], [plain])[0] < 1
+    own = Bench(MODEL, load_pipeline("DDPM"), 4)
+    assert own.run(Arm(), CASES[:1])[0].computed == 4 * BLOCKS
+    with pytest.raises(ValueError, match="DDPMScheduler draws noise"):
+        own.run(fewer_steps.of(3, 4), CASES[:1])
+
+
+def test_what_an_arm_says_it_costs_is_what_is_counted(bench, calibration):
+    found = [competitor.at(calibration, 0.75) for competitor in (cfg_gate.COMPETITOR, fewer_steps.COMPETITOR)]
+    if "diffusers" not in packages.missing():
+        found.append(taylor_seer.COMPETITOR.at(calibration, 0.75))
+    found.append(cached(bench, MaskPolicy(Region(1, BLOCKS), MASK, True)))
+    for arm in found:
+        assert bench.sample(arm, PROMPT, SEED).computed / bench.plain_blocks == pytest.approx(arm.work), arm.name
+        assert 0.6 < arm.work <= 0.75
+    with pytest.raises(ValueError, match="out of its reach"):
+        cfg_gate.at(calibration, 0.5)
+
+
+def test_the_cfg_gate_freezes_the_difference(bench):
+    """Against both halves computed at every step, the unconditional one then thrown away."""
+
+    def slow(pipeline, gate=5):
+        net, seen = pipeline.transformer, []
+        original = net.forward
+
+        def forward(*args, **kwargs):
+            unconditional, conditional = original(*args, **kwargs)[0].chunk(2)
+            seen.append(conditional - unconditional)
+            return (torch.cat([conditional - seen[min(len(seen), gate) - 1], conditional]),)
+
+        net.forward = forward
+        return contextlib.nullcontext()
+
+    wanted, found = sampled(bench, slow), sampled(bench, lambda own: cfg_gate.attach(own, 5))
+    assert close(found.latents, wanted.latents) and wanted.computed == STEPS * BLOCKS
+    assert found.computed == (5 + 7 / 2) * BLOCKS
+    plain = sampled(bench, lambda own: cfg_gate.attach(own, STEPS))
+    assert torch.equal(plain.latents, bench.sample(Arm(), PROMPT, SEED).latents)
+
+
+def test_plain_runs_and_rows_are_kept(bench, tmp_path):
+    arm = fewer_steps.of(8, STEPS)
+    first = Bench(MODEL, bench.pipeline, STEPS, batch=2, folder=tmp_path)
+    row = compare.measure(first, arm, CASES)
+    assert row.work == pytest.approx(8 / STEPS) and len(row.errors) == len(row.psnr) == 3
+    again = Bench(MODEL, bench.pipeline, STEPS, folder=tmp_path)
+    again.run = again._together = None  # nothing may be sampled
+    assert compare.measure(again, arm, CASES) == row
+    assert all(torch.equal(a.latents, b.latents) for a, b in zip(again.plain(CASES), first.plain(CASES)))
+    other = Bench(MODEL, bench.pipeline, STEPS - 1, folder=tmp_path)
+    assert other.kept.folder != first.kept.folder and not list(other.kept.folder.glob("plain*"))
+
+
+def test_statistics_of_errors():
+    errors = [0.01] * 8 + [0.2] * 10 + [0.6, 0.9]
+    found = quality.summary(errors)
+    assert found["mean"][0] == pytest.approx(0.179) and found["typical"][0] == pytest.approx(0.2)
+    assert found["worst tenth"][0] == pytest.approx(0.75) and found["turned"][0] == pytest.approx(0.1)
+    assert all(low <= value <= high for value, low, high in found.values())
+    assert quality.worst_tenth([1.0, 3.0]) == 3.0
+    assert quality.over([2 * error for error in errors], errors) == pytest.approx([1, 1, 1])
+
+
+def test_rows_make_a_table_and_a_plot(tmp_path):
+    rows = [
+        compare.Row(f"{family} {work}", family, work, 1.0, [error, 2 * error, 0.7], [40.0, 41.0, 42.0])
+        for family, error in (("osaccel plan", 0.01), ("fewer steps", 0.02))
+        for work in (0.5, 0.6)
+    ]
+    text = compare.table(rows, against="osaccel plan 0.5")
+    assert len(text.splitlines()) == 6 and "50.0%" in text and "33.3% [0.0%, 100.0%]" in text and "-" in text
+    assert json.loads(json.dumps(compare.summaries(rows)))[0]["summary"]["turned"][0] == pytest.approx(1 / 3)
+    compare.plot(rows, tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").read_bytes().startswith(b"\x89PNG")

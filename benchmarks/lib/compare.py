@@ -11,6 +11,7 @@ from benchmarks.lib.kept import digest_of
 from benchmarks.lib.models import Case
 from benchmarks.lib.quality import STATISTICS, errors, interval, over, psnr, summary
 
+FORM, FORMS = "{:.4f} [{:.4f}, {:.4f}]", {"turned": "{:.1%} [{:.1%}, {:.1%}]"}
 # A line's points: work, value.
 Points = List[Tuple[float, float]]
 
@@ -46,44 +47,33 @@ def table(rows: Sequence[Row], against: Optional[str] = None) -> str:
     """A line per row, 95 % bootstrap intervals in brackets.
 
     Args:
-        against: a row's name; the others say how much larger their mean and typical errors are than its, in per cent,
-            the same videos drawn for both.
+        against: a row's name; the others say how much larger their mean and typical errors are than its, the same
+            videos drawn for both.
     """
     rival = next((row for row in rows if row.name == against), None)
-    heads = [*STATISTICS, "PSNR dB", *([f"mean over {against}", "typical over it"] if rival else [])]
+    heads = [*STATISTICS, "PSNR dB", *(["mean over its", "typical over its"] if rival else [])]
     width = max(len(row.name) for row in rows) + 2
-    lines = [f"{'':<{width}}{'work':>7}{'s/video':>9}" + "".join(f"{head:>26}" for head in heads)]
+    lines = [] if rival is None else [f"over its: how much larger than that of {against}"]
+    lines.append(f"{'':<{width}}{'work':>7}{'s/video':>9}" + "".join(f"{head:>26}" for head in heads))
     for row in rows:
-        cells = [_cell(interval(row.errors, statistic)) for statistic in STATISTICS.values()]
-        cells.append(_cell(interval(row.psnr), "{:.1f} [{:.1f}, {:.1f}]"))
+        cells = [FORMS.get(name, FORM).format(*found) for name, found in summary(row.errors).items()]
+        cells.append("{:.1f} [{:.1f}, {:.1f}]".format(*interval(row.psnr)))
         if rival:
             cells += [_over(row, rival, STATISTICS[name]) for name in ("mean", "typical")]
-        lines.append(
-            f"{row.name:<{width}}{100 * row.work:>6.1f}%{row.seconds:>9.2f}" + "".join(f"{cell:>26}" for cell in cells)
-        )
+        figures = f"{row.work:>7.1%}{row.seconds:>9.2f}" + "".join(f"{cell:>26}" for cell in cells)
+        lines.append(f"{row.name:<{width}}{figures}")
     return "\n".join(lines)
 
 
 def _over(row: Row, rival: Row, statistic: Callable[..., Any]) -> str:
     if row is rival:
         return "-"
-    return _cell([100 * value for value in over(row.errors, rival.errors, statistic)], "{:+.0f} % [{:+.0f}, {:+.0f}]")
-
-
-def _cell(values: Sequence[float], form: str = "{:.4f} [{:.4f}, {:.4f}]") -> str:
-    return form.format(*values)
+    return "{:+.0%} [{:+.0%}, {:+.0%}]".format(*over(row.errors, rival.errors, statistic))
 
 
 def summaries(rows: Sequence[Row]) -> List[Dict[str, Any]]:
-    """The rows for a JSON file: their statistics with intervals beside the figures of every video."""
-    return [
-        {
-            **row._asdict(),
-            "summary": summary(row.errors),
-            "psnr_mean": interval(row.psnr),
-        }
-        for row in rows
-    ]
+    """The rows for a JSON file: statistics with intervals beside the figures of every video."""
+    return [{**row._asdict(), "summary": summary(row.errors), "mean psnr": interval(row.psnr)} for row in rows]
 
 
 def plot(rows: Sequence[Row], path: Path, title: str = "", first: Sequence[str] = ("osaccel",)) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far an arm's videos are from the plain run of the same noise, and how sure that is."""
 
+import math
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
@@ -12,6 +13,7 @@ __all__ = ["STATISTICS", "TURNED", "errors", "interval", "over", "psnr", "summar
 
 # Relative errors are below .2 or near the size of the latents: then it is another video.
 TURNED = 0.5
+LOST = 1e6
 DRAWS = 2000
 
 # A statistic of values along an axis.
@@ -19,8 +21,9 @@ Statistic = Callable[..., Any]
 
 
 def errors(samples: Sequence[Sample], plain: Sequence[Sample]) -> List[float]:
-    """Relative L2 of the final latents, video by video."""
-    return [float((own.latents - base.latents).norm() / base.latents.norm()) for own, base in zip(samples, plain)]
+    """Relative L2 of the final latents, video by video; `LOST` where they are not finite."""
+    each = [float((own.latents - base.latents).norm() / base.latents.norm()) for own, base in zip(samples, plain)]
+    return [error if math.isfinite(error) else LOST for error in each]
 
 
 def worst_tenth(values: Any, axis: int = 0) -> Any:
