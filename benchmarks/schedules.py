@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.lib import measures, models
 from benchmarks.lib.jobs import in_processes
-from benchmarks.lib.kept import made_by
+from benchmarks.lib.kept import Kept, made_by, weights_digest
 from benchmarks.lib.lists import lists_of
 from benchmarks.lib.motion import Motion, euler_ancestral
 from benchmarks.lib.own import along
@@ -34,11 +34,11 @@ SEEDS_PER_PROMPT = 2
 
 
 class Batch(NamedTuple):
-    """Prompts that are sampled together, the seed of their noise, and the file that keeps their latents."""
+    """Prompts that are sampled together, the seed of their noise, and what their latents are kept as."""
 
     prompts: Sequence[str]
     seed: int
-    path: Path
+    name: str
 
 
 def logged(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 8) -> List[DenoiserLog]:
@@ -102,42 +102,46 @@ def sample_batch(pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence
 
 
 def batches(prompts: Sequence[str], options: argparse.Namespace) -> List[Batch]:
-    """The prompts in batches, and where the latents of each are kept."""
+    """The prompts in batches."""
     step = max(1, options.batch // SEEDS_PER_PROMPT)
     parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
-    return [Batch(part, 5000 + n, Path(options.work) / f"batch-{n:03d}.pt") for n, part in enumerate(parts)]
+    return [Batch(part, 5000 + n, f"batch-{n:03d}") for n, part in enumerate(parts)]
 
 
 def make_batches(
-    share: int, lists: Dict[str, List[float]], todo: Sequence[Batch], options: argparse.Namespace, until: float
+    share: int,
+    lists: Dict[str, List[float]],
+    todo: Sequence[Batch],
+    options: argparse.Namespace,
+    kept: Kept,
+    until: float,
 ) -> None:
     """Sample this job's share of the batches, as long as another one would be ready before `until`."""
     pipeline, longest = load.load_pipeline(checkpoint=options.checkpoint), 0.0
     for batch in todo[share :: options.jobs]:
-        if batch.path.exists():
+        if kept.has(batch.name):
             continue
         if time.time() + longest > until:
             break
         begun = time.time()
         rows = [prompt for prompt in batch.prompts for _ in range(SEEDS_PER_PROMPT)]
-        torch.save(sample_batch(pipeline, lists, rows, batch.seed), f"{batch.path}.part")
-        Path(f"{batch.path}.part").replace(batch.path)
+        kept.put(batch.name, sample_batch(pipeline, lists, rows, batch.seed))
         longest = max(longest, time.time() - begun)
-        print(f"{batch.path.name} of {len(todo)} batches", flush=True)
+        print(f"{batch.name} of {len(todo)} batches", flush=True)
 
 
-def sample_all(lists: Dict[str, List[float]], options: argparse.Namespace, until: float) -> Dict[str, Any]:
+def sample_all(lists: Dict[str, List[float]], options: argparse.Namespace, kept: Kept, until: float) -> Dict[str, Any]:
     """Every batch that is there or fits before `until`: {"prompts": [...], "finals": {arm: latents}}."""
     todo = batches(prompts_of(options), options)
     threads = max(1, torch.get_num_threads() // options.jobs)
-    calls = [(share, lists, todo, options, until) for share in range(options.jobs)]
+    calls = [(share, lists, todo, options, kept, until) for share in range(options.jobs)]
     in_processes(make_batches, calls, options.jobs, threads)
-    done = [batch for batch in todo if batch.path.exists()]
+    done = [batch for batch in todo if kept.has(batch.name)]
     if not done:
         raise SystemExit("no batch fits into --seconds")
-    kept = [torch.load(batch.path) for batch in done]
+    parts = [kept.get(batch.name) for batch in done]
     prompts = [prompt for batch in done for prompt in batch.prompts]
-    return {"prompts": prompts, "finals": {name: torch.cat([part[name] for part in kept]) for name in lists}}
+    return {"prompts": prompts, "finals": {name: torch.cat([part[name] for part in parts]) for name in lists}}
 
 
 def fresh_data(pipeline: Any, prompts: Sequence[str], each: int, seed: int) -> torch.Tensor:
@@ -176,7 +180,7 @@ def text(report: Dict[str, Any]) -> str:
 
 def parsed(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", required=True, help="directory for what is finished; must be new for a new model")
+    parser.add_argument("--work", required=True, help="directory for what is finished; must be new for other lists")
     parser.add_argument("--seconds", type=float, default=700, help="no batch is begun that would end later")
     parser.add_argument("--prompts", type=int, default=129)
     parser.add_argument(
@@ -205,17 +209,13 @@ def prompts_of(options: argparse.Namespace) -> List[str]:
 
 def main() -> None:
     options, started = parsed(), time.time()
-    work = Path(options.work)
-    work.mkdir(parents=True, exist_ok=True)
     pipeline = load.load_pipeline(checkpoint=options.checkpoint)
-    kept = work / "search.json"
-    if not kept.exists():
-        kept.write_text(json.dumps(search(pipeline, options)))
-    found = json.loads(kept.read_text())
+    kept = Kept(options.work, {"weights": weights_digest(pipeline.transformer)})
+    found = kept.value("search", lambda: search(pipeline, options))
     lists = found["lists"]
     if options.arms:
         lists = {name: times for name, times in lists.items() if name.startswith(("plain", *options.arms))}
-    sampled = sample_all(lists, options, started + options.seconds)
+    sampled = sample_all(lists, options, kept, started + options.seconds)
     prompts, results = sampled["prompts"], sampled["finals"]
     real = [fresh_data(pipeline, prompts, options.data, 1), fresh_data(pipeline, prompts, SEEDS_PER_PROMPT, 2)]
     report = measures.compare(results, real, options.steps, groups=len(prompts))
