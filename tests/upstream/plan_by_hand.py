@@ -3,8 +3,8 @@
 
     python plan_by_hand.py TINY DTYPE FRAMES PLAN_JSON        (also under torchrun: then in sequence parallel)
 
-Prints one JSON line: relative distances of the final latents. What is worked out by hand knows nothing of osaccel: every
-branch of guidance runs through the upstream's transformer alone, blocks and `scheduler.step` get a few lines each.
+Prints one JSON line: relative distances of the final latents. What is worked out by hand knows nothing of osaccel:
+every branch of guidance runs through the transformer alone, blocks and `scheduler.step` get a few lines each.
 """
 
 import json
@@ -61,7 +61,7 @@ def sample(pipeline, frames, guidance=GUIDANCE):
 
 
 class ByHand:
-    """Patches a pipeline so that it does what a plan's mapping says; `calls` counts block calls x share of the batch."""
+    """Patches a pipeline so that it does what a plan's mapping says; `calls`: block calls x share of the batch."""
 
     def __init__(self, pipeline, plan):
         self.pipeline, self.plan = pipeline, plan
