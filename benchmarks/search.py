@@ -81,7 +81,7 @@ class Ledger:
         """The recorded plain generation."""
         if case not in self.replays:
             self.replays[case] = replay = Replay(self._call(case))
-            states, observe = HiddenStates(NAMES), replay.boundaries.observe
+            states, observe = HiddenStates(), replay.boundaries.observe
             replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, observe), decode=False)
         return self.replays[case]
 
