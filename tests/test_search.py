@@ -26,9 +26,10 @@ from osaccel.generation import Generation
 from osaccel.network.forwards import HiddenStates
 from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache import candidates as cache_search
-from osaccel.search.dit_cache.candidates import Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
 from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.search.errors import SearchError
 from osaccel.search.journal import Journal
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks

@@ -14,7 +14,7 @@ import torch
 from osaccel import formats
 from osaccel.generation import Generation
 from osaccel.plan import of_dit_cache
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
 from osaccel.search.session import Session
 from osaccel.settings import Settings
 from osaccel.targets import Target

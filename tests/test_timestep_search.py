@@ -18,7 +18,7 @@ from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor
 from osaccel.report import timesteps as restep_plots
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps import calibration

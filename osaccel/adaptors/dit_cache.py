@@ -9,6 +9,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any, Callable, List, Optional, Tuple
 
+import numpy as np
 import torch
 
 from osaccel.clock import Clock
@@ -154,16 +155,16 @@ class DitCacheAdaptor:
         _check_block_path(dit_block_path)
         self.pipeline, self.search_config = pipeline, config
         try:
-            self._blocks = self.get_and_check_blocks(pipeline, dit_block_path)
+            self.blocks = self.get_and_check_blocks(pipeline, dit_block_path)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"Failed to access transformer blocks at path '{dit_block_path}'. Please ensure the pipeline has the "
                 f"correct structure and the path is valid. Error: {error}"
             ) from None
         if config is not None:
-            if config.dit_block_num not in (None, len(self._blocks)):
+            if config.dit_block_num not in (None, len(self.blocks)):
                 raise ValueError("dit_block_num not equal to the number of blocks in the dit_block_path")
-            config.dit_block_num = len(self._blocks)
+            config.dit_block_num = len(self.blocks)
         self._config: Optional[DitCacheConfig] = None
         self._cache: Optional[BlockCache] = None
         self._clock = _AdaptorClock(config.num_sampling_steps if config else None, self._forget)
@@ -225,17 +226,21 @@ class DitCacheAdaptor:
             ValueError: there is no search configuration, an argument is wrong, the ratio cannot be reached, or the
                 function returns another number of videos.
         """
-        from osaccel.search.dit_cache.closure import search_by_closure
+        from osaccel.search.dit_cache.closure import Wish, search_by_closure
 
-        if self.search_config is None:
+        config = self.search_config
+        if config is None:
             raise ValueError("search_config must be set before calling search()")
         if not callable(run_pipeline_and_save_videos):
             raise ValueError("run_pipeline_and_save_videos must be callable")
         if isinstance(prompts_num, bool) or not isinstance(prompts_num, int) or prompts_num <= 0:
             raise ValueError("prompts_num must be a positive integer")
-        self.dit_cache_config = search_by_closure(self, run_pipeline_and_save_videos, prompts_num * num_videos)
-        assert self.dit_cache_config is not None
-        return self.dit_cache_config
+        wish = Wish(config.cache_ratio, config.num_sampling_steps or 0, config.cache_step_interval)
+        found = search_by_closure(
+            self, lambda: _checked(run_pipeline_and_save_videos(self.pipeline), prompts_num * num_videos), wish
+        )
+        self.dit_cache_config = found
+        return found
 
     def detach(self) -> None:
         """Stop caching and leave pipeline, scheduler and blocks as they were."""
@@ -247,12 +252,12 @@ class DitCacheAdaptor:
     def _attach(self, config: DitCacheConfig) -> None:
         plan = of_dit_cache(config)
         try:
-            plan.check_blocks(len(self._blocks))
+            plan.check_blocks(len(self.blocks))
         except ValueError as error:
             raise ValueError(f"dit_cache_config: {error}") from None
         self._config = config
         self._cache = BlockCache(
-            list(self._blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
+            list(self.blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
         )
         self._undo.append(self._cache.detach)
         self._follow_scheduler()
@@ -260,7 +265,7 @@ class DitCacheAdaptor:
     def hidden_states(self) -> HiddenStates:
         """What the blocks call the hidden states they take and return."""
         count = self.search_config.num_hidden_states if self.search_config else 1
-        return HiddenStates(_hidden_state_names(self._blocks[0], count))
+        return HiddenStates(_hidden_state_names(self.blocks[0], count))
 
     def _forget(self) -> None:
         if self._cache is not None:
@@ -293,6 +298,16 @@ class DitCacheAdaptor:
         if self._clock.index == len(self._scheduler.timesteps):
             self._forget()
         return result
+
+
+def _checked(videos: Any, num_videos: int) -> List[np.ndarray]:
+    if not isinstance(videos, list) or len(videos) != num_videos:
+        found = len(videos) if hasattr(videos, "__len__") else type(videos).__name__
+        raise ValueError(
+            f"run_pipeline_and_save_videos must return a video list with length equal to prompts_num: "
+            f"{found}!={num_videos}"
+        )
+    return [np.asarray(video, dtype=np.float64) for video in videos]
 
 
 def _check_block_path(path: Any) -> None:

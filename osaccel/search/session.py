@@ -13,7 +13,7 @@ import sys
 from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional
 
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call, RandomState
 from osaccel.search.team import Team
 from osaccel.settings import Settings
@@ -25,7 +25,7 @@ logger = logging.getLogger("osaccel")
 RUNNERS = {
     "dit_cache": "osaccel.search.dit_cache.runner:CacheRunner",
     "restep": "osaccel.search.timesteps.runner:RestepRunner",
-    "all": "osaccel.search.dit_cache.runner:AllRunner",
+    "all": "osaccel.search.combined:AllRunner",
 }
 
 

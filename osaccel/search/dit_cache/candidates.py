@@ -12,6 +12,7 @@ import numpy as np
 
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.plan import Interval
+from osaccel.search.errors import SearchError
 
 MAX_INTERVAL = 6
 # Block forwards a search may spend, in plain generations, the observed one included.
@@ -20,10 +21,6 @@ BUDGET = 6.0
 MAX_VERIFIED = 32
 # A candidate is as promising as its expected log error less so many of its standard deviations.
 OPTIMISM = 1.0
-
-
-class SearchError(RuntimeError):
-    """The search cannot give what was asked for; the message says what is reachable."""
 
 
 class Candidate(NamedTuple):

@@ -20,12 +20,13 @@ from osaccel.generation import find_blocks
 from osaccel.network.forwards import HiddenStates
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache import probes, sidecar
-from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search
 from osaccel.search.dit_cache.error_model import Gains, predictions
 from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.dit_cache.progress import Progress
 from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.dit_cache.workers import Helper, Workers, final_name
+from osaccel.search.errors import SearchError
 from osaccel.search.journal import Journal
 from osaccel.search.recording import boundaries
 from osaccel.search.recording.boundaries import Boundaries
@@ -254,29 +255,3 @@ class CacheRunner(Runner):
         journal = Journal(self.output + ".search", {}, is_writer=False)
         helper = Helper(self.team, journal, self.timesteps, self.goal.min_psnr is not None)
         return {"cache": DitCacheConfig(**helper.assist(call))}
-
-
-class AllRunner(Runner):
-    """OSACCEL_SEARCH=all: timesteps first, then the cache for a generation that follows them."""
-
-    def __init__(self, session: Session):
-        super().__init__(session)
-        from osaccel.search.timesteps.runner import RestepRunner  # type: ignore[import-not-found,unused-ignore]
-
-        self.restep = RestepRunner(session)
-
-    def record(self, call: Call) -> Any:
-        return self.restep.record(call)
-
-    def search(self) -> Dict[str, Any]:
-        found = self.restep.search()
-        cache = CacheRunner(self.session, found["timesteps"])
-        for call in self.session.calls:
-            cache.record(call)
-        return {**found, **cache.search()}
-
-    def assist(self, call: Call) -> Dict[str, Any]:
-        return CacheRunner(self.session).assist(call)
-
-
-__all__ = ["AllRunner", "CacheRunner"]

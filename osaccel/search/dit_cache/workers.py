@@ -12,8 +12,9 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-from osaccel.search.dit_cache.candidates import Candidate, SearchError, candidate_of
+from osaccel.search.dit_cache.candidates import Candidate, candidate_of
 from osaccel.search.dit_cache.evaluate import Evaluator
+from osaccel.search.errors import SearchError
 from osaccel.search.journal import Journal
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.team import Team

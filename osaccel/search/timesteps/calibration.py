@@ -14,7 +14,7 @@ import torch
 
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, with_latents
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps.denoised import DenoiserLog

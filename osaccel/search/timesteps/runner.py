@@ -10,7 +10,8 @@ import numpy as np
 from osaccel import binding, formats
 from osaccel.generation import Generation, find_blocks
 from osaccel.interceptors import Interceptor
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
+from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
 from osaccel.search.timesteps import calibration
@@ -133,12 +134,12 @@ def _predicted(
     changed decisions, even spacing's with half of the steps being 1.
     """
     objective, size = timesteps.Objective(statistics, parameters), len(statistics.timesteps)
-    unit = timesteps.path_cost(objective.decisions, timesteps.even_places(size, max(2, size // 2))) or 1.0
+    unit = timesteps.path_cost(objective.decisions, even_places(size, max(2, size // 2))) or 1.0
     curves: Dict[str, Dict[str, float]] = {
         name: {} for name in ("cost_curve", "cost_curve_even", "decisions_curve", "decisions_curve_even")
     }
     for length in lengths:
-        for ending, places in (("", objective.best(length)), ("_even", timesteps.even_places(size, length))):
+        for ending, places in (("", objective.best(length)), ("_even", even_places(size, length))):
             curves["cost_curve" + ending][str(length)] = timesteps.path_cost(objective.detail, places)
             curves["decisions_curve" + ending][str(length)] = timesteps.path_cost(objective.decisions, places) / unit
     return curves
