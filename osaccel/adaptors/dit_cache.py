@@ -270,8 +270,11 @@ class DitCacheAdaptor:
         )
         self._undo.append(self._cache.detach)
         self._attached[self.blocks[0]] = weakref.ref(self)
-        self._undo.append(lambda: self._attached.pop(self.blocks[0], None))
+        self._undo.append(self._leave)
         self._follow_scheduler()
+
+    def _leave(self) -> None:
+        self._attached.pop(self.blocks[0], None)
 
     def _take_over(self) -> None:
         """Detach another adaptor of these blocks: a notebook's cell was run twice, and the newer one is meant."""

@@ -20,7 +20,7 @@ def check(path: str) -> None:
     directory = os.path.dirname(os.path.abspath(path))
     try:
         os.makedirs(directory, exist_ok=True)
-        handle, probe = tempfile.mkstemp(suffix=".part", dir=directory)
+        handle, probe = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".part", dir=directory)
         os.close(handle)
         os.unlink(probe)
     except OSError as error:

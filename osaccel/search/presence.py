@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Callable, Dict, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 # A file is touched this often; one that was not for so long is of a process that is taken for dead. In seconds.
 BEAT, LIMIT = 5.0, 60.0
@@ -72,7 +72,7 @@ class Owner:
 
 def silence(path: str) -> float:
     """Seconds since a file was touched, by its own file system's clock: machines' clocks differ. 0 if it is gone."""
-    handle, probe = tempfile.mkstemp(suffix=".part", dir=os.path.dirname(os.path.abspath(path)))
+    handle, probe = _probe(path)
     try:
         return max(0.0, os.fstat(handle).st_mtime - os.stat(path).st_mtime)
     except FileNotFoundError:
@@ -80,6 +80,12 @@ def silence(path: str) -> float:
     finally:
         os.close(handle)
         os.unlink(probe)
+
+
+def _probe(path: str) -> Tuple[int, str]:
+    """An empty file beside `path`, and a handle to it."""
+    directory, name = os.path.split(os.path.abspath(path))
+    return tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=directory)
 
 
 class Heart:
@@ -130,7 +136,7 @@ def _process_space() -> Optional[str]:
         return None
 
 
-def _stat(pid: int) -> Optional[list]:
+def _stat(pid: int) -> Optional[List[str]]:
     """The words of /proc/PID/stat behind the name, or None where there is no such thing."""
     try:
         with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
