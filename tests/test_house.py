@@ -12,7 +12,15 @@ LONGEST = 50
 # Rooms of the search that each hold one search; what they share is on the search's ground floor.
 WINGS = ("dit_cache", "plan", "timesteps")
 # The search's ground floor, and above it what knows more than one wing.
-SEARCH_ORDER = (("combined",), WINGS, ("session", "workers", "journal", "recording", "team", "errors", "places"))
+SEARCH_ORDER = (
+    ("combined",),
+    WINGS,
+    ("session", "recordings"),
+    ("workers", "outputs"),
+    ("journal",),
+    ("recording", "team", "lock", "presence", "stored", "evaluation"),
+    ("errors", "places"),
+)
 
 
 def modules():

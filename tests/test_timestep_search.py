@@ -264,7 +264,7 @@ def test_subsampled_distances_are_those_of_all_entries():
 
 def session_of(output, pipeline, **chosen):
     given = settings.Settings(search="restep", timesteps_output=str(output), **chosen)
-    return SimpleNamespace(settings=given, team=Team(), calls=[])
+    return SimpleNamespace(settings=given, team=Team(), calls=[], deliver=lambda path, content, write: write())
 
 
 def test_search_costs_no_extra_forward_and_writes_every_list(tmp_path):

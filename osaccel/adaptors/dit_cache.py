@@ -6,8 +6,10 @@ stays until `detach`, but a delta never crosses from one generation into the nex
 """
 
 import inspect
+import logging
+import weakref
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, MutableMapping, Optional, Tuple
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from osaccel.generation import find_blocks, wrap_method
 from osaccel.network.forwards import HiddenStates
 from osaccel.network.regions import BlockCache
 from osaccel.plan import of_dit_cache
+
+logger = logging.getLogger("osaccel")
 
 __all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig"]
 
@@ -138,11 +142,14 @@ class DitCacheAdaptor:
             `config.dit_block_num` is not their number.
 
     Set `dit_cache_config` (or call `update_cache_config`) to start caching, None to stop. Pipelines without a scheduler
-    need `set_timestep_idx` before the first block of each step.
+    need `set_timestep_idx` before the first block of each step. Of several adaptors of the same blocks the newest one
+    made or set has them; the one before is detached.
     """
 
     _timestep_idx: Optional[int] = None
     _times_set = 0
+    # By the first of its blocks, the adaptor that is attached; it lives as long as it is.
+    _attached: "MutableMapping[torch.nn.Module, weakref.ref[DitCacheAdaptor]]" = weakref.WeakKeyDictionary()
 
     def __init__(
         self,
@@ -170,6 +177,7 @@ class DitCacheAdaptor:
         self._clock = _AdaptorClock(config.num_sampling_steps if config else None, self._forget)
         self._scheduler: Any = None
         self._undo: List[Callable[[], None]] = []
+        self._take_over()
 
     @staticmethod
     def get_and_check_blocks(obj: Any, block_path: str) -> torch.nn.ModuleList:
@@ -255,12 +263,27 @@ class DitCacheAdaptor:
             plan.check_blocks(len(self.blocks))
         except ValueError as error:
             raise ValueError(f"dit_cache_config: {error}") from None
+        self._take_over()
         self._config = config
         self._cache = BlockCache(
             list(self.blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
         )
         self._undo.append(self._cache.detach)
+        self._attached[self.blocks[0]] = weakref.ref(self)
+        self._undo.append(self._leave)
         self._follow_scheduler()
+
+    def _leave(self) -> None:
+        self._attached.pop(self.blocks[0], None)
+
+    def _take_over(self) -> None:
+        """Detach another adaptor of these blocks: a notebook's cell was run twice, and the newer one is meant."""
+        reference = self._attached.get(self.blocks[0])
+        other = reference() if reference else None
+        if other is not None and other is not self:
+            old = dict(other._config or {})
+            logger.info("a newer DitCacheAdaptor takes over; the one that caches with %s is detached", old)
+            other.detach()
 
     def hidden_states(self) -> HiddenStates:
         """What the blocks call the hidden states they take and return."""

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Searches one after the other: the only module that knows more than one of them."""
 
-from typing import Any, Dict
+from typing import Any, Dict, Optional
 
-from osaccel.search.dit_cache.runner import CacheRunner
+from osaccel.search.dit_cache.runner import SUFFIX, CacheRunner
+from osaccel.search.lock import Lock
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
 from osaccel.search.timesteps.runner import RestepRunner
+from osaccel.search.workers import take_lock
 
 
 class AllRunner(Runner):
@@ -15,16 +17,27 @@ class AllRunner(Runner):
     def __init__(self, session: Session):
         super().__init__(session)
         self.restep = RestepRunner(session)
+        self._lock: Optional[Lock] = None
+        self._cache: Optional[CacheRunner] = None
 
     def record(self, call: Call) -> Any:
+        if not self.session.calls:
+            # Helpers wait for the cache search, and see here that rank 0 is at work.
+            self._lock = take_lock(self.session.team, (self.session.settings.cache_output or "") + SUFFIX)
         return self.restep.record(call)
 
     def search(self) -> Dict[str, Any]:
         found = self.restep.search()
-        cache = CacheRunner(self.session, found["timesteps"])
+        cache = self._cache = CacheRunner(self.session, found["timesteps"], self._lock)
         for call in self.session.calls:
             cache.record(call)
         return {**found, **cache.search()}
+
+    def close(self, problem: Optional[str] = None) -> None:
+        if self._cache is not None:
+            self._cache.close(problem)
+        elif self._lock is not None:
+            self._lock.release()
 
     def assist(self, call: Call) -> Dict[str, Any]:
         return CacheRunner(self.session).assist(call)

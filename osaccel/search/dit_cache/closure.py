@@ -6,7 +6,7 @@ The plain run is observed block by block; the candidates it ranks best are run w
 
 import math
 import time
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol
+from typing import Any, Callable, List, NamedTuple, Optional, Protocol
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
 from osaccel.search.dit_cache.error_model import predictions
 from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.errors import SearchError
+from osaccel.search.evaluation import Evaluation
 from osaccel.search.recording.observe import watch_blocks
 
 # Whole generations cannot be resumed, so fewer fit into the same cost.
@@ -143,9 +144,7 @@ class _Clock(Clock):
         return wrapper
 
 
-def _evaluate(
-    subject: Subject, run: Run, num_steps: int, candidate: Candidate, plain: List[np.ndarray]
-) -> Dict[str, Any]:
+def _evaluate(subject: Subject, run: Run, num_steps: int, candidate: Candidate, plain: List[np.ndarray]) -> Evaluation:
     started = time.perf_counter()
     subject.dit_cache_config = candidate.config
     try:
@@ -154,14 +153,12 @@ def _evaluate(
         subject.dit_cache_config = None
     # Of rank 0's videos: in the upstream's scripts every rank decodes all of them.
     error = float(np.mean([np.mean((a - b) ** 2) for a, b in zip(plain, videos)])) ** 0.5
-    return {
-        "config": candidate.config.to_dict(),
-        "error": _agreed(error) if math.isfinite(error) else None,
-        "psnr": None,
-        "abandoned": False,
-        "block_forwards": cache_search.cost(candidate, len(subject.blocks), num_steps, resume=0),
-        "seconds": time.perf_counter() - started,
-    }
+    return Evaluation(
+        config=candidate.config.to_dict(),
+        error=_agreed(error) if math.isfinite(error) else None,
+        block_forwards=cache_search.cost(candidate, len(subject.blocks), num_steps, resume=0),
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _agreed(error: float) -> float:

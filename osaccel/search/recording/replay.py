@@ -126,9 +126,39 @@ class Recording:
     def steps(self) -> int:
         return len(self.predictions)
 
+    def content(self) -> Dict[str, Any]:
+        """What `load` of another process needs: plain values and tensors."""
+        stand_in = self.stand_in
+        if not isinstance(stand_in, (torch.Tensor, tuple, type(None))):
+            stand_in = {"sample": stand_in.sample}
+        return {**vars(self), "stand_in": stand_in}
+
+    def load(self, content: Dict[str, Any]) -> None:
+        vars(self).update(content)
+        if isinstance(self.stand_in, dict):
+            self.stand_in = _Output(self.stand_in["sample"])
+
+    def stand_in_on(self, device: torch.device) -> Any:
+        """What a forward that is not computed returns: of the right kind, its numbers are never used."""
+        if isinstance(self.stand_in, torch.Tensor):
+            return self.stand_in.to(device)
+        if isinstance(self.stand_in, tuple):
+            return tuple(part.to(device) if isinstance(part, torch.Tensor) else part for part in self.stand_in)
+        return with_prediction(self.stand_in, prediction_of(self.stand_in).to(device))
+
     def nbytes(self) -> int:
         outputs = [tensor for forwards in self.outputs for tensor in forwards]
         return sum(tensor.numel() * tensor.element_size() for tensor in self.predictions + self.latents + outputs)
+
+
+class _Output:
+    """In place of a transformer's output object that was read back: its sample, by name, by key and by position."""
+
+    def __init__(self, sample: torch.Tensor):
+        self.sample = sample
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return self.sample
 
 
 class _Recorder(Interceptor):
@@ -172,19 +202,20 @@ class _Resumed(Interceptor):
 
     def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
         if self.now < self.resume:
-            return self._recorded()
+            return self._recorded(_device_of(args, kwargs))
         while self.pending:
             branch, delta = self.pending.pop()
             assert self.replay.cache is not None
-            self.replay.cache.seed(0, branch, _placed_like(args, kwargs, delta), self.resume - 1)
+            self.replay.cache.seed(0, branch, _placed(delta, _device_of(args, kwargs)), self.resume - 1)
         return proceed(*args, **kwargs)
 
-    def _recorded(self) -> Any:
-        stand_in, forwards = self.recording.stand_in, self.recording.outputs
+    def _recorded(self, device: torch.device) -> Any:
+        """What the network returned, or, where that was not kept, something of the kind; `step` then knows better."""
+        stand_in, forwards = self.recording.stand_in_on(device), self.recording.outputs
         if not forwards:
             return stand_in
         self._forward += 1
-        return with_prediction(stand_in, forwards[self.now][self._forward].to(prediction_of(stand_in).device))
+        return with_prediction(stand_in, forwards[self.now][self._forward].to(device))
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         now = self.now
@@ -236,12 +267,17 @@ class Replay:
         return self._run([recorder, *watchers], None, decode, attach)
 
     def content(self) -> Dict[str, Any]:
-        """What `load` of another process needs, beside the call."""
-        return {"recording": vars(self.recording), "boundaries": self.boundaries}
+        """What `load` of another process needs, beside the call: plain values and tensors."""
+        return {
+            "recording": self.recording.content(),
+            "boundaries": self.boundaries.content(),
+            "random": self.call.state.to_dict(),
+        }
 
     def load(self, content: Dict[str, Any]) -> None:
-        vars(self.recording).update(content["recording"])
-        self.boundaries = content["boundaries"]
+        self.recording.load(content["recording"])
+        self.boundaries.load(content["boundaries"])
+        self.call.state.load(content["random"])
 
     def run_cached(
         self, plan: Plan, first: int, watch: Callable[[int, torch.Tensor], None], decode: bool = False
@@ -328,7 +364,10 @@ class Replay:
         return encoded
 
 
-def _placed_like(args: tuple, kwargs: dict, streams: Streams) -> Streams:
-    """On the device of the transformer's inputs."""
-    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+def _device_of(args: tuple, kwargs: dict) -> torch.device:
+    """Where the transformer's inputs are."""
+    return next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+
+
+def _placed(streams: Streams, device: torch.device) -> Streams:
     return tuple(tensor.to(device) for tensor in streams)
