@@ -329,3 +329,29 @@ def test_digests_tell_weights_and_arguments_apart():
     assert weights_digest(first) == weights_digest(first) != weights_digest(second)
     assert digest_of({"prompt": "a", "seed": 1}) != digest_of({"prompt": "a", "seed": 2})
     assert digest_of([torch.zeros(2)]) != digest_of([torch.ones(2)])
+
+
+def test_a_pipeline_that_encodes_its_text_by_two_calls_is_replayed_with_both():
+    """Prompt and negative prompt: the second encoding must not be taken for the first, or guidance is off."""
+
+    class TwoTexts(tiny.UnseededPipeline):
+        def encode_prompt(self, text):
+            return float(len(text)) * torch.ones(1, 5, tiny.WIDTH)
+
+        def __call__(self, prompt="", negative_prompt="", **arguments):
+            self.texts = self.encode_prompt(prompt), self.encode_prompt(negative_prompt)
+            return super().__call__(**arguments)
+
+        def predict(self, latents, t, scale):
+            low, high = self.transformer(torch.cat([latents + text for text in self.texts]), timestep=t).chunk(2)
+            return low + scale * (high - low)
+
+    pipeline = TwoTexts()
+    torch.manual_seed(3)
+    expected = pipeline(prompt="a long prompt", negative_prompt="no")
+    torch.manual_seed(3)
+    replay = Replay(
+        Call(TwoTexts.__call__, pipeline, (pipeline,), {"prompt": "a long prompt", "negative_prompt": "no"})
+    )
+    assert torch.equal(replay.record(keep_outputs=True), expected)
+    assert torch.equal(replay.run(resume=4), expected) and torch.equal(replay.decode(), expected)

@@ -489,8 +489,8 @@ def test_lists_and_caches_of_two_searches_are_not_mixed(tmp_path):
 
 
 def test_measures_see_what_they_should_and_nothing_else():
-    pytest.importorskip("benchmarks.measures")
-    from benchmarks import measures
+    pytest.importorskip("benchmarks.lib.measures")
+    from benchmarks.lib import measures
 
     generator = torch.Generator().manual_seed(0)
     means = 5 * torch.randn(16, 1, 2, 2, 4, 4, generator=generator)
