@@ -269,13 +269,14 @@ def test_a_second_search_is_refused_with_the_owners_name_and_a_dead_one_taken_ov
 
 
 def test_a_search_on_another_machine_is_judged_by_its_pulse(tmp_path, monkeypatch):
+    monkeypatch.setattr(presence, "BEAT", 0.05)
     lock = Lock.take(str(tmp_path / "lock"))
     here = Owner.here()
     monkeypatch.setattr(presence, "_machine", lambda: "another machine")
     with pytest.raises(SearchError, match=f"process {here.pid} on .*, heard from 0 s ago"):
         Lock.take(str(tmp_path / "lock"))
-    long_ago = time.time() - presence.LIMIT - 5
-    os.utime(tmp_path / "lock", (long_ago, long_ago))
+    monkeypatch.setattr(presence, "LIMIT", 0.5)
+    lock._heart.stop()
     other = Lock.take(str(tmp_path / "lock"))
     with pytest.raises(SearchError, match="has taken this search over; it ends here"):
         lock.check()
@@ -298,11 +299,14 @@ def test_the_owner_touches_its_lock_and_a_search_of_the_same_process_takes_over(
     assert second.add(evaluation(3)) and second.evaluations() == [evaluation(1), evaluation(3)]
 
 
-def test_a_lock_that_cannot_be_read_is_somebodys_until_it_is_old(tmp_path):
+def test_a_lock_that_cannot_be_read_is_somebodys_until_its_pulse_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(presence, "BEAT", 0.05)
     (tmp_path / "lock").write_bytes(b"\x00\xff")
+    heart = presence.Heart(str(tmp_path / "lock"))
     with pytest.raises(SearchError, match="whose name cannot be read"):
         Lock.take(str(tmp_path / "lock"))
-    os.utime(tmp_path / "lock", (1, 1))
+    heart.stop()
+    monkeypatch.setattr(presence, "LIMIT", 0.5)
     Lock.take(str(tmp_path / "lock")).release()
     assert list(tmp_path.iterdir()) == []
 

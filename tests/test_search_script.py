@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -134,6 +135,24 @@ def test_ranks_that_split_prompts_share_the_work_whatever_their_number_of_prompt
     found = report(tmp_path)
     assert {evaluation["worker"] for evaluation in found["evaluations"]} == {0, 1}
     assert found["cost"]["plain_generations"] <= 6
+
+
+def start_without_torchrun(tmp_path, rank, port, **environ):
+    """One of two ranks as srun starts them: nobody ends the one when the other dies."""
+    where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return start(tmp_path, mode="dp", slow=0.03, PID_DIR=str(tmp_path), **where, **environ)
+
+
+def test_without_torchrun_a_helper_ends_when_rank_0_dies_and_takes_the_rendezvous_with_it(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    leader, helper = (start_without_torchrun(tmp_path, rank, port) for rank in (0, 1))
+    kill_after(leader, tmp_path, 1)
+    begun = time.time()
+    log = finish(helper, status=1)
+    assert time.time() - begun < 60 and "SearchError: Rank 0" in log
+    assert "resuming: " in finish(start(tmp_path))
 
 
 def test_strict_refuses_a_config_searched_for_other_steps(tmp_path):
