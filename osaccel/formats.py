@@ -1,80 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files users keep (cache configuration, timestep list), read with exact error messages and written atomically."""
 
-import difflib
 import json
-import math
 import os
+import struct
 import tempfile
-from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig, check_cache_value
+from osaccel.messages import SettingsError, closest, kind, shown
+from osaccel.reading import read_file
 
-YAML_SUFFIXES = (".yaml", ".yml")
 # The time axis Open-Sora-Plan is trained on: a searched value x in [0, 1] stands for the timestep 1000 * x.
 NUM_TRAIN_TIMESTEPS = 1000
-
-
-class SettingsError(ValueError):
-    """A setting or file is wrong; the message names the place, the key, the value and what is allowed."""
-
-
-def closest(name: str, allowed: Iterable[str]) -> str:
-    """' Did you mean ...?' for a misspelt name, or the list of what is allowed."""
-    choices = list(allowed)
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(choices)}."
+MOST_TIMESTEPS = 10_000
+# Beyond every model's blocks and every run's steps: what is larger is a slip, or was made to do harm.
+LARGEST_CACHE_VALUE = 1_000_000
 
 
 def check_keys(mapping: Any, allowed: Sequence[str], place: str) -> Dict[str, Any]:
     """`mapping` itself, when it is one and has only `allowed` keys."""
     if not isinstance(mapping, dict):
-        raise SettingsError(f"{place}: expected a mapping with {', '.join(allowed)}, got {_kind(mapping)}.")
+        raise SettingsError(f"{place}: expected a mapping with {', '.join(allowed)}, got {kind(mapping)}.")
     for key in mapping:
         if key not in allowed:
-            raise SettingsError(f"{place}: unknown key {key!r}. {closest(str(key), allowed)}")
+            raise SettingsError(f"{place}: unknown key {shown(key)}. {closest(str(key), allowed)}")
     return mapping
-
-
-def read_file(path: str) -> Any:
-    """The content of a JSON or YAML file (by its ending; YAML is loaded safely)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    return _parse_yaml(path, text) if path.endswith(YAML_SUFFIXES) else _parse_json(path, text)
-
-
-def _parse_json(path: str, text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{path}: not valid JSON: {error}.") from None
-    except _DuplicateKey as error:
-        raise SettingsError(f"{path}: the key {error} stands there twice.") from None
-
-
-class _DuplicateKey(Exception):
-    """A JSON object repeats a key."""
-
-
-def _no_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise _DuplicateKey(repr(key))
-    return dict(pairs)
-
-
-def _parse_yaml(path: str, text: str) -> Any:
-    # Imported here: processes that need no YAML should not pay for it.
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def parse_cache_config(content: Any, place: str) -> DitCacheConfig:
@@ -87,7 +38,9 @@ def parse_cache_config(content: Any, place: str) -> DitCacheConfig:
         try:
             check_cache_value(key, mapping[key])
         except ValueError as error:
-            raise SettingsError(f"{place}: {error}, got {mapping[key]!r} ({_kind(mapping[key])}).") from None
+            raise SettingsError(f"{place}: {error}, got {shown(mapping[key])} ({kind(mapping[key])}).") from None
+        if mapping[key] > LARGEST_CACHE_VALUE:
+            raise SettingsError(f"{place}: {key} must be at most {LARGEST_CACHE_VALUE}, got {shown(mapping[key])}.")
     return DitCacheConfig(**mapping)
 
 
@@ -104,20 +57,22 @@ def write_cache_config(path: str, config: DitCacheConfig) -> None:
 def parse_timesteps(content: Any, place: str) -> Tuple[float, ...]:
     """Timesteps, descending, from msModelSlim's ascending list of at least two numbers in [0, 1]."""
     if not isinstance(content, list):
-        raise SettingsError(f"{place}: expected a list of numbers in [0, 1], ascending, got {_kind(content)}.")
-    if len(content) < 2:
-        raise SettingsError(f"{place}: a list of at least two timesteps is needed, got {len(content)}.")
+        raise SettingsError(f"{place}: expected a list of numbers in [0, 1], ascending, got {kind(content)}.")
+    if not 2 <= len(content) <= MOST_TIMESTEPS:
+        wanted = "at least two" if len(content) < 2 else f"at most {MOST_TIMESTEPS}"
+        raise SettingsError(f"{place}: a list of {wanted} timesteps is needed, got {len(content)}.")
     for index, value in enumerate(content):
         _check_timestep(content, index, value, place)
+    _check_stored(content, place)
     # 1000 itself is past the last trained timestep; msModelSlim's files hold it, samplers clip it.
     return tuple(NUM_TRAIN_TIMESTEPS * float(value) for value in reversed(content))
 
 
 def _check_timestep(content: List[Any], index: int, value: Any, place: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingsError(f"{place}: entry {index} must be a number in [0, 1], got {value!r} ({_kind(value)}).")
-    if not math.isfinite(value) or not 0 <= value <= 1:
-        raise SettingsError(f"{place}: entry {index} must be in [0, 1], got {value!r}.")
+        raise SettingsError(f"{place}: entry {index} must be a number in [0, 1], got {shown(value)} ({kind(value)}).")
+    if not 0 <= value <= 1:
+        raise SettingsError(f"{place}: entry {index} must be in [0, 1], got {shown(value)}.")
     if index and value == content[index - 1]:
         raise SettingsError(f"{place}: entries {index - 1} and {index} are the same timestep, {value!r}.")
     if index and value < content[index - 1]:
@@ -125,6 +80,22 @@ def _check_timestep(content: List[Any], index: int, value: Any, place: str) -> N
             f"{place}: the list must ascend, but entry {index} ({value!r}) is below entry {index - 1} "
             f"({content[index - 1]!r})."
         )
+
+
+def _check_stored(content: List[Any], place: str) -> None:
+    """What osaccel.sampling.levels.checked_timesteps refuses, found before a model is loaded."""
+    last = NUM_TRAIN_TIMESTEPS - 1
+    stored = [_float32(min(NUM_TRAIN_TIMESTEPS * float(value), last)) for value in content]
+    for index in range(1, len(stored)):
+        if stored[index] == stored[index - 1]:
+            raise SettingsError(
+                f"{place}: entries {index - 1} and {index}, {content[index - 1]!r} and {content[index]!r}, are both "
+                f"the timestep {stored[index]:.10g} for a sampler, which keeps 1000 x in float32 and at most {last}."
+            )
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def read_timesteps(path: str) -> Tuple[float, ...]:
@@ -158,8 +129,3 @@ def write_atomically(path: str, write: Callable[[Any], Any]) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "a boolean", type(None): "nothing"}
-    return names.get(type(value), f"a number of type {type(value).__name__}")
