@@ -60,7 +60,9 @@ def child_environment(options: Mapping[str, Optional[str]], environ: Mapping[str
     """`environ` with the settings as variables, and our sitecustomize first on PYTHONPATH (once)."""
     child = dict(environ)
     child.update(settings.exported(options, environ))
-    entries = [entry for entry in child.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != BOOTSTRAP]
+    given = child.get("PYTHONPATH", "")
+    # An empty entry, of `PYTHONPATH=$PYTHONPATH:/x`, is the current directory; an empty variable has no entry.
+    entries = [entry for entry in given.split(os.pathsep) if entry != BOOTSTRAP] if given else []
     child["PYTHONPATH"] = os.pathsep.join([BOOTSTRAP, *entries])
     return child
 
