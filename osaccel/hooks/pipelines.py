@@ -36,6 +36,7 @@ def wrap_pipeline(module: Any) -> None:
     if isinstance(vars(pipeline_class)["__call__"], wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _caller(target))
+    agreement.announce()
     try:
         current_settings()
     except SettingsError as error:
@@ -58,9 +59,24 @@ def current_settings() -> Settings:
     return _settings
 
 
+def _agreed_settings(target: Target) -> Settings:
+    """The settings of this process; under sequence parallelism, those with which all ranks sample alike."""
+    global _settings
+    group = agreement.sequence_parallel_group(target.state_modules)
+    if group is None or agreement.is_settled():
+        return current_settings()
+    own: agreement.Own
+    try:
+        own = current_settings()
+    except SettingsError as error:
+        own = error
+    _settings = agreement.agree(own, group)
+    return _settings
+
+
 def _caller(target: Target) -> Callable:
     def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        settings = current_settings()
+        settings = _agreed_settings(target)
         # A pipeline that calls itself is still one generation.
         if settings.disable or not (settings.accelerates or settings.search) or id(instance) in _running:
             return wrapped(*args, **kwargs)
@@ -80,7 +96,6 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
     from osaccel.search.session import Session
 
     if _session is None:
-        agreement.check(settings, target.state_modules)
         group = agreement.sequence_parallel_group(target.state_modules)
         _session = Session(settings, group, target.block_path, target.hidden_states)
     output = _session.on_call(wrapped, pipeline, args, kwargs)
@@ -95,7 +110,6 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
     from osaccel.network.policy import IntervalPolicy
 
-    agreement.check(settings, target.state_modules)
     _check_fingerprint(wrapped, pipeline, args, kwargs, target, settings)
     generation = Generation(
         pipeline,
