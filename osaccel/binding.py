@@ -6,6 +6,7 @@ import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from osaccel import __version__, formats
+from osaccel.messages import shown
 from osaccel.search.journal import digest_of, weights_digest
 
 # What a configuration must share with a generation to be valid for it.
@@ -69,13 +70,18 @@ def versions() -> Dict[str, str]:
 
 
 def mismatches(config_path: Optional[str], found: Mapping[str, Any]) -> List[str]:
-    """How a generation differs from what the configuration's sidecar records; empty without a sidecar."""
+    """How a generation differs from what the configuration's report records, or that it is damaged; empty without."""
     if config_path is None or not os.path.exists(report_path(config_path)):
         return []
-    report = formats.read_file(report_path(config_path))
-    recorded = report.get("fingerprint", {}) if isinstance(report, dict) else {}
+    try:
+        report = formats.read_file(report_path(config_path))
+    except formats.SettingsError as error:
+        return [f"its report is damaged: {error}"]
+    recorded = report.get("fingerprint", {}) if isinstance(report, dict) else None
+    if not isinstance(recorded, dict):
+        return [f"its report is damaged: {report_path(config_path)} holds no fingerprint"]
     return [
-        f"{name} was {recorded[name]!r} when it was searched, is now {found[name]!r}"
+        f"{name} was {shown(recorded[name])} when it was searched, is now {shown(found[name])}"
         for name in BINDING
         if recorded.get(name) is not None and found.get(name) is not None and recorded[name] != found[name]
     ]

@@ -1,21 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files users keep (cache configuration, timestep list), read with exact error messages and written atomically."""
 
+import contextlib
 import json
+import logging
 import os
+import stat
 import struct
 import tempfile
 from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig, check_cache_value
 from osaccel.messages import SettingsError, closest, kind, shown
-from osaccel.reading import read_file
+from osaccel.reading import cannot_be_read, check_regular, read_file
+
+logger = logging.getLogger("osaccel")
 
 # The time axis Open-Sora-Plan is trained on: a searched value x in [0, 1] stands for the timestep 1000 * x.
 NUM_TRAIN_TIMESTEPS = 1000
 MOST_TIMESTEPS = 10_000
 # Beyond every model's blocks and every run's steps: what is larger is a slip, or was made to do harm.
 LARGEST_CACHE_VALUE = 1_000_000
+# A search writes less than this beside its output before it has found something.
+_PROBE = b"\0" * (1 << 16)
+# How many calibration videos a search takes.
+FEWEST_VIDEOS, MOST_VIDEOS = 5, 20
 
 
 def check_keys(mapping: Any, allowed: Sequence[str], place: str) -> Dict[str, Any]:
@@ -51,7 +60,7 @@ def read_cache_config(path: str) -> DitCacheConfig:
 
 def write_cache_config(path: str, config: DitCacheConfig) -> None:
     """Write exactly the four keys, so that the file loads in msModelSlim too."""
-    write_json(path, config.to_dict())
+    _write_result(path, config.to_dict())
 
 
 def parse_timesteps(content: Any, place: str) -> Tuple[float, ...]:
@@ -105,7 +114,16 @@ def read_timesteps(path: str) -> Tuple[float, ...]:
 
 def write_timesteps(path: str, timesteps: Sequence[float]) -> None:
     """Write descending timesteps in [0, 1000] as msModelSlim's ascending JSON list in [0, 1]."""
-    write_json(path, [value / NUM_TRAIN_TIMESTEPS for value in reversed(timesteps)])
+    _write_result(path, [value / NUM_TRAIN_TIMESTEPS for value in reversed(timesteps)])
+
+
+def _write_result(path: str, content: Any) -> None:
+    """Write what a search found; where that fails, the hours it took are not lost: it stands in the log."""
+    try:
+        write_json(path, content)
+    except OSError as error:
+        logger.error("%s cannot be written: %s; what was found: %s", path, error.strerror, json.dumps(content))
+        raise
 
 
 def write_json(path: str, content: Any) -> None:
@@ -114,18 +132,89 @@ def write_json(path: str, content: Any) -> None:
 
 
 def write_atomically(path: str, write: Callable[[Any], Any]) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then rename it."""
-    directory = os.path.dirname(os.path.abspath(path))
+    """Call `write(file)` on a temporary file beside `path`, then rename it: a crash leaves the old file or the new."""
+    # Renaming onto a link would replace the link and leave the file that its reader opens.
+    path = os.path.realpath(path)
+    directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=directory)
+    handle, temporary = tempfile.mkstemp(prefix=".osaccel-", dir=directory)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         # mkstemp makes files private; these are as readable as any other file the user writes.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
+    _sync_directory(directory)
+
+
+def _sync_directory(directory: str) -> None:
+    """Let the rename outlive a power cut too, on the file systems that can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def check_writable(path: str, place: str) -> None:
+    """Raise SettingsError unless `path` and its report can be written later: called before the first forward.
+
+    A file is written beside them for a moment and removed, which finds a full disk too; folders are not made yet.
+    """
+    for output in (path, path + ".report.json"):
+        try:
+            _check_replaceable(output)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SettingsError(f"{place}: {output} cannot be written: {reason}.") from None
+
+
+def _check_replaceable(path: str) -> None:
+    path = os.path.realpath(path)
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError("Is a directory" if stat.S_ISDIR(mode) else "it is not a regular file")
+    directory, names = os.path.dirname(path), [os.path.basename(path)]
+    while not os.path.lexists(directory):
+        directory, name = os.path.split(directory)
+        names.append(name)
+    for name in names:
+        # What is too long for a name shows here, and a folder that is a file.
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(os.path.join(directory, name))
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(_PROBE)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_videos(directory: str, place: str) -> List[str]:
+    """The mp4 files of a directory, sorted; SettingsError unless there are 5 to 20, all of them files with content."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.lower().endswith(".mp4"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{place}: {directory} is no directory of mp4 files: {reason}.") from None
+    if not FEWEST_VIDEOS <= len(names) <= MOST_VIDEOS:
+        raise SettingsError(
+            f"{place}: found {len(names)} mp4 files in {directory}, but {FEWEST_VIDEOS} to {MOST_VIDEOS} are needed."
+        )
+    paths = [os.path.join(directory, name) for name in names]
+    for path in paths:
+        try:
+            check_regular(path)
+            if os.path.getsize(path) == 0:
+                raise OSError("the file is empty")
+        except OSError as error:
+            raise cannot_be_read(f"{place}: {path}", error) from None
+    return paths

@@ -263,6 +263,8 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
     for name, output, searches in _OUTPUTS:
         if parsed.get("search") in searches:
             parsed[output] = _output(values, name)
+    if environ.get("RANK", "0") == "0":
+        _check_places(values, parsed)
     if "cache_config" in values and not parsed.get("cache_output"):
         parsed["cache"] = _cache(values["cache_config"])
         if isinstance(values["cache_config"].raw, str):
@@ -291,6 +293,23 @@ def _output(values: Mapping[str, Value], name: str) -> str:
             f"{values[name].place}: a search writes to a file; give a path, got {shown(values[name].raw)}."
         )
     return os.path.abspath(_path(values[name]))
+
+
+def _check_places(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> None:
+    """What a search writes and reads must be there before a model is loaded; other ranks' nodes need not have it."""
+    outputs = {name: parsed[output] for name, output, _ in _OUTPUTS if parsed.get(output)}
+    if outputs and "config" in values:
+        outputs["config"] = os.path.abspath(_path(values["config"]))
+    for name, path in outputs.items():
+        same = [
+            other for other in outputs if other != name and os.path.realpath(outputs[other]) == os.path.realpath(path)
+        ]
+        if same:
+            raise SettingsError(f"{values[name].place}: {path} is the file of {values[same[0]].place} too.")
+        if name != "config":
+            formats.check_writable(path, values[name].place)
+    if parsed.get("timesteps_output") and "calibration_videos" in parsed:
+        formats.find_videos(parsed["calibration_videos"], values["calibration_videos"].place)
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:

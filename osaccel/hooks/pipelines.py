@@ -154,7 +154,7 @@ def _check_fingerprint(
     differences = binding.mismatches(settings.cache_file, found)
     if not differences:
         return
-    message = f"{settings.cache_file} was searched for another generation: {'; '.join(differences)}"
+    message = f"{settings.cache_file} may not fit this generation: {'; '.join(differences)}"
     if settings.strict:
         raise SettingsError(message + ". OSACCEL_STRICT refuses it; search again, or sample as it was searched.")
     if message not in _warned:
