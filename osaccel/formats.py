@@ -207,7 +207,7 @@ def find_videos(directory: str, place: str) -> List[str]:
         raise SettingsError(f"{place}: {directory} is no directory of mp4 files: {reason}.") from None
     if not FEWEST_VIDEOS <= len(names) <= MOST_VIDEOS:
         raise SettingsError(
-            f"{place}: found {len(names)} mp4 files in {directory}, but {FEWEST_VIDEOS} to {MOST_VIDEOS} are needed."
+            f"{place}: {directory}: found {len(names)} mp4 files, but {FEWEST_VIDEOS} to {MOST_VIDEOS} are needed."
         )
     paths = [os.path.join(directory, name) for name in names]
     for path in paths:

@@ -17,10 +17,12 @@ def _activate():
     root = os.path.dirname(os.path.dirname(_HERE))
     sys.path.insert(0, root)
     try:
-        from osaccel import hooks
+        from osaccel import hooks, relaunch
     finally:
         sys.path.remove(root)
-    hooks.install()
+    if not hooks.disabled():
+        hooks.install()
+        relaunch.stay_first(_HERE)
 
 
 def _note(file, is_package):
@@ -55,7 +57,10 @@ def _run_hidden_sitecustomize():
 def _report(error):
     # Python would print a traceback and go on just the same.
     if sys.stderr is not None:
-        sys.stderr.write(f"osaccel: not activated: {error}\n")
+        try:
+            print(f"osaccel: not activated: {error}", file=sys.stderr)
+        except (OSError, ValueError):
+            pass  # Closed, or its reader is gone.
 
 
 _note_running()
@@ -63,4 +68,8 @@ try:
     _activate()
 except Exception as error:
     _report(error)
+_was_first = os.environ.get("PYTHONPATH", "").split(os.pathsep)[0] == _HERE
 _run_hidden_sitecustomize()
+if _was_first and "osaccel.relaunch" in sys.modules:
+    # OpenTelemetry's puts itself first again when it is done, and our children would be without us.
+    sys.modules["osaccel.relaunch"].put_first(_HERE)
