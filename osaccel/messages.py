@@ -18,10 +18,13 @@ class SettingsError(ValueError):
 
 def printable(text: str) -> str:
     """`text` in one line that any stream can take: its middle cut out when it is long, what does not print escaped."""
-    if len(text) > LONGEST_MESSAGE:
-        half = LONGEST_MESSAGE // 2
-        text = f"{text[:half]} ... {text[-half:]}"
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    text = _cut(text)
+    return text if text.isprintable() else _cut("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text))
+
+
+def _cut(text: str) -> str:
+    half = LONGEST_MESSAGE // 2
+    return text if len(text) <= LONGEST_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 _short = reprlib.Repr()
