@@ -152,5 +152,10 @@ def test_strict_on_one_rank_is_strict_on_all(cache_file):
     assert all(agreement.decide(said, [0, 1], rank).strict for rank in said)
 
 
+def test_a_process_group_without_a_store_is_not_compared_and_says_so(cache_file, caplog):
+    own = settings.load({"OSACCEL_CACHE_CONFIG": cache_file})
+    assert agreement._exchange(None, own, [0, 1], 1) == own and "are not compared" in caplog.text
+
+
 def test_the_limit_is_a_minute():
     assert agreement.LIMIT == 60

@@ -59,9 +59,11 @@ def _announce() -> None:
         dist = sys.modules.get("torch.distributed")
         try:
             if dist is not None and dist.is_available() and dist.is_initialized():
-                _store().add(f"active/{dist.get_rank()}", 1)
+                store = _store()
+                if store is not None:
+                    store.add(f"active/{dist.get_rank()}", 1)
                 return
-        except (AttributeError, RuntimeError, ValueError):
+        except (AttributeError, ImportError, RuntimeError, ValueError):
             # Half imported, or ended already. Unannounced, this rank has a minute like any other.
             pass
         time.sleep(0.2)
@@ -83,17 +85,7 @@ def agree(own: Own, group: Any) -> Settings:
 
     ranks, me = dist.get_process_group_ranks(group), dist.get_rank()
     try:
-        store = _store()
-        store.set(f"said/{me}", pickle.dumps((__version__, own)))
-        store.add(f"spoke/{me}", 1)
-        said = _listen(store, ranks)
-        store.add(f"heard/{me}", 1)
-        try:
-            settings = decide(said, ranks, me)
-        except SettingsError:
-            # The store ends with the process that holds it.
-            _wait(store, "heard", list(said), _LINGER)
-            raise
+        settings = _exchange(_store(), own, ranks, me)
     except RuntimeError as error:
         raise SettingsError(
             f"The ranks cannot compare their osaccel settings; another one has ended: {error}"
@@ -102,11 +94,29 @@ def agree(own: Own, group: Any) -> Settings:
     return settings
 
 
+def _exchange(store: Any, own: Own, ranks: Sequence[int], me: int) -> Settings:
+    if store is None:
+        logger.warning("this process group has no store: the ranks' osaccel settings are not compared")
+        return decide({me: own}, [me], me)
+    store.set(f"said/{me}", pickle.dumps((__version__, own)))
+    store.add(f"spoke/{me}", 1)
+    said = _listen(store, ranks)
+    store.add(f"heard/{me}", 1)
+    try:
+        return decide(said, ranks, me)
+    except SettingsError:
+        # The store ends with the process that holds it.
+        _wait(store, "heard", list(said), _LINGER)
+        raise
+
+
 def _store() -> Any:
+    """The store in which the process group was made; None with a backend that needs none, as MPI's."""
     from torch.distributed import PrefixStore
     from torch.distributed.distributed_c10d import _get_default_store
 
-    return PrefixStore("osaccel", _get_default_store())
+    store = _get_default_store()
+    return None if store is None else PrefixStore("osaccel", store)
 
 
 def _listen(store: Any, ranks: Sequence[int]) -> Dict[int, Own]:
