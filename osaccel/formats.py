@@ -168,7 +168,7 @@ def _sync_directory(directory: str) -> None:
 def check_writable(path: str, place: str) -> None:
     """Raise SettingsError unless `path` and its report can be written later: called before the first forward.
 
-    A file is written beside them for a moment and removed, which finds a full disk too; folders are not made yet.
+    A file without a name is written beside them and gone at once, which finds a full disk too; no folder is made.
     """
     for output in (path, path + ".report.json"):
         try:

@@ -74,6 +74,7 @@ def disabled() -> bool:
 
 def install() -> None:
     """Wrap the known pipelines' `__call__`, now or when their modules are imported; twice is harmless."""
+    # By name: the launcher's osaccel and the environment's may be two installations.
     if disabled() or any(type(finder).__name__ == _PipelineFinder.__name__ for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _PipelineFinder())  # type: ignore[arg-type]
