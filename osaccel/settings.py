@@ -12,7 +12,7 @@ from osaccel.plan import Correction, Plan, of_dit_cache
 
 PREFIX = "OSACCEL_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-SEARCHES = ("dit_cache", "restep", "all")
+SEARCHES = ("plan", "dit_cache", "restep", "all")
 # What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
 # Read by the test-suite, not by the package.
@@ -25,6 +25,20 @@ class Value(NamedTuple):
     raw: Any
     place: str
     base: str = ""
+
+
+class Goal(NamedTuple):
+    """What a plan search aims at: the least error at a speed-up, or the least work that keeps a PSNR or an error.
+
+    Attributes:
+        kind: "speed" (plain network work over the plan's), "psnr" (dB) or "error" (relative L2 of the final latents).
+    """
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x" if self.kind == "speed" else f"{self.kind}:{self.value:g}"
 
 
 def _boolean(value: Value) -> bool:
@@ -104,6 +118,25 @@ def _correction(value: Value) -> Optional[Correction]:
     return Correction(predictor, corrector)
 
 
+def _targets(value: Value) -> Tuple[Goal, ...]:
+    parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
+    return tuple(_target(value._replace(raw=str(part).strip().lower())) for part in parts)
+
+
+def _target(value: Value) -> Goal:
+    kind, _, number = value.raw.rpartition(":")
+    if value.raw.endswith("x") and not kind:
+        kind, number = "speed", value.raw[:-1]
+    limits = {"speed": (1, 1000), "psnr": (0, 200), "error": (0, 10)}
+    try:
+        low, high = limits[kind]
+        return Goal(kind, _number(low, high, above=True)(value._replace(raw=number)))
+    except (KeyError, SettingsError):
+        raise SettingsError(
+            f"{value.place}: expected a speed-up such as 2x (above 1), psnr:40 (dB) or error:0.02, got {value.raw!r}."
+        ) from None
+
+
 def _search_then(value: Value) -> str:
     choices = ("exit", "continue")
     if value.raw not in choices:
@@ -175,7 +208,16 @@ TABLE: Tuple[Setting, ...] = (
         "FILE",
         is_path=True,
     ),
-    Setting("search", ("search", "mode"), _search, "search instead of sampling: 1 or dit_cache, restep, all", "WHAT"),
+    Setting(
+        "search", ("search", "mode"), _search, "search instead of sampling: plan; 1 or dit_cache, restep, all", "WHAT"
+    ),
+    Setting(
+        "target",
+        ("search", "target"),
+        _targets,
+        "plan search: 2x (default), psnr:40 or error:0.02, or several with commas",
+        "WHAT",
+    ),
     Setting(
         "search_prompts", ("search", "prompts"), _whole, "pipeline calls recorded as calibration (default 1)", "NUMBER"
     ),
@@ -227,7 +269,8 @@ class Settings:
         timesteps: timesteps, descending, in [0, 1000], or None.
         cache_file: the file `cache` was read from, None when it stood in the YAML file itself.
         search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
-        cache_output, timesteps_output: where a search writes what it finds; what lies there already is not applied.
+        cache_output, timesteps_output, plan_output: where a search writes what it finds; what lies there
+            already is not applied.
         strict, disable: see TABLE.
         log: a level name of `logging`.
     """
@@ -240,6 +283,8 @@ class Settings:
     search: Optional[str] = None
     cache_output: Optional[str] = None
     timesteps_output: Optional[str] = None
+    plan_output: Optional[str] = None
+    target: Tuple[Goal, ...] = (Goal("speed", 2.0),)
     search_prompts: int = 1
     search_then: str = "exit"
     cache_ratio: float = 1.3
@@ -296,7 +341,7 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
             parsed["cache_file"] = os.path.abspath(_path(values["cache_config"]))
     if "timesteps" in values and not parsed.get("timesteps_output"):
         parsed["timesteps"] = _timesteps(values["timesteps"])
-    if "plan" in values:
+    if "plan" in values and not parsed.get("plan_output"):
         parsed["plan"] = _plan(values["plan"])
         _check_contradictions(values, parsed)
     return Settings(sources={name: value.place for name, value in values.items()}, **parsed)
@@ -306,6 +351,7 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
 _OUTPUTS = (
     ("cache_config", "cache_output", ("dit_cache", "all")),
     ("timesteps", "timesteps_output", ("restep", "all")),
+    ("plan", "plan_output", ("plan",)),
 )
 
 

@@ -24,6 +24,7 @@ logger = logging.getLogger("osaccel")
 
 # mode: "module:class" of its runner.
 RUNNERS = {
+    "plan": "osaccel.search.plan.runner:PlanRunner",
     "dit_cache": "osaccel.search.dit_cache.runner:CacheRunner",
     "restep": "osaccel.search.timesteps.runner:RestepRunner",
     "all": "osaccel.search.combined:AllRunner",
@@ -127,7 +128,7 @@ class Session:
         return output
 
     def _check_outputs(self) -> None:
-        for path in (self.settings.timesteps_output, self.settings.cache_output):
+        for path in (self.settings.timesteps_output, self.settings.cache_output, self.settings.plan_output):
             if path is not None:
                 outputs.check(path)
 

@@ -11,6 +11,7 @@ import torch
 from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.candidates import Candidate, projected
 from osaccel.search.evaluation import Curve, Evaluation
+from osaccel.search.frames import frames_of, mean_psnr, psnr
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
 
@@ -64,7 +65,7 @@ class Evaluator:
             block_forwards=blocks,
             abandoned=abandoned,
             projected=_json(rival.heading_for(curves, squares)) if rival and abandoned else None,
-            psnr=_mean_psnr(psnrs) if psnrs and not abandoned else None,
+            psnr=mean_psnr(psnrs) if psnrs and not abandoned else None,
             resumed_at=self.replays[0].resumed_at(candidate.first),
             steps_run=steps_run,
             seconds=time.perf_counter() - started,
@@ -156,26 +157,6 @@ def relative_size(team: Team, change: torch.Tensor, plain: torch.Tensor) -> Tupl
     """The same for a change of the latents; both in float64 on one device."""
     square, reference = team.sum(torch.stack([(change**2).sum(), (plain**2).sum()])).tolist()
     return math.sqrt(square / reference) if reference > 0 else math.nan, square
-
-
-def frames_of(output: Any) -> np.ndarray:
-    """The frames in a pipeline's output, as an array."""
-    images = getattr(output, "images", output)
-    images = images[0] if isinstance(images, tuple) else images
-    return images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images, np.float32)
-
-
-def psnr(reference: np.ndarray, frames: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of frames in 0 .. 255; 200 when they are equal, -200 when not finite."""
-    error = float(np.mean((reference.astype(np.float64) - frames) ** 2)) if np.isfinite(frames).all() else math.nan
-    if not math.isfinite(error):
-        return -200.0
-    return min(200.0, 10 * math.log10(255.0**2 / max(error, 1e-16)))
-
-
-def _mean_psnr(values: Sequence[float]) -> float:
-    """Of the mean squared error, as if the calls were one long video."""
-    return -10 * math.log10(sum(10 ** (-value / 10) for value in values) / len(values))
 
 
 def _json(value: float) -> Optional[float]:

@@ -16,6 +16,7 @@ from osaccel import binding, formats
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks
 from osaccel.network.forwards import HiddenStates
+from osaccel.search import frames as pictures
 from osaccel.search import outputs, recordings, workers
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache import probes, sidecar
@@ -230,7 +231,7 @@ class CacheRunner(Runner):
             raise SearchError(self._nothing_found(search))
         final = self.journal.load(final_name(best, self.team.member))
         has_final = self.team.all_agree(final is not None)
-        frames = sidecar.frames(self.replays[0], final) if has_final else None
+        frames = pictures.frames(self.replays[0], final) if has_final else None
         if self.team.is_first:
             report = sidecar.report(search, best, changes, self.replays, self.fingerprint, seconds, self.bytes_used)
             self._write(best, report, frames)
@@ -245,7 +246,7 @@ class CacheRunner(Runner):
     def _write(self, best: Candidate, report: Dict[str, Any], frames: Optional[Dict[str, np.ndarray]]) -> None:
         """The report first: a configuration without one is bound to nothing."""
         if frames is not None:
-            sidecar.write_frames(self.output + ".report.npz", frames)
+            pictures.write_frames(self.output + ".report.npz", frames)
         path, config = binding.report_path(self.output), best.config
         summary = {key: report[key] for key in ("speed_up", "error", "psnr", "fingerprint")}
         outputs.deliver(path, summary, lambda: formats.write_json(path, report))

@@ -5,13 +5,10 @@ import logging
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
-import torch
 
 from osaccel import binding
-from osaccel.search import stored
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache.candidates import Candidate, Search
-from osaccel.search.dit_cache.evaluate import frames_of
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.recording.replay import Replay
 
@@ -102,33 +99,3 @@ def measured_speed_up(evaluation: Evaluation, num_steps: int, plain_seconds: flo
     if not evaluation.is_finished or plain_seconds <= 0:
         return None
     return plain_seconds / (plain_seconds * evaluation.resumed_at / num_steps + evaluation.seconds)
-
-
-def frames(replay: Replay, final: torch.Tensor) -> Optional[Dict[str, np.ndarray]]:
-    """Plain and cached frames of a call, thinned out; None when the pipeline gives none."""
-    try:
-        pair = {"plain": replay.decode(), "cached": replay.decode(final)}
-        return {name: thinned(frames_of(output)) for name, output in pair.items()}
-    except (ValueError, TypeError, RuntimeError) as error:
-        # The configuration is found; a report without pictures is no reason to lose it.
-        logger.warning("the report has no frames: %s", error)
-        return None
-
-
-def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
-    """At most `count` frames of at most about `size` pixels a side, 8 bit, of the first video; (T, H, W, C)."""
-    if frames.ndim == 5:
-        frames = frames[0]
-    if frames.ndim != 4:
-        raise ValueError(f"frames of shape {frames.shape} are not (T, H, W, C)")
-    picked = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
-    stride = max(1, -(-max(frames.shape[1:3]) // size))
-    return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
-
-
-def write_frames(path: str, content: Dict[str, Any]) -> None:
-    """Write what `frames` gave so that it is there whole or not at all."""
-    try:
-        stored.write_whole(path, lambda file: np.savez_compressed(file, **content))
-    except OSError as error:
-        logger.warning("%s cannot be written: %s; the report has no frames", path, error.strerror)
