@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from osaccel.search.evaluation import Evaluation
 from osaccel.search.journal import Journal
 from osaccel.search.lock import Lock
 from osaccel.search.presence import Owner
-from osaccel.search.recording.replay import RandomState
+from osaccel.search.recording.replay import RandomState, Recording
 
 KNOWN = {"steps": 20, "model": "a", "resolution": [9, 64, 64]}
 # How many moments to kill a search at; a whole run has 40.
@@ -86,6 +87,18 @@ def assert_same(left, right):
             assert_same(one, other)
     else:
         assert left == right
+
+
+def test_a_recording_of_a_transformer_that_returns_an_object_comes_back(tmp_path):
+    """Nothing of the object's class is stored, so nothing is imported to read it; what stands for it has its sample."""
+    recording, again = Recording(), Recording()
+    recording.stand_in = SimpleNamespace(sample=torch.ones(2, dtype=torch.bfloat16))
+    recording.latents, recording.forwards = [torch.zeros(3)], 4
+    stored.write(str(tmp_path / "x.npz"), recording.content())
+    again.load(stored.read(str(tmp_path / "x.npz")))
+    output = again.stand_in_on(torch.device("cpu"))
+    assert torch.equal(output.sample, recording.stand_in.sample) and output[0] is output["sample"]
+    assert again.forwards == 4 and torch.equal(again.latents[0], torch.zeros(3))
 
 
 def test_what_has_no_plain_form_is_refused_and_the_search_goes_on(tmp_path, caplog):

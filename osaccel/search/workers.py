@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -38,8 +38,19 @@ Job = Mapping[str, Any]
 Evaluate = Callable[[Job, Any], Evaluation]
 
 
-def take_lock(team: Team, directory: str) -> Optional[Lock]:
-    """The lock of a journal for this team, held by its leader; helpers are told of it, and see that rank 0 lives.
+class Held(NamedTuple):
+    """A journal's lock, held for a team by its leader; the other ranks have None."""
+
+    lock: Optional[Lock]
+
+    def release(self) -> None:
+        """Let other searches have the journal."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+def take_lock(team: Team, directory: str) -> Held:
+    """Take the lock of a journal for this team, on all of its ranks; helpers are told, and see that rank 0 lives.
 
     Raises:
         SearchError: on every rank of the team, when another search has it.
@@ -48,16 +59,16 @@ def take_lock(team: Team, directory: str) -> Optional[Lock]:
     store = _store() if lock is not None and team.workers > 1 else None
     if store is not None and lock is not None:
         store.set(_TOKEN, lock.owner.token)
-    return lock
+    return Held(lock)
 
 
-def open_journal(team: Team, directory: str, fingerprint: Mapping[str, Any], lock: Optional[Lock] = None) -> Journal:
-    """The journal of a search for every rank of the team; see `Journal`.
+def open_journal(team: Team, directory: str, fingerprint: Mapping[str, Any], held: Optional[Held] = None) -> Journal:
+    """The journal of a search, for every rank of the team; see `Journal`.
 
     Args:
-        lock: the leader's, where `take_lock` was called before.
+        held: what `take_lock` gave, where it was called before.
     """
-    lock = lock or take_lock(team, directory)
+    lock = (held or take_lock(team, directory)).lock
     journal = team.led(lambda: Journal(directory, fingerprint, lock=lock))
     return journal or Journal(directory, fingerprint, is_writer=False)
 
