@@ -12,6 +12,7 @@ from osaccel.formats import SettingsError, closest
 PREFIX = "OSACCEL_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 SEARCHES = ("dit_cache", "restep", "all")
+ATTENTIONS = ("keep", "flash", "auto")
 # Read by the test-suite, not by the package.
 _FOREIGN_VARIABLES = ("OSACCEL_UPSTREAM",)
 
@@ -90,6 +91,12 @@ def _search_then(value: Value) -> str:
     return str(value.raw)
 
 
+def _attention(value: Value) -> str:
+    if value.raw not in ATTENTIONS:
+        raise SettingsError(f"{value.place}: unknown attention {value.raw!r}. {closest(str(value.raw), ATTENTIONS)}")
+    return str(value.raw)
+
+
 def _path(value: Value) -> str:
     if not isinstance(value.raw, str):
         raise SettingsError(f"{value.place}: expected a path, got {value.raw!r}.")
@@ -120,9 +127,7 @@ class Setting(NamedTuple):
 
 
 TABLE: Tuple[Setting, ...] = (
-    Setting(
-        "config", (), _path, "one YAML file with everything: cache:, sampling:, search:, log:", "FILE", is_path=True
-    ),
+    Setting("config", (), _path, "one YAML file: cache:, sampling:, wall:, search:, log:", "FILE", is_path=True),
     Setting(
         "cache_config",
         ("cache",),
@@ -138,6 +143,20 @@ TABLE: Tuple[Setting, ...] = (
         "searched timesteps: msModelSlim's searched_schedule.txt (JSON list, ascending, in [0, 1])",
         "FILE",
         is_path=True,
+    ),
+    Setting(
+        "parallel_vae",
+        ("wall", "parallel_vae"),
+        _boolean,
+        "deal the VAE's tiles over the ranks of sequence parallelism: 1 or 0 (default: with any other setting)",
+        "0|1",
+    ),
+    Setting(
+        "attention",
+        ("wall", "attention"),
+        _attention,
+        "kernel of the self-attention: keep (default, the checkpoint's own), flash, or auto (flash where it applies)",
+        "KERNEL",
     ),
     Setting("search", ("search", "mode"), _search, "search instead of sampling: 1 or dit_cache, restep, all", "WHAT"),
     Setting(
@@ -190,6 +209,8 @@ class Settings:
         cache_file: the file `cache` was read from, None when it stood in the YAML file itself.
         search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
         cache_output, timesteps_output: where a search writes what it finds; what lies there already is not applied.
+        parallel_vae: whether VAE tiles are dealt over ranks; None stands for yes in generations that differ anyway.
+        attention: one of ATTENTIONS.
         strict, disable: see TABLE.
         log: a level name of `logging`.
     """
@@ -200,6 +221,8 @@ class Settings:
     search: Optional[str] = None
     cache_output: Optional[str] = None
     timesteps_output: Optional[str] = None
+    parallel_vae: Optional[bool] = None
+    attention: str = "keep"
     search_prompts: int = 1
     search_then: str = "exit"
     cache_ratio: float = 1.3
@@ -213,8 +236,9 @@ class Settings:
 
     @property
     def accelerates(self) -> bool:
-        """Whether a generation differs from the plain one."""
-        return bool((self.cache and self.cache.cache_num_blocks) or self.timesteps)
+        """Whether a generation differs from the plain one, in what it computes or in how."""
+        work = bool((self.cache and self.cache.cache_num_blocks) or self.timesteps)
+        return work or bool(self.parallel_vae) or self.attention != "keep"
 
 
 def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None) -> Settings:

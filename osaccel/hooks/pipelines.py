@@ -94,8 +94,10 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
     from osaccel.network.policy import IntervalPolicy
+    from osaccel.wall import attached
 
     agreement.check(settings, target.state_modules)
+    group = agreement.sequence_parallel_group(target.state_modules)
     _check_fingerprint(wrapped, pipeline, args, kwargs, target, settings)
     generation = Generation(
         pipeline,
@@ -114,7 +116,8 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
         return wrapped(*args, **kwargs)
     try:
         args, kwargs = _with_steps(wrapped, args, kwargs, generation.num_inference_steps)
-        output = wrapped(*args, **kwargs)
+        with attached(pipeline, group, settings):
+            output = wrapped(*args, **kwargs)
         if is_rank_zero():
             logger.info("%s", generation.summary())
         return output
