@@ -75,7 +75,8 @@ def attach(pipeline: Any, wanted: str = "keep", place: str = "OSACCEL_ATTENTION"
     Raises:
         SettingsError: flash was asked for and does not apply.
     """
-    facts = facts_of(pipeline.transformer)
+    transformer: Any = getattr(pipeline, "transformer", None)
+    facts = facts_of(transformer)
     reason = obstacle_to_flash(facts)
     if wanted == FLASH and reason:
         raise SettingsError(f"{place}: flash cannot be used: {reason}. Use keep, or auto for flash where it applies.")
@@ -83,8 +84,7 @@ def attach(pipeline: Any, wanted: str = "keep", place: str = "OSACCEL_ATTENTION"
         _say(f"attention: {'flash' if reason is None else f'kept, because flash cannot be used: {reason}'}")
     if not facts.known or facts.own_kernels:
         return None
-    entry = Entry(_processors(pipeline.transformer), None if wanted == "keep" or reason else FLASH)
-    return entry.attach(pipeline.transformer)
+    return Entry(_processors(transformer), None if wanted == "keep" or reason else FLASH).attach(transformer)
 
 
 def facts_of(transformer: Any) -> Facts:
@@ -135,7 +135,8 @@ class Entry:
     """
 
     def __init__(self, processors: List[Any], kernel: Optional[str]):
-        self.kernel, self._current = kernel, None  # type: Optional[str], Optional[str]
+        self.kernel = kernel
+        self._current: Optional[str] = None
         self._own = [(processor, processor.attention_mode) for processor in processors]
 
     def attach(self, transformer: torch.nn.Module) -> Callable[[], None]:
