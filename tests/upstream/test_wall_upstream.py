@@ -14,9 +14,9 @@ from conftest import CHECKOUT, ROOT
 LAUNCHER = ("python", "-m", "osaccel.run")
 CACHE = {"cache_block_start": 1, "cache_num_blocks": 4, "cache_step_start": 0, "cache_step_interval": 2}
 # The user's own sitecustomize notes what goes into the VAE and what comes out, before that is rounded to 8 bits, and
-# which attention calls got a mask.
+# which attention calls got a mask. A second round, which would overwrite the first one's videos, waits to be stopped.
 WATCH = """
-import hashlib, json, os, wrapt
+import hashlib, json, os, time, wrapt
 
 def note(name, line):
     with open(os.path.join(os.environ["COUNT_DIR"], name + os.environ.get("RANK", "0")), "a") as file:
@@ -33,6 +33,15 @@ def watch_vae(module):
         video = wrapped(*args, **kwargs)
         note("vae_", json.dumps([digest(args[0]), str(video.dtype), list(video.shape), digest(video)]))
         return video
+
+@wrapt.when_imported("opensora.sample.pipeline_opensora_sp")
+def watch_rounds(module):
+    rounds = []
+    @wrapt.patch_function_wrapper(module, "OpenSoraPipeline.__init__")
+    def init(wrapped, instance, args, kwargs):
+        rounds.append(1)
+        time.sleep(600 if len(rounds) > 1 else 0)
+        return wrapped(*args, **kwargs)
 
 @wrapt.when_imported("opensora.models.diffusion.opensora.modeling_opensora")
 def watch_attention(module):
@@ -95,8 +104,8 @@ def notes(result, name):
 
 
 def decoded(result, ranks):
-    """What rank 0's VAE took and gave for the first round's two videos, and so did all ranks'."""
-    found = {name: [json.loads(line) for line in lines[:2]] for name, lines in notes(result, "vae").items()}
+    """What rank 0's VAE took and gave for the two videos, and so did all ranks'."""
+    found = {name: [json.loads(line) for line in lines] for name, lines in notes(result, "vae").items()}
     assert len(found) == ranks and len(found["vae_0"]) == 2, result.log[-3000:]
     # When rank 0 has saved its videos the run is stopped, and another rank may still be at the second one.
     assert all(each and each == found["vae_0"][: len(each)] for each in found.values())
