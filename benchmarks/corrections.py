@@ -29,7 +29,7 @@ from benchmarks.lib.own import planned, with_plan
 from benchmarks.lib.quality import STATISTICS, errors, interval, over
 from benchmarks.schedules import SEEDS_PER_PROMPT, fresh_data
 from osaccel.plan import Correction, Plan
-from osaccel.search.timesteps.lists import even_places
+from osaccel.search.places import even_places
 from osaccel.settings import DEFAULT_CORRECTION
 
 CORRECTIONS = {

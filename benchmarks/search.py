@@ -63,7 +63,7 @@ class Ledger:
         self.journal = Journal(str(journal), json.loads(json.dumps(bound)))
         if self.journal.started_anew:
             print(f"{journal}: starting anew: {self.journal.started_anew}", flush=True)
-        self.known = {_key(*entry["of"]): entry for entry in self.journal.evaluations()}
+        self.known = {_key(*entry["of"]): entry for entry in self.journal.records("errors")}
 
     @property
     def plain(self) -> int:
@@ -92,9 +92,9 @@ class Ledger:
     def error(self, candidate: Candidate, case: Case) -> float:
         key = _key(candidate, case)
         if key not in self.known:
-            found = Evaluator([self.replay(case)], Team())(candidate)["error"]
+            found = Evaluator([self.replay(case)], Team())(candidate).error
             self.known[key] = {"of": [list(candidate), list(case)], "error": found}
-            self.journal.add(self.known[key])
+            self.journal.append("errors", self.known[key])
         error = self.known[key]["error"]
         return math.inf if error is None else error
 
@@ -136,7 +136,7 @@ def ours(ledger: Ledger, ratio: float, cases: Sequence[Case]) -> Found:
                 session.on_call(type(ledger.pipeline).__call__, ledger.pipeline, (ledger.pipeline,), arguments)
             report = formats.read_file(binding.report_path(output))
         ledger.journal.save(name, report)
-    found = candidate_of({"config": report["chosen"]})
+    found = candidate_of(report["chosen"])
     return Found(found, len(report["evaluations"]), report["cost"]["block_forwards"])
 
 

@@ -19,7 +19,7 @@ from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor
 from osaccel.plan import Correction
 from osaccel.report import timesteps as restep_plots
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps import calibration
@@ -312,7 +312,7 @@ def test_subsampled_distances_are_those_of_all_entries():
 
 def session_of(output, pipeline, **chosen):
     given = settings.Settings(search="restep", timesteps_output=str(output), **chosen)
-    return SimpleNamespace(settings=given, team=Team(), calls=[])
+    return SimpleNamespace(settings=given, team=Team(), calls=[], deliver=lambda path, content, write: write())
 
 
 def test_search_costs_no_extra_forward_and_writes_every_list(tmp_path):
@@ -389,7 +389,7 @@ def test_noised_points_have_the_right_spread(tmp_path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda path: path.write_bytes(b""), "2.mp4: the file is empty"),
+        (lambda path: path.write_bytes(b""), "2.mp4: cannot be read: the file is empty"),
         (lambda path: path.write_bytes(b"no video at all" * 50), "2.mp4: cannot be read as a video"),
         (lambda path: path.unlink(), "found 4 mp4 files, but 5 to 20 are needed"),
     ],
@@ -410,7 +410,7 @@ def test_short_and_wrongly_sized_videos_are_named(tmp_path):
         calibration.Videos(str(tmp_path), {"num_frames": 9, "height": SIZE, "width": SIZE})
     with pytest.raises(SearchError, match=r"0.mp4: is 32 x 32 \(height x width\), but the run makes 64 x 32"):
         calibration.Videos(str(tmp_path), {"num_frames": 3, "height": 64, "width": SIZE})
-    with pytest.raises(SearchError, match="not a directory"):
+    with pytest.raises(SearchError, match="is no directory of mp4 files: No such file"):
         calibration.find_videos(str(tmp_path / "none"))
 
 

@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, List, Sequence
 import numpy as np
 
 from benchmarks.lib.bench import Sample
-from osaccel.search.dit_cache.evaluate import psnr
+from osaccel.search.frames import psnr
 
 __all__ = ["STATISTICS", "TURNED", "errors", "interval", "over", "psnr", "summary", "turned", "worst_tenth"]
 

@@ -6,9 +6,12 @@ stays until `detach`, but a delta never crosses from one generation into the nex
 """
 
 import inspect
+import logging
+import weakref
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, MutableMapping, Optional, Tuple
 
+import numpy as np
 import torch
 
 from osaccel.clock import Clock
@@ -17,6 +20,8 @@ from osaccel.generation import find_blocks, wrap_method
 from osaccel.network.forwards import HiddenStates
 from osaccel.network.regions import BlockCache
 from osaccel.plan import of_dit_cache
+
+logger = logging.getLogger("osaccel")
 
 __all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig"]
 
@@ -137,11 +142,14 @@ class DitCacheAdaptor:
             `config.dit_block_num` is not their number.
 
     Set `dit_cache_config` (or call `update_cache_config`) to start caching, None to stop. Pipelines without a scheduler
-    need `set_timestep_idx` before the first block of each step.
+    need `set_timestep_idx` before the first block of each step. Of several adaptors of the same blocks the newest one
+    made or set has them; the one before is detached.
     """
 
     _timestep_idx: Optional[int] = None
     _times_set = 0
+    # By the first of its blocks, the adaptor that is attached; it lives as long as it is.
+    _attached: "MutableMapping[torch.nn.Module, weakref.ref[DitCacheAdaptor]]" = weakref.WeakKeyDictionary()
 
     def __init__(
         self,
@@ -154,21 +162,22 @@ class DitCacheAdaptor:
         _check_block_path(dit_block_path)
         self.pipeline, self.search_config = pipeline, config
         try:
-            self._blocks = self.get_and_check_blocks(pipeline, dit_block_path)
+            self.blocks = self.get_and_check_blocks(pipeline, dit_block_path)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"Failed to access transformer blocks at path '{dit_block_path}'. Please ensure the pipeline has the "
                 f"correct structure and the path is valid. Error: {error}"
             ) from None
         if config is not None:
-            if config.dit_block_num not in (None, len(self._blocks)):
+            if config.dit_block_num not in (None, len(self.blocks)):
                 raise ValueError("dit_block_num not equal to the number of blocks in the dit_block_path")
-            config.dit_block_num = len(self._blocks)
+            config.dit_block_num = len(self.blocks)
         self._config: Optional[DitCacheConfig] = None
         self._cache: Optional[BlockCache] = None
         self._clock = _AdaptorClock(config.num_sampling_steps if config else None, self._forget)
         self._scheduler: Any = None
         self._undo: List[Callable[[], None]] = []
+        self._take_over()
 
     @staticmethod
     def get_and_check_blocks(obj: Any, block_path: str) -> torch.nn.ModuleList:
@@ -225,17 +234,21 @@ class DitCacheAdaptor:
             ValueError: there is no search configuration, an argument is wrong, the ratio cannot be reached, or the
                 function returns another number of videos.
         """
-        from osaccel.search.dit_cache.closure import search_by_closure
+        from osaccel.search.dit_cache.closure import Wish, search_by_closure
 
-        if self.search_config is None:
+        config = self.search_config
+        if config is None:
             raise ValueError("search_config must be set before calling search()")
         if not callable(run_pipeline_and_save_videos):
             raise ValueError("run_pipeline_and_save_videos must be callable")
         if isinstance(prompts_num, bool) or not isinstance(prompts_num, int) or prompts_num <= 0:
             raise ValueError("prompts_num must be a positive integer")
-        self.dit_cache_config = search_by_closure(self, run_pipeline_and_save_videos, prompts_num * num_videos)
-        assert self.dit_cache_config is not None
-        return self.dit_cache_config
+        wish = Wish(config.cache_ratio, config.num_sampling_steps or 0, config.cache_step_interval)
+        found = search_by_closure(
+            self, lambda: _checked(run_pipeline_and_save_videos(self.pipeline), prompts_num * num_videos), wish
+        )
+        self.dit_cache_config = found
+        return found
 
     def detach(self) -> None:
         """Stop caching and leave pipeline, scheduler and blocks as they were."""
@@ -247,20 +260,35 @@ class DitCacheAdaptor:
     def _attach(self, config: DitCacheConfig) -> None:
         plan = of_dit_cache(config)
         try:
-            plan.check_blocks(len(self._blocks))
+            plan.check_blocks(len(self.blocks))
         except ValueError as error:
             raise ValueError(f"dit_cache_config: {error}") from None
+        self._take_over()
         self._config = config
         self._cache = BlockCache(
-            list(self._blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
+            list(self.blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
         )
         self._undo.append(self._cache.detach)
+        self._attached[self.blocks[0]] = weakref.ref(self)
+        self._undo.append(self._leave)
         self._follow_scheduler()
+
+    def _leave(self) -> None:
+        self._attached.pop(self.blocks[0], None)
+
+    def _take_over(self) -> None:
+        """Detach another adaptor of these blocks: a notebook's cell was run twice, and the newer one is meant."""
+        reference = self._attached.get(self.blocks[0])
+        other = reference() if reference else None
+        if other is not None and other is not self:
+            old = dict(other._config or {})
+            logger.info("a newer DitCacheAdaptor takes over; the one that caches with %s is detached", old)
+            other.detach()
 
     def hidden_states(self) -> HiddenStates:
         """What the blocks call the hidden states they take and return."""
         count = self.search_config.num_hidden_states if self.search_config else 1
-        return HiddenStates(_hidden_state_names(self._blocks[0], count))
+        return HiddenStates(_hidden_state_names(self.blocks[0], count))
 
     def _forget(self) -> None:
         if self._cache is not None:
@@ -293,6 +321,16 @@ class DitCacheAdaptor:
         if self._clock.index == len(self._scheduler.timesteps):
             self._forget()
         return result
+
+
+def _checked(videos: Any, num_videos: int) -> List[np.ndarray]:
+    if not isinstance(videos, list) or len(videos) != num_videos:
+        found = len(videos) if hasattr(videos, "__len__") else type(videos).__name__
+        raise ValueError(
+            f"run_pipeline_and_save_videos must return a video list with length equal to prompts_num: "
+            f"{found}!={num_videos}"
+        )
+    return [np.asarray(video, dtype=np.float64) for video in videos]
 
 
 def _check_block_path(path: Any) -> None:

@@ -16,9 +16,9 @@ from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.error_model import Gains, unknown_gains
 from osaccel.search.dit_cache.evaluate import relative_size
+from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
-from osaccel.search.timesteps.lists import even_places
 
 # Block forwards the probes of regions may take, in plain generations.
 BUDGET = 0.3

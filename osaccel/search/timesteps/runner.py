@@ -3,6 +3,7 @@
 
 import logging
 import os
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
@@ -13,7 +14,8 @@ from osaccel.interceptors import Interceptor
 from osaccel.plan import Correction
 from osaccel.sampling import UnsupportedScheduler
 from osaccel.sampling.standin import check_scheduler
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
+from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
 from osaccel.search.timesteps import calibration
@@ -69,9 +71,16 @@ class RestepRunner(Runner):
             report = make_report(statistics, dict(zip(settings.target_steps, shared)), "wdp", parameters)
             report["forwards"] = {**self.forwards, "extra": self.forwards["search"]}
             report["calibration"] = self._videos or f"{len(self.log.generations)} generations of the script"
-            write(settings.timesteps_output or "", shared, settings.target_steps, report, self.session.calls[0])
+            self._write(shared, report)
         # As a reader gets it back: what is bound to this list is bound to the file's.
         return {"timesteps": _as_stored(shared[0])}
+
+    def _write(self, lists: Sequence[Sequence[float]], report: Dict[str, Any]) -> None:
+        """Each list and its sidecar report."""
+        settings = self.session.settings
+        call = self.session.calls[0]
+        for path, values in zip(paths_of(settings.timesteps_output or "", settings.target_steps), lists):
+            self.session.deliver(path, list(values), partial(write, path, values, report, call))
 
     def _check(self, call: Call) -> None:
         steps = call.arguments.get("num_inference_steps")
@@ -151,12 +160,12 @@ def _predicted(
     changed decisions, even spacing's with half of the steps being 1.
     """
     objective, size = timesteps.Objective(statistics, parameters), len(statistics.timesteps)
-    unit = timesteps.path_cost(objective.decisions, timesteps.even_places(size, max(2, size // 2))) or 1.0
+    unit = timesteps.path_cost(objective.decisions, even_places(size, max(2, size // 2))) or 1.0
     curves: Dict[str, Dict[str, float]] = {
         name: {} for name in ("cost_curve", "cost_curve_even", "decisions_curve", "decisions_curve_even")
     }
     for length in lengths:
-        for ending, places in (("", objective.best(length)), ("_even", timesteps.even_places(size, length))):
+        for ending, places in (("", objective.best(length)), ("_even", even_places(size, length))):
             curves["cost_curve" + ending][str(length)] = timesteps.path_cost(objective.detail, places)
             curves["decisions_curve" + ending][str(length)] = timesteps.path_cost(objective.decisions, places) / unit
     return curves
@@ -168,22 +177,17 @@ def paths_of(output: str, counts: Sequence[int]) -> List[str]:
     return [output if number == 0 else f"{stem}.{count}{ending}" for number, count in enumerate(counts)]
 
 
-def write(
-    output: str, lists: Sequence[Sequence[float]], counts: Sequence[int], report: Dict[str, Any], call: Call
-) -> None:
-    """Write each list and its sidecar report."""
-    blocks = _number_of_blocks(call)
-    for path, values in zip(paths_of(output, counts), lists):
-        formats.write_timesteps(path, values)
-        stored = _as_stored(values)
-        bound = {
-            **binding.of_call(call.pipeline, call.arguments, blocks, stored),
-            "teacher_steps": report["teacher_steps"],
-            "guidance_scale": call.arguments.get("guidance_scale"),
-            "versions": binding.versions(),
-        }
-        formats.write_json(binding.report_path(path), {**report, "fingerprint": bound})
-        logger.info("searched timesteps (%d steps) written to %s", len(values), path)
+def write(path: str, values: Sequence[float], report: Dict[str, Any], call: Call) -> None:
+    """Write a list and its sidecar report."""
+    formats.write_timesteps(path, values)
+    bound = {
+        **binding.of_call(call.pipeline, call.arguments, _number_of_blocks(call), _as_stored(values)),
+        "teacher_steps": report["teacher_steps"],
+        "guidance_scale": call.arguments.get("guidance_scale"),
+        "versions": binding.versions(),
+    }
+    formats.write_json(binding.report_path(path), {**report, "fingerprint": bound})
+    logger.info("searched timesteps (%d steps) written to %s", len(values), path)
 
 
 def _as_stored(values: Sequence[float]) -> Tuple[float, ...]:
