@@ -349,6 +349,17 @@ def test_one_word_is_enough_and_the_line_says_what_is_done():
     assert not settings.load({"OSACCEL_CORRECTION": "0,0"}).accelerates
 
 
+def test_beside_a_plan_that_skips_the_default_is_the_corrector_alone(tmp_path):
+    plan = tmp_path / "plan.json"
+    plan.write_text('{"format": "osaccel.plan/1", "steps": 8, "skip": [3, 5]}')
+    found = {given: settings.load({"OSACCEL_PLAN": str(plan), "OSACCEL_CORRECTION": given}).generation_plan().correction
+             for given in ("1", "1,1", "0")}  # fmt: skip
+    assert found == {"1": Correction(0.0, 1.0), "1,1": BOTH, "0": Correction()}
+    plan.write_text('{"format": "osaccel.plan/1", "steps": 8, "regions": []}')
+    loaded = settings.load({"OSACCEL_PLAN": str(plan), "OSACCEL_CORRECTION": "1"})
+    assert loaded.generation_plan().correction == settings.DEFAULT_CORRECTION
+
+
 def test_a_correction_alone_leaves_the_network_alone():
     pipeline = Sampler(EulerAncestralDiscreteScheduler(), Denoiser())
     with Generation(pipeline, Plan(correction=BOTH), TARGET):
