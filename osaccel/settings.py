@@ -20,6 +20,8 @@ SEARCHES = ("plan", "dit_cache", "restep", "all")
 ATTENTIONS = ("keep", "flash", "auto")
 # What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
+# The same beside a plan that skips steps: there the plain run's own video is the aim, and a predictor leads away from it.
+DEFAULT_UNDER_SKIP = Correction(corrector=1.0)
 # Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
 _NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
 _WHOLE = re.compile(r"[1-9][0-9]{0,8}")
@@ -353,7 +355,11 @@ class Settings:
     def generation_plan(self) -> Plan:
         """The one plan that all sources together make."""
         plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
-        return replace(plan, timesteps=self.timesteps, correction=self.correction or plan.correction)
+        correction = self.correction or plan.correction
+        # By identity: whoever names both strengths gets them.
+        if plan.skip and correction is DEFAULT_CORRECTION:
+            correction = DEFAULT_UNDER_SKIP
+        return replace(plan, timesteps=self.timesteps, correction=correction)
 
     @property
     def plan_source(self) -> str:
