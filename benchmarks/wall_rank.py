@@ -30,6 +30,14 @@ class Stopwatch:
 
     def __init__(self) -> None:
         self.videos: List[Dict[str, Any]] = []
+        self._pipelines = 0
+
+    def construct(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """A wrapt wrapper for the pipeline's constructor: a second one begins sample_t2v_sp's next, endless round."""
+        self._pipelines += 1
+        if self._pipelines > 1:
+            raise SystemExit(0)
+        return wrapped(*args, **kwargs)
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -79,23 +87,12 @@ def moment() -> float:
     return time.perf_counter()
 
 
-def stop_at_second(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-    """sample_t2v_sp loads its model and samples again, forever; a wrapt wrapper for the pipeline's constructor."""
-    stop_at_second.calls += 1  # type: ignore[attr-defined]
-    if stop_at_second.calls == 2:  # type: ignore[attr-defined]
-        raise SystemExit(0)
-    return wrapped(*args, **kwargs)
-
-
-stop_at_second.calls = 0  # type: ignore[attr-defined]
-
-
 def watch(stopwatch: Stopwatch) -> None:
     """Put the stopwatch around the script's pipeline, when it is imported, and around what saves its videos."""
 
     def wrap(module: Any) -> None:
         pipeline = module.OpenSoraPipeline
-        wrapt.wrap_function_wrapper(pipeline, "__init__", stop_at_second)
+        wrapt.wrap_function_wrapper(pipeline, "__init__", stopwatch.construct)
         wrapt.wrap_function_wrapper(pipeline, "encode_prompt", stopwatch.around("text"))
         wrapt.wrap_function_wrapper(pipeline, "decode_latents", stopwatch.around("VAE"))
         pipeline.__call__ = stopwatch.video(pipeline.__call__)
