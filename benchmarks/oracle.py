@@ -13,15 +13,17 @@ import json
 import math
 from typing import Any, Dict, List, Sequence
 
-import numpy as np
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
-from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling
 
-from benchmarks import measures
-from osaccel.generation import Generation
+from benchmarks.lib import measures
+from benchmarks.lib.kept import made_by
+from benchmarks.lib.lists import lists_of
+from benchmarks.lib.motion import Motion, euler_ancestral
+from benchmarks.lib.own import along
+from osaccel.sampling.levels import NoiseLevels
 from osaccel.search.timesteps import lists as timesteps
-from osaccel.search.timesteps.denoised import DenoiserLog, NoiseLevels, cosine_matrix
+from osaccel.search.timesteps.denoised import DenoiserLog, cosine_matrix
 
 SHAPE = (4, 3, 8, 8)
 
@@ -79,7 +81,7 @@ class Pipeline:
     """The upstream's loop: set_timesteps, initial noise, scale_model_input, model, step."""
 
     def __init__(self, mixture: Mixture):
-        self.scheduler = EulerAncestralDiscreteScheduler()
+        self.scheduler: Any = EulerAncestralDiscreteScheduler()
         self.transformer = Transformer(mixture, NoiseLevels(self.scheduler))
 
     @torch.no_grad()
@@ -92,11 +94,10 @@ class Pipeline:
         return latents
 
 
-def run(pipeline: Pipeline, times: Sequence[float], motion: measures.Motion) -> torch.Tensor:
+def run(pipeline: Pipeline, times: Sequence[float], motion: Motion) -> torch.Tensor:
     """One batch along `times`, on the given Brownian motion."""
-    with motion.patched(scheduling, pipeline.transformer.levels, times):
-        with Generation(pipeline, timesteps=times) as generation:
-            return pipeline(motion.initial(), generation.num_inference_steps)
+    with motion.patched(euler_ancestral, pipeline.transformer.levels, times), along(pipeline, times):
+        return pipeline(motion.initial(), len(times))
 
 
 def search_statistics(pipeline: Pipeline, videos: int, seed: int, steps: int = 100) -> timesteps.Statistics:
@@ -104,26 +105,10 @@ def search_statistics(pipeline: Pipeline, videos: int, seed: int, steps: int = 1
     log = DenoiserLog(pipeline.scheduler)
     torch.manual_seed(seed)
     for _ in range(videos):
-        with Generation(pipeline, step=log.step):
+        with along(pipeline, None, log):
             pipeline(torch.randn(1, *SHAPE), steps)
         log.end_generation()
     return log.statistics()
-
-
-def arms(
-    statistics: timesteps.Statistics, counts: Sequence[int], variants: Sequence[str] = ()
-) -> Dict[str, List[float]]:
-    """The lists to compare, descending, by name. variants: further wdp parameters, each a JSON object."""
-    last = float(statistics.timesteps[0])
-    lists = {"plain 100": np.linspace(last, 0, 100)}
-    for count in counts:
-        lists[f"plain {count}"] = np.linspace(last, 0, count)
-        for method in timesteps.METHODS:
-            lists[f"{method} {count}"] = timesteps.search(statistics, [count], method)[count]
-        for variant in variants:
-            given = timesteps.Parameters(**json.loads(variant))
-            lists[f"wdp {variant} {count}"] = timesteps.wdp(statistics, [count], given)[count]
-    return {name: [float(value) for value in values] for name, values in lists.items()}
 
 
 def sample_all(pipeline: Pipeline, lists: Dict[str, List[float]], videos: int, batch: int) -> Dict[str, torch.Tensor]:
@@ -132,7 +117,7 @@ def sample_all(pipeline: Pipeline, lists: Dict[str, List[float]], videos: int, b
     sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
     for number in range(videos // batch):
         for name, times in lists.items():
-            motion = measures.Motion(sigmas, (batch, *SHAPE), seed=1000 + number)
+            motion = Motion(sigmas, (batch, *SHAPE), seed=1000 + number)
             finals[name].append(run(pipeline, times, motion))
     return {name: torch.cat(parts) for name, parts in finals.items()}
 
@@ -159,7 +144,7 @@ def main() -> None:
         mixture = Mixture(decay=options.decay, seed=seed, scale=options.scale)
         pipeline = Pipeline(mixture)
         statistics = search_statistics(pipeline, options.calibration, seed=1)
-        lists.append(arms(statistics, options.steps, options.variants))
+        lists.append(lists_of(statistics, options.steps, options.variants))
         finals.append(sample_all(pipeline, lists[-1], options.videos, options.batch))
         data.append([mixture.sample(4 * options.videos, 7), mixture.sample(options.videos, 8)])
     results = {name: torch.cat([final[name] for final in finals]) for name in finals[0]}
@@ -167,6 +152,8 @@ def main() -> None:
     groups = options.mixtures if options.mixtures > 1 else None
     report = measures.compare(results, real, options.steps, groups)
     report["lists"] = lists if groups else lists[0]
+    report["made by"] = made_by()
+    print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     print(measures.table(report))
     if options.json:
         with open(options.json, "w") as file:

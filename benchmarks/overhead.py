@@ -13,18 +13,21 @@ import subprocess
 import sys
 import time
 import types
-from typing import Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Tuple
 
 import numpy as np
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from torch import nn
 
-from benchmarks.harness import interval
+from benchmarks.lib.kept import made_by
+from benchmarks.lib.own import with_plan
+from benchmarks.lib.quality import interval
 from osaccel import hooks
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.generation import Generation
-from osaccel.network.policy import IntervalPolicy
+from osaccel.plan import of_dit_cache
+
+STEPS = 20
 
 
 class Block(nn.Module):
@@ -33,7 +36,7 @@ class Block(nn.Module):
         self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, hidden_states, timestep=None):
+    def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(hidden_states, hidden_states, hidden_states)[0]
         return hidden_states + self.mlp(hidden_states)
 
@@ -43,13 +46,13 @@ class OpenSoraPipeline:
 
     def __init__(self, blocks: int, width: int, tokens: int):
         torch.manual_seed(0)
-        self.transformer = nn.Module()
+        self.transformer: Any = nn.Module()
         self.transformer.transformer_blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
-        self.scheduler = EulerAncestralDiscreteScheduler()
+        self.scheduler: Any = EulerAncestralDiscreteScheduler()
         self.shape = (2, tokens, width)
 
     @torch.no_grad()
-    def __call__(self, num_inference_steps=20):
+    def __call__(self, num_inference_steps: int = STEPS) -> torch.Tensor:
         self.scheduler.set_timesteps(num_inference_steps)
         latents = torch.zeros(self.shape)
         for t in self.scheduler.timesteps:
@@ -74,7 +77,7 @@ def median_ratio(first: List[float], second: List[float]) -> Tuple[float, float,
 
 def idle_overhead(pairs: int) -> Tuple[float, float, float]:
     """Arms alternate, and so does which of them goes first."""
-    module = types.ModuleType("opensora.sample.pipeline_opensora")
+    module: Any = types.ModuleType("opensora.sample.pipeline_opensora")
     module.OpenSoraPipeline = type("OpenSoraPipeline", (OpenSoraPipeline,), {"__call__": OpenSoraPipeline.__call__})
     pipeline = OpenSoraPipeline(8, 64, 64)
     with_hooks = module.OpenSoraPipeline(8, 64, 64)
@@ -94,19 +97,18 @@ def idle_overhead(pairs: int) -> Tuple[float, float, float]:
 def cached_speed(repeats: int) -> Dict[str, float]:
     pipeline = OpenSoraPipeline(12, 384, 128)
     config = DitCacheConfig(cache_block_start=1, cache_num_blocks=10, cache_step_start=2, cache_step_interval=2)
-    block = pipeline.transformer.transformer_blocks[0]
+    plan, blocks = of_dit_cache(config), pipeline.transformer.transformer_blocks
+    ideal = 1 / plan.work(len(blocks), STEPS)
     with torch.no_grad():
-        block_ms = 1000 * min(seconds(lambda: block(torch.zeros(pipeline.shape))) for _ in range(10))
+        block_ms = 1000 * min(seconds(lambda: blocks[0](torch.zeros(pipeline.shape))) for _ in range(10))
     times: Dict[str, List[float]] = {"plain": [], "cached": []}
-    ideal = 0.0
     for repeat in range(repeats):
         for name in sorted(times, reverse=bool(repeat % 2)):
             if name == "plain":
                 times[name].append(seconds(pipeline))
                 continue
-            with Generation(pipeline, policy=IntervalPolicy(config)) as generation:
+            with with_plan(pipeline, plan):
                 times[name].append(seconds(pipeline))
-                ideal = generation.cache.total_blocks / generation.cache.computed_blocks
     measured, low, high = median_ratio(times["plain"], times["cached"])
     return {
         "block_ms": block_ms, "ideal": ideal, "measured": measured, "of_ideal": measured / ideal,
@@ -126,6 +128,7 @@ def main() -> None:
     parser.add_argument("--json", help="also write the numbers to this file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     ratio, low, high = idle_overhead(arguments.pairs)
     speed, cost = cached_speed(14), import_cost(9)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
@@ -135,8 +138,9 @@ def main() -> None:
     )
     print(f"import osaccel.auto                            {cost:.1f} ms")
     if arguments.json:
+        found = {"made by": made_by(), "idle_ratio": [ratio, low, high], "cached": speed, "import_ms": cost}
         with open(arguments.json, "w") as file:
-            json.dump({"idle_ratio": [ratio, low, high], "cached": speed, "import_ms": cost}, file, indent=2)
+            json.dump(found, file, indent=2)
 
 
 if __name__ == "__main__":

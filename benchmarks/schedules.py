@@ -12,44 +12,48 @@ import argparse
 import json
 import time
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
-import torch.multiprocessing
-from diffusers.schedulers import scheduling_euler_ancestral_discrete as scheduling
 
-from benchmarks import measures, oracle
+from benchmarks.lib import measures, models
+from benchmarks.lib.jobs import in_processes
+from benchmarks.lib.kept import Kept, made_by, weights_digest
+from benchmarks.lib.lists import lists_of
+from benchmarks.lib.motion import Motion, euler_ancestral
+from benchmarks.lib.own import along
 from benchmarks.reference import data, load
 from benchmarks.reference.paths import CHECKPOINT
-from osaccel.generation import Generation
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.sampling.levels import NoiseLevels
 from osaccel.search.timesteps import lists as timesteps
-from osaccel.search.timesteps.denoised import DenoiserLog, NoiseLevels, step_arguments
+from osaccel.search.timesteps.denoised import DenoiserLog
 
+MODEL = models.model("miniature")
 TEACHER_STEPS = 100
 SEEDS_PER_PROMPT = 2
 
 
 class Batch(NamedTuple):
-    """Prompts that are sampled together, the seed of their noise, and the file that keeps their latents."""
+    """Prompts that are sampled together, the seed of their noise, and what their latents are kept as."""
 
     prompts: Sequence[str]
     seed: int
-    path: Path
+    name: str
 
 
-def latent_shape(pipeline: Any) -> Sequence[int]:
-    frames, height, width = pipeline.vae.vae_scale_factor
-    return (pipeline.transformer.config.in_channels, (data.FRAMES - 1) // frames + 1, data.SIZE // height,
-            data.SIZE // width)  # fmt: skip
+class _Rows(Interceptor):
+    """A log for each video of the batch."""
 
+    def __init__(self, logs: Sequence[DenoiserLog]):
+        self.logs = logs
 
-def generate(pipeline: Any, prompts: Sequence[str], steps: int, latents: torch.Tensor, kind: str = "latent") -> Any:
-    return pipeline(
-        list(prompts), num_inference_steps=steps, guidance_scale=load.GUIDANCE, num_frames=data.FRAMES,
-        height=data.SIZE, width=data.SIZE, latents=latents, output_type=kind,
-        max_sequence_length=data.CAPTION_WORDS,
-    ).images  # fmt: skip
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        for number, log in enumerate(self.logs):
+            row = slice(number, number + 1)
+            log.observe(call.model_output[row], call.timestep, call.sample[row])
+        return proceed(call)
 
 
 def logged(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 8) -> List[DenoiserLog]:
@@ -58,16 +62,9 @@ def logged(pipeline: Any, prompts: Sequence[str], seed: int, batch: int = 8) -> 
     torch.manual_seed(seed)
     for start in range(0, len(prompts), batch):
         rows = logs[start : start + batch]
-
-        def step(original: Any, args: tuple, kwargs: dict, rows: Any = rows) -> Any:
-            output, timestep, sample = step_arguments(args, kwargs)
-            for number, log in enumerate(rows):
-                log.observe(output[number : number + 1], timestep, sample[number : number + 1])
-            return original(*args, **kwargs)
-
-        with torch.no_grad(), Generation(pipeline, step=step):
-            noise = torch.randn(len(rows), *latent_shape(pipeline))
-            generate(pipeline, prompts[start : start + batch], TEACHER_STEPS, noise)
+        with along(pipeline, None, _Rows(rows)):
+            noise = torch.randn(len(rows), *MODEL.latent_shape(pipeline))
+            MODEL.generate(pipeline, prompts[start : start + batch], TEACHER_STEPS, noise)
         for log in rows:
             log.end_generation()
     return logs
@@ -85,7 +82,7 @@ def search(pipeline: Any, options: argparse.Namespace) -> Dict[str, Any]:
     size = options.calibration
     logs = logged(pipeline, load.calibration_prompts(size * options.seeds), seed=1, batch=options.batch)
     searches = [joined(logs[start : start + size]) for start in range(0, len(logs), size)]
-    lists = oracle.arms(searches[0], options.steps, options.variants)
+    lists = lists_of(searches[0], options.steps, options.variants)
     spread = {str(count): spread_of([timesteps.wdp(one, [count])[count] for one in searches], count)
               for count in options.steps}  # fmt: skip
     singles = {str(count): spread_of([timesteps.wdp(joined([log]), [count])[count] for log in logs], count)
@@ -106,48 +103,53 @@ def sample_batch(pipeline: Any, lists: Dict[str, List[float]], prompts: Sequence
     sigmas = [levels.sigma(value) for values in lists.values() for value in values]
     finals = {}
     for name, times in lists.items():
-        motion = measures.Motion(sigmas, (len(prompts), *latent_shape(pipeline)), seed)
-        with torch.no_grad(), motion.patched(scheduling, levels, times), Generation(pipeline, timesteps=times):
-            finals[name] = generate(pipeline, prompts, len(times), motion.initial())
+        motion = Motion(sigmas, (len(prompts), *MODEL.latent_shape(pipeline)), seed)
+        with motion.patched(euler_ancestral, levels, times), along(pipeline, times):
+            finals[name] = MODEL.generate(pipeline, prompts, len(times), motion.initial())
     return finals
 
 
 def batches(prompts: Sequence[str], options: argparse.Namespace) -> List[Batch]:
-    """The prompts in batches, and where the latents of each are kept."""
+    """The prompts in batches."""
     step = max(1, options.batch // SEEDS_PER_PROMPT)
     parts = [prompts[start : start + step] for start in range(0, len(prompts), step)]
-    return [Batch(part, 5000 + n, Path(options.work) / f"batch-{n:03d}.pt") for n, part in enumerate(parts)]
+    return [Batch(part, 5000 + n, f"batch-{n:03d}") for n, part in enumerate(parts)]
 
 
 def make_batches(
-    share: int, lists: Dict[str, List[float]], todo: Sequence[Batch], options: argparse.Namespace, until: float
+    share: int,
+    lists: Dict[str, List[float]],
+    todo: Sequence[Batch],
+    options: argparse.Namespace,
+    kept: Kept,
+    until: float,
 ) -> None:
     """Sample this job's share of the batches, as long as another one would be ready before `until`."""
-    torch.set_num_threads(max(1, torch.get_num_threads() // options.jobs))
     pipeline, longest = load.load_pipeline(checkpoint=options.checkpoint), 0.0
     for batch in todo[share :: options.jobs]:
-        if batch.path.exists():
+        if kept.has(batch.name):
             continue
         if time.time() + longest > until:
             break
         begun = time.time()
         rows = [prompt for prompt in batch.prompts for _ in range(SEEDS_PER_PROMPT)]
-        torch.save(sample_batch(pipeline, lists, rows, batch.seed), f"{batch.path}.part")
-        Path(f"{batch.path}.part").replace(batch.path)
+        kept.put(batch.name, sample_batch(pipeline, lists, rows, batch.seed))
         longest = max(longest, time.time() - begun)
-        print(f"{batch.path.name} of {len(todo)} batches", flush=True)
+        print(f"{batch.name} of {len(todo)} batches", flush=True)
 
 
-def sample_all(lists: Dict[str, List[float]], options: argparse.Namespace, until: float) -> Dict[str, Any]:
+def sample_all(lists: Dict[str, List[float]], options: argparse.Namespace, kept: Kept, until: float) -> Dict[str, Any]:
     """Every batch that is there or fits before `until`: {"prompts": [...], "finals": {arm: latents}}."""
     todo = batches(prompts_of(options), options)
-    torch.multiprocessing.spawn(make_batches, (lists, todo, options, until), nprocs=options.jobs)
-    done = [batch for batch in todo if batch.path.exists()]
+    threads = max(1, torch.get_num_threads() // options.jobs)
+    calls = [(share, lists, todo, options, kept, until) for share in range(options.jobs)]
+    in_processes(make_batches, calls, options.jobs, threads)
+    done = [batch for batch in todo if kept.has(batch.name)]
     if not done:
         raise SystemExit("no batch fits into --seconds")
-    kept = [torch.load(batch.path) for batch in done]
+    parts = [kept.get(batch.name) for batch in done]
     prompts = [prompt for batch in done for prompt in batch.prompts]
-    return {"prompts": prompts, "finals": {name: torch.cat([part[name] for part in kept]) for name in lists}}
+    return {"prompts": prompts, "finals": {name: torch.cat([part[name] for part in parts]) for name in lists}}
 
 
 def fresh_data(pipeline: Any, prompts: Sequence[str], each: int, seed: int) -> torch.Tensor:
@@ -168,7 +170,7 @@ def parser_scores(pipeline: Any, results: Dict[str, torch.Tensor], prompts: Sequ
     for name, final in results.items():
         with torch.no_grad():
             videos = np.concatenate([pipeline.decode_latents(part).numpy() for part in final.split(8)])
-        scores[name] = load.score(videos, prompts)
+        scores[name] = load.score(list(videos), prompts)
     return scores
 
 
@@ -186,7 +188,7 @@ def text(report: Dict[str, Any]) -> str:
 
 def parsed(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", required=True, help="directory for what is finished; must be new for a new model")
+    parser.add_argument("--work", required=True, help="directory for what is finished; must be new for other lists")
     parser.add_argument("--seconds", type=float, default=700, help="no batch is begun that would end later")
     parser.add_argument("--prompts", type=int, default=129)
     parser.add_argument(
@@ -215,22 +217,20 @@ def prompts_of(options: argparse.Namespace) -> List[str]:
 
 def main() -> None:
     options, started = parsed(), time.time()
-    work = Path(options.work)
-    work.mkdir(parents=True, exist_ok=True)
     pipeline = load.load_pipeline(checkpoint=options.checkpoint)
-    kept = work / "search.json"
-    if not kept.exists():
-        kept.write_text(json.dumps(search(pipeline, options)))
-    found = json.loads(kept.read_text())
+    kept = Kept(options.work, {"weights": weights_digest(pipeline.transformer)})
+    found = kept.value("search", lambda: search(pipeline, options))
     lists = found["lists"]
     if options.arms:
         lists = {name: times for name, times in lists.items() if name.startswith(("plain", *options.arms))}
-    sampled = sample_all(lists, options, started + options.seconds)
+    sampled = sample_all(lists, options, kept, started + options.seconds)
     prompts, results = sampled["prompts"], sampled["finals"]
     real = [fresh_data(pipeline, prompts, options.data, 1), fresh_data(pipeline, prompts, SEEDS_PER_PROMPT, 2)]
     report = measures.compare(results, real, options.steps, groups=len(prompts))
     report["parser"] = parser_scores(pipeline, results, [name for name in prompts for _ in range(SEEDS_PER_PROMPT)])
     report.update(found, lists=lists, split=options.split, seconds=time.time() - started)
+    report["made by"] = made_by()
+    print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     print(text(report))
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1))

@@ -17,18 +17,20 @@ starts anew; remove `ours-*.pt` there to search again with changed code.
 import argparse
 import json
 import math
-import multiprocessing
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
 from scipy.stats import gmean
 
-from benchmarks.harness import interval
-from benchmarks.reference import data
-from benchmarks.reference.load import GUIDANCE, STEPS, calibration_prompts, heldout_prompts, load_pipeline
+from benchmarks.lib import models
+from benchmarks.lib.jobs import in_processes
+from benchmarks.lib.kept import made_by
+from benchmarks.lib.models import Case
+from benchmarks.lib.quality import interval, over, turned
+from benchmarks.reference.load import STEPS
 from benchmarks.reference.paths import CHECKPOINT
 from osaccel import binding, formats
 from osaccel.network.regions import HiddenStates
@@ -40,41 +42,28 @@ from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.search.team import Team
 from osaccel.settings import Settings
+from osaccel.targets import target_of
 
 RATIOS = (1.3, 1.5, 1.8)
 # Searches are calibrated on one prompt, as by default; the second row shows what OSACCEL_SEARCH_PROMPTS=4 changes.
 MORE = 4
 METHODS = ("ours", f"ours, {MORE} prompts", "two-stage", "brute force")
-# The miniature's call; frames, height and width are what it was trained on.
-SIZE = {
-    "num_frames": data.FRAMES, "height": data.SIZE, "width": data.SIZE, "max_sequence_length": data.CAPTION_WORDS
-}  # fmt: skip
-BLOCKS, NAMES = "transformer.transformer_blocks", ("hidden_states",)
-# Held-out prompts that exist; videos beyond are of the same prompts with other noise.
-HELDOUT = 426
-# Relative errors are below .2 or near the size of the latents: then it is another video.
-TURNED = 0.5
+MODEL = models.model("miniature")
+BLOCKS = "transformer.transformer_blocks"
 
 
-class Case(NamedTuple):
-    """What is sampled: a prompt and the seed of its noise."""
-
-    prompt: str
-    seed: int
-
-
-class Bench:
+class Ledger:
     """Evaluates candidates on calls of one pipeline, each pair at most once, whatever is interrupted."""
 
     def __init__(self, steps: int, checkpoint: Path, journal: Path):
-        self.pipeline, self.steps = load_pipeline(checkpoint=checkpoint), steps
+        self.pipeline, self.steps = MODEL.load(checkpoint=checkpoint), steps
         self.blocks = list(self.pipeline.transformer.transformer_blocks)
         self.replays: Dict[Case, Replay] = {}
         bound = binding.of_search(self._call(Case("", 0)), len(self.blocks), None, 1, 1, "latents")
         self.journal = Journal(str(journal), json.loads(json.dumps(bound)))
         if self.journal.started_anew:
             print(f"{journal}: starting anew: {self.journal.started_anew}", flush=True)
-        self.known = {_key(*entry["of"]): entry for entry in self.journal.evaluations()}
+        self.known = {_key(*entry["of"]): entry for entry in self.journal.records("errors")}
 
     @property
     def plain(self) -> int:
@@ -82,22 +71,19 @@ class Bench:
         return len(self.blocks) * self.steps
 
     def arguments(self, prompt: str) -> Dict[str, Any]:
-        return dict(SIZE, prompt=prompt, num_inference_steps=self.steps, guidance_scale=GUIDANCE)
+        return dict(MODEL.arguments(), prompt=prompt, num_inference_steps=self.steps)
 
     def _call(self, case: Case) -> Call:
         torch.manual_seed(case.seed)
         return Call(type(self.pipeline).__call__, self.pipeline, (self.pipeline,), self.arguments(case.prompt))
 
     def replay(self, case: Case) -> Replay:
-        return self.replays[case] if case in self.replays else self.record(case)
-
-    def record(self, case: Case, *observers: Callable[..., None]) -> Replay:
-        """Anew, its blocks watched by `observers` too."""
-        replay, states = Replay(self._call(case)), HiddenStates(NAMES)
-        observers = (replay.boundaries.observe, *observers)
-        replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, *observers), decode=False)
-        self.replays[case] = replay
-        return replay
+        """The recorded plain generation."""
+        if case not in self.replays:
+            self.replays[case] = replay = Replay(self._call(case))
+            states, observe = HiddenStates(), replay.boundaries.observe
+            replay.record(lambda g: watch_blocks(self.blocks, g.clock, states, observe), decode=False)
+        return self.replays[case]
 
     def forget(self, case: Case) -> None:
         """Its recording is not needed any more; what was evaluated stays known."""
@@ -106,9 +92,9 @@ class Bench:
     def error(self, candidate: Candidate, case: Case) -> float:
         key = _key(candidate, case)
         if key not in self.known:
-            found = Evaluator([self.replay(case)], Team())(candidate)["error"]
+            found = Evaluator([self.replay(case)], Team())(candidate).error
             self.known[key] = {"of": [list(candidate), list(case)], "error": found}
-            self.journal.add(self.known[key])
+            self.journal.append("errors", self.known[key])
         error = self.known[key]["error"]
         return math.inf if error is None else error
 
@@ -132,10 +118,10 @@ class Found(NamedTuple):
     block_forwards: int
 
 
-def ours(bench: Bench, ratio: float, cases: Sequence[Case]) -> Found:
+def ours(ledger: Ledger, ratio: float, cases: Sequence[Case]) -> Found:
     """What OSACCEL_SEARCH=1 finds and reports when these are the script's first calls."""
     name = f"ours-{cases[0].seed}-{len(cases)}.pt"
-    report = bench.journal.load(name)
+    report = ledger.journal.load(name)
     if report is None:
         with tempfile.TemporaryDirectory() as folder:
             output = str(Path(folder) / "dit_cache_config.json")
@@ -143,74 +129,71 @@ def ours(bench: Bench, ratio: float, cases: Sequence[Case]) -> Found:
                 search="dit_cache", cache_ratio=ratio, cache_output=output, search_then="continue",
                 search_prompts=len(cases),
             )  # fmt: skip
-            session = Session(settings, None, BLOCKS, NAMES)
+            session = Session(settings, target_of(ledger.pipeline))
             for case in cases:
                 torch.manual_seed(case.seed)
-                arguments = bench.arguments(case.prompt)
-                session.on_call(type(bench.pipeline).__call__, bench.pipeline, (bench.pipeline,), arguments)
+                arguments = ledger.arguments(case.prompt)
+                session.on_call(type(ledger.pipeline).__call__, ledger.pipeline, (ledger.pipeline,), arguments)
             report = formats.read_file(binding.report_path(output))
-        bench.journal.save(name, report)
-    found = candidate_of({"config": report["chosen"]})
+        ledger.journal.save(name, report)
+    found = candidate_of(report["chosen"])
     return Found(found, len(report["evaluations"]), report["cost"]["block_forwards"])
 
 
-def two_stage(bench: Bench, ratio: float, case: Case) -> Found:
+def two_stage(ledger: Ledger, ratio: float, case: Case) -> Found:
     """msModelSlim's published loop bounds: every start but block 0 at the least length, then 3 starts x 8 x 2.
 
     Judged by latents, which is kinder than its own re-encoded videos; lengths rounded so that the ratio is reached.
     """
-    blocks = len(bench.blocks)
+    blocks = len(ledger.blocks)
     reaching = [
         Candidate(start, start + length, first, 2)
         for first in (0, 5)
         for length in range(1, blocks)
         for start in range(1, blocks - length + 1)
-        if Candidate(start, start + length, first, 2).speed_up(blocks, bench.steps) >= ratio
+        if Candidate(start, start + length, first, 2).speed_up(blocks, ledger.steps) >= ratio
     ]
     if not reaching:
         raise ValueError(f"the two-stage loop has no configuration that reaches {ratio:g} with {blocks} blocks")
     least = min(c.stop - c.start for c in reaching if c.first == 0)
     tried = [c for c in reaching if c.first == 0 and c.stop - c.start == least]
-    starts = {c.start for c in sorted(tried, key=lambda c: bench.error(c, case))[:3]}
+    starts = {c.start for c in sorted(tried, key=lambda c: ledger.error(c, case))[:3]}
     lengths = range(least, least + 8)
     tried += [c for c in reaching if c.start in starts and c.stop - c.start in lengths and c not in tried]
-    return Found(min(tried, key=lambda c: bench.error(c, case)), len(tried), bench.whole(tried))
+    return Found(min(tried, key=lambda c: ledger.error(c, case)), len(tried), ledger.whole(tried))
 
 
-def ranked(bench: Bench, pool: Sequence[Candidate], case: Case, label: str) -> List[Candidate]:
+def ranked(ledger: Ledger, pool: Sequence[Candidate], case: Case, label: str) -> List[Candidate]:
     """The whole family, best first."""
     for number, candidate in enumerate(pool):
-        bench.error(candidate, case)
+        ledger.error(candidate, case)
         if number % 50 == 49:
             print(f"{label}: {number + 1} of {len(pool)} evaluated", flush=True)
-    return sorted(pool, key=lambda candidate: bench.error(candidate, case))
+    return sorted(pool, key=lambda candidate: ledger.error(candidate, case))
 
 
 def compare(
-    bench: Bench, ratio: float, cases: List[Case], heldout: List[Case], rank_cases: List[Case]
+    ledger: Ledger, ratio: float, cases: List[Case], heldout: List[Case], rank_cases: List[Case]
 ) -> Dict[str, Any]:
     """One row per method, and where the found configurations stand in the family."""
     case = cases[0]
-    own, more = ours(bench, ratio, cases[:1]), ours(bench, ratio, cases)
-    pool = candidates(len(bench.blocks), bench.steps, ratio)
-    order = ranked(bench, pool, case, f"ratio {ratio:g}, calibration prompt")
-    brute = Found(order[0], len(pool), bench.whole(pool))
-    found = dict(zip(METHODS, (own, more, two_stage(bench, ratio, case), brute)))
-    bench.forget(case)
+    own, more = ours(ledger, ratio, cases[:1]), ours(ledger, ratio, cases)
+    pool = candidates(len(ledger.blocks), ledger.steps, ratio)
+    order = ranked(ledger, pool, case, f"ratio {ratio:g}, calibration prompt")
+    brute = Found(order[0], len(pool), ledger.whole(pool))
+    found = dict(zip(METHODS, (own, more, two_stage(ledger, ratio, case), brute)))
+    ledger.forget(case)
     errors: Dict[str, List[float]] = {method: [] for method in METHODS}
     for held in heldout:
         for method, result in found.items():
-            errors[method].append(bench.error(result.candidate, held))
-        bench.forget(held)
-    best = bench.error(order[0], case)
-    rows = {
-        method: row(bench, result, bench.error(result.candidate, case) / best - 1, bench.error(result.candidate, case))
-        for method, result in found.items()
-    }
+            errors[method].append(ledger.error(result.candidate, held))
+        ledger.forget(held)
+    best = ledger.error(order[0], case)
+    rows = {method: row(ledger, result, ledger.error(result.candidate, case), best) for method, result in found.items()}
     for method in METHODS:
         rows[method].update(against(errors["ours"], errors[method]))
     chosen = {method: found[method].candidate for method in METHODS if method != "two-stage"}
-    ranks = [heldout_rank(bench, pool, chosen, held, ratio) for held in rank_cases]
+    ranks = [heldout_rank(ledger, pool, chosen, held, ratio) for held in rank_cases]
     return {
         "rows": rows,
         "heldout": len(heldout),
@@ -221,64 +204,56 @@ def compare(
     }
 
 
-def row(bench: Bench, found: Found, over_best: float, error: float) -> Dict[str, Any]:
+def row(ledger: Ledger, found: Found, error: float, best: float) -> Dict[str, Any]:
     return {
         "config": found.candidate.config.to_dict(),
-        "speed_up": bench.speed_up(found.candidate),
+        "speed_up": ledger.speed_up(found.candidate),
         "calibration_error": error,
-        "over_best": over_best,
+        "over_best": error / best - 1,
         "evaluations": found.evaluations,
         "block_forwards": found.block_forwards,
-        "plain_generations": found.block_forwards / bench.plain,
+        "plain_generations": found.block_forwards / ledger.plain,
     }
 
 
 def against(own: Sequence[float], other: Sequence[float]) -> Dict[str, Any]:
     """A method's held-out errors, and how much larger ours are, the same prompts drawn for both."""
-    pairs = np.array([own, other]).T
-    over, *over_interval = interval(pairs, _over(np.mean))
-    typical, *typical_interval = interval(pairs, _over(gmean))
+    mean, *mean_interval = over(own, other)
+    typical, *typical_interval = over(own, other, gmean)
     return {
         "heldout_error": float(np.mean(other)),
         "heldout_interval": interval(other)[1:],
         "heldout_typical": float(gmean(other)),
-        "heldout_turned": float(np.mean(np.array(other) > TURNED)),
-        "ours_over_this": over,
-        "ours_over_this_interval": over_interval,
+        "heldout_turned": float(turned(other)),
+        "ours_over_this": mean,
+        "ours_over_this_interval": mean_interval,
         "ours_over_this_typical": typical,
         "ours_over_this_typical_interval": typical_interval,
     }
 
 
-def _over(mean: Callable[..., Any]) -> Callable[..., Any]:
-    """How much larger the mean of the first of each pair is than that of the second; pairs along the last axis."""
-
-    def ratio(pairs: np.ndarray, axis: int = 0) -> Any:
-        means = mean(pairs, axis=axis)
-        return means[..., 0] / means[..., 1] - 1
-
-    return ratio
-
-
 def heldout_rank(
-    bench: Bench, pool: Sequence[Candidate], chosen: Dict[str, Candidate], case: Case, ratio: float
+    ledger: Ledger, pool: Sequence[Candidate], chosen: Dict[str, Candidate], case: Case, ratio: float
 ) -> Dict[str, Any]:
     """Where the methods' choices stand when the whole family runs on a held-out prompt."""
-    order = ranked(bench, pool, case, f"ratio {ratio:g}, held-out prompt")
-    bench.forget(case)
-    best = bench.error(order[0], case)
+    order = ranked(ledger, pool, case, f"ratio {ratio:g}, held-out prompt")
+    ledger.forget(case)
+    best = ledger.error(order[0], case)
     return {
         "prompt": case.prompt,
         "places": {
-            method: {"rank": 1 + order.index(candidate), "over_best": bench.error(candidate, case) / best - 1}
+            method: {"rank": 1 + order.index(candidate), "over_best": ledger.error(candidate, case) / best - 1}
             for method, candidate in chosen.items()
         },
     }
 
 
 def table(results: Dict[str, Any]) -> str:
-    """Markdown: every ratio's rows, then the ranks."""
+    """Markdown: what made each ratio's figures, its rows, then the ranks."""
+    made = {ratio: "; ".join(result["made by"].values()) for ratio, result in results.items() if "made by" in result}
     lines = [
+        *(f"* {ratio}: {text}" for ratio, text in made.items()),
+        "",
         "| ratio | method | start, blocks, step, interval | speed-up | error | over best | evaluations | "
         "block forwards | plain generations |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -342,34 +317,18 @@ def _heldout_line(ratio: str, method: str, row: Dict[str, Any]) -> str:
     )
 
 
-def run_ratio(options: argparse.Namespace, ratio: float) -> None:
-    bench, cases = open_bench(options, ratio), calibration_cases(MORE, options.seed)
-    prompts, numbers = heldout_prompts(HELDOUT), range(options.first, options.first + options.heldout)
-    heldout = [Case(prompts[number % len(prompts)], 1000 + number) for number in numbers]
-    result = compare(bench, ratio, cases, heldout, heldout[: options.rank_prompts])
-    formats.write_json(f"{_stem(options, ratio)}.json", {"steps": options.steps, "ratio": ratio, **result})
-
-
-def open_bench(options: argparse.Namespace, ratio: float) -> Bench:
-    return Bench(options.steps, options.checkpoint, Path(f"{_stem(options, ratio)}.journal"))
+def run_ratio(options: argparse.Namespace, ratio: float, made: Dict[str, str]) -> None:
+    """One ratio's comparison, written to its JSON file; `made` says what by."""
+    stem = _stem(options, ratio)
+    ledger = Ledger(options.steps, options.checkpoint, Path(f"{stem}.journal"))
+    cases = MODEL.calibration_cases(MORE, options.seed)
+    heldout = MODEL.heldout_cases(options.heldout, options.first, seed=1000)
+    result = compare(ledger, ratio, cases, heldout, heldout[: options.rank_prompts])
+    formats.write_json(f"{stem}.json", {"made by": made, "steps": options.steps, "ratio": ratio, **result})
 
 
 def _stem(options: argparse.Namespace, ratio: float) -> Path:
     return options.out / f"search-{options.steps}-{ratio:g}"
-
-
-def calibration_cases(count: int, seed: int) -> List[Case]:
-    return [Case(text, seed + number) for number, text in enumerate(calibration_prompts(count))]
-
-
-def each_ratio(run: Callable[..., Any], options: argparse.Namespace, ratios: Sequence[float]) -> List[Any]:
-    """`run(options, ratio)` of every ratio, `options.jobs` at a time.
-
-    In processes of their own, of one thread each: two searches in one would share its random state.
-    """
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(min(options.jobs, len(ratios)), torch.set_num_threads, (1,)) as pool:
-        return pool.starmap(run, [(options, ratio) for ratio in ratios], chunksize=1)
 
 
 def write_table(options: argparse.Namespace) -> str:
@@ -383,32 +342,26 @@ def write_table(options: argparse.Namespace) -> str:
     return text
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """What `open_bench` and `each_ratio` need to be told."""
-    shared = argparse.ArgumentParser(description=description)
-    shared.add_argument("--steps", type=int, default=STEPS)
-    shared.add_argument("--jobs", type=int, default=1, help="ratios at a time")
-    shared.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
-    shared.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    return shared
-
-
 def parse() -> argparse.Namespace:
-    own = parser(__doc__.splitlines()[0])
-    own.add_argument("--heldout", type=int, default=120, help="held-out videos for the found configurations")
-    own.add_argument("--first", type=int, default=0, help="the number of the first of them; leaves out earlier ones")
-    own.add_argument("--rank-prompts", type=int, default=2, help="of them, how many run the whole family")
-    own.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
-    own.add_argument("--seed", type=int, default=7)
-    own.add_argument("--table", action="store_true", help="evaluate nothing")
-    return own.parse_args()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--jobs", type=int, default=1, help="ratios at a time")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--heldout", type=int, default=120, help="held-out videos for the found configurations")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first of them; leaves out earlier ones")
+    parser.add_argument("--rank-prompts", type=int, default=2, help="of them, how many run the whole family")
+    parser.add_argument("--ratios", type=float, nargs="+", default=RATIOS)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--table", action="store_true", help="evaluate nothing")
+    return parser.parse_args()
 
 
 def main() -> None:
     options = parse()
     options.out.mkdir(parents=True, exist_ok=True)
     if not options.table:
-        each_ratio(run_ratio, options, options.ratios)
+        in_processes(run_ratio, [(options, ratio, made_by()) for ratio in options.ratios], options.jobs)
     print(write_table(options))
 
 

@@ -18,10 +18,11 @@ import numpy as np
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
+from benchmarks.lib.own import masked
 from osaccel.demo import __main__ as demo
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
-from osaccel.network.policy import IntervalPolicy, MaskPolicy, Policy, Region, computed_blocks
+from osaccel.plan import Plan, Region, of_dit_cache
 from osaccel.wall import attention
 
 GUIDANCE = 7.5
@@ -66,7 +67,8 @@ class Denoiser:
     """
 
     def __init__(self, transformer: torch.nn.Module, size: Size):
-        self.transformer, self.scheduler = transformer, EulerAncestralDiscreteScheduler()
+        self.transformer: Any = transformer
+        self.scheduler: Any = EulerAncestralDiscreteScheduler()
         self.device, self.dtype = next(transformer.parameters()).device, next(transformer.parameters()).dtype
         draw = torch.Generator().manual_seed(0)
         self.noise = torch.randn((1, 4, *size.latents), generator=draw)
@@ -110,13 +112,13 @@ class Arm(NamedTuple):
     ideal: float = 1.0
 
 
-def cached(policy: Policy, blocks: int, steps: int, flash: bool = False) -> Arm:
+def planned(plan: Plan, blocks: int, steps: int, flash: bool = False) -> Arm:
     @contextlib.contextmanager
     def attach(denoiser: Any) -> Iterator[None]:
-        with Generation(denoiser, policy=policy), kernel("flash" if flash else "keep")(denoiser):
+        with Generation(denoiser, plan), kernel("flash" if flash else "keep")(denoiser):
             yield
 
-    return Arm(attach, blocks * steps / computed_blocks(policy, blocks, steps))
+    return Arm(attach, 1 / plan.work(blocks, steps))
 
 
 def kernel(wanted: str) -> Callable[[Any], ContextManager]:
@@ -141,13 +143,13 @@ def arms(blocks: int, steps: int, flash: bool) -> Dict[str, Arm]:
     four_keys = DitCacheConfig(
         cache_block_start=1, cache_num_blocks=blocks - 1, cache_step_start=2, cache_step_interval=2
     )
-    found["four keys"] = cached(IntervalPolicy(four_keys), blocks, steps)
+    found["four keys"] = planned(of_dit_cache(four_keys), blocks, steps)
     for speed in (2, 3):
         mask = [step < 2 or step % speed == 0 for step in range(steps)]
-        policy = MaskPolicy(Region(0, blocks), mask, forecast=True)
-        found[f"plan, every {speed}. step"] = cached(policy, blocks, steps)
+        plan = masked(Region(0, blocks), mask, forecast=True)
+        found[f"plan, every {speed}. step"] = planned(plan, blocks, steps)
     if flash:
-        found["plan, every 3. step, and flash"] = cached(policy, blocks, steps, flash=True)
+        found["plan, every 3. step, and flash"] = planned(plan, blocks, steps, flash=True)
     return found
 
 
@@ -179,7 +181,7 @@ def run(name: str, arguments: argparse.Namespace) -> Dict[str, Any]:
         raise SystemExit(f"--size {name} needs --checkout: the miniature's attention is not made for such videos")
     denoiser = Denoiser(build(size, arguments.checkout, arguments.device, getattr(torch, arguments.dtype)), size)
     flash = attention.obstacle_to_flash(attention.facts_of(denoiser.transformer)) is None
-    ways = arms(len(denoiser.transformer.transformer_blocks), arguments.steps, flash)
+    ways = arms(len(list(denoiser.transformer.transformer_blocks)), arguments.steps, flash)
     turns: Dict[str, List[Dict[str, Any]]] = {way: [] for way in ways}
     for turn in range(arguments.repeats + 1):
         for way in sorted(ways, key=list(ways).index, reverse=bool(turn % 2)):

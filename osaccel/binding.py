@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a found configuration is bound to, and the warning when a generation differs from it."""
 
+import hashlib
 import importlib
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
 
 from osaccel import __version__, formats
-from osaccel.search.journal import digest_of, weights_digest
+from osaccel.messages import shown
 
 # What a configuration must share with a generation to be valid for it.
 BINDING = ("steps", "blocks", "sampler", "resolution", "timesteps")
@@ -43,7 +46,7 @@ def of_search(
         metric: what candidates are judged by, in words.
     """
     pipeline, owner = call.pipeline, call.pipeline
-    for part in call.block_path.split(".")[:-1]:
+    for part in call.target.block_path.split(".")[:-1]:
         owner = getattr(owner, part)
     # diffusers keeps private entries there, one of them a list in the order of a set, another in every process.
     config = {key: value for key, value in getattr(pipeline.scheduler, "config", {}).items() if key[:1] != "_"}
@@ -68,14 +71,69 @@ def versions() -> Dict[str, str]:
     return found
 
 
-def mismatches(config_path: Optional[str], found: Mapping[str, Any]) -> List[str]:
-    """How a generation differs from what the configuration's sidecar records; empty without a sidecar."""
-    if config_path is None or not os.path.exists(report_path(config_path)):
-        return []
-    report = formats.read_file(report_path(config_path))
-    recorded = report.get("fingerprint", {}) if isinstance(report, dict) else {}
+def recorded_of(settings: Any) -> Tuple[str, Any]:
+    """What is applied, and what it was made for: a plan's `made_for`, or the fingerprint of a four-key file's report.
+
+    The second is a text where the report is damaged; empty where nothing is recorded.
+    """
+    if settings.plan is not None:
+        return settings.plan_source, settings.plan.made_for
+    path = settings.cache_file
+    if path is None or not os.path.exists(report_path(path)):
+        return "", {}
+    try:
+        report = formats.read_file(report_path(path))
+    except formats.SettingsError as error:
+        return path, f"its report is damaged: {error}"
+    recorded = report.get("fingerprint", {}) if isinstance(report, dict) else None
+    if not isinstance(recorded, dict):
+        return path, f"its report is damaged: {report_path(path)} holds no fingerprint"
+    return path, recorded
+
+
+def mismatches(recorded: Any, found: Mapping[str, Any]) -> List[str]:
+    """How a generation differs from what `recorded_of` gave; what either does not say is no difference."""
+    if isinstance(recorded, str):
+        return [recorded]
     return [
-        f"{name} was {recorded[name]!r} when it was searched, is now {found[name]!r}"
+        f"{name} was {shown(recorded[name])} when it was searched, is now {shown(found[name])}"
         for name in BINDING
         if recorded.get(name) is not None and found.get(name) is not None and recorded[name] != found[name]
     ]
+
+
+def weights_digest(module: torch.nn.Module, samples: int = 64) -> str:
+    """A digest of names, shapes and some values of every parameter: cheap, and different for another checkpoint."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        picked = flat[:: max(1, flat.numel() // samples)][: samples + 1]
+        digest.update(picked.float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def digest_of(value: Any) -> str:
+    """A digest of call arguments: text, numbers, tensors, and lists and dicts of them; other objects by their type."""
+    digest = hashlib.sha256()
+    _feed(digest, value)
+    return digest.hexdigest()[:16]
+
+
+def _feed(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        digest.update(f"{tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
+    elif isinstance(value, dict):
+        for key in sorted(value, key=str):
+            digest.update(str(key).encode())
+            _feed(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(b"[")
+        for item in value:
+            _feed(digest, item)
+        digest.update(b"]")
+    elif value is None or isinstance(value, (str, bytes, int, float, bool)):
+        digest.update(f"{type(value).__name__} {value!r}".encode())
+    else:
+        digest.update(type(value).__qualname__.encode())

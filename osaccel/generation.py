@@ -1,22 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scope of one `pipeline(...)` call: attaches cache and timesteps to this pipeline, and detaches when it ends.
+"""The scope of one `pipeline(...)` call: attaches a plan to this pipeline, and detaches it when the call ends.
 
 Invariant: after `close` the pipeline, its scheduler and its blocks are as they were before `open`, and no tensor that
-the cache stored is alive, however the call ended.
+was stored is alive, however the call ended.
 """
 
 import inspect
 import os
+import statistics
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 import wrapt
 
-from osaccel.network.policy import Policy, check_regions
-from osaccel.network.regions import BlockCache, HiddenStates, ReplacedForward, StepClock
-
-Interceptor = Callable[[Callable, tuple, dict], Any]
+from osaccel.clock import Clock
+from osaccel.formats import SettingsError
+from osaccel.interceptors import Interceptor, StepCall, network_through, step_through, watches_network
+from osaccel.network.forwards import HiddenStates, ReplacedForward
+from osaccel.network.halves import ConditionalOnly
+from osaccel.network.regions import BlockCache
+from osaccel.plan import Plan
+from osaccel.sampling.standin import StandIn
+from osaccel.targets import Target, target_of
 
 
 class UnsupportedPipeline(RuntimeError):
@@ -62,37 +68,50 @@ class Generation:
     """Context manager around one pipeline call.
 
     Args:
-        pipeline: a diffusers pipeline with a `scheduler`, and transformer blocks at `block_path`.
-        policy: a cache policy (see `osaccel.network.policy`), or None.
-        timesteps: the searched timesteps, descending, in [0, 1000], or None for the scheduler's own spacing.
-        block_path, hidden_states: where the blocks are and what they call their hidden states.
-        source: where the cache configuration came from, for error messages.
-        step, forward: for a search: called as f(original, args, kwargs) in place of `scheduler.step` and of the
-            transformer's forward; they may observe, or return something else.
+        pipeline: a diffusers pipeline with a `scheduler`, and transformer blocks where the target says.
+        plan: what its steps compute; the plain generation by default.
+        target: where things are in the pipeline; by default as its class is known.
+        interceptors: stand between the plan and the network and scheduler, in this order (`osaccel.interceptors`).
+        source: where the plan came from, for error messages.
+        announce: called with one line when the generation's steps are known.
 
     Raises, on entering:
         UnsupportedPipeline: the pipeline has no such blocks or scheduler.
-        ValueError: the policy does not fit the number of blocks.
-        osaccel.sampling.UnsupportedScheduler: the scheduler cannot follow a list of timesteps.
+        ValueError: the plan does not fit the number of blocks.
+        osaccel.sampling.UnsupportedScheduler: the scheduler cannot do what the plan asks of it.
+    When the pipeline sets its timesteps, SettingsError: the plan is for another number of steps.
     """
 
     def __init__(
         self,
         pipeline: Any,
-        policy: Optional[Policy] = None,
-        timesteps: Optional[Sequence[float]] = None,
-        block_path: str = "transformer.transformer_blocks",
-        hidden_states: Tuple[str, ...] = ("hidden_states",),
-        source: str = "cache configuration",
-        step: Optional[Interceptor] = None,
-        forward: Optional[Interceptor] = None,
+        plan: Optional[Plan] = None,
+        target: Optional[Target] = None,
+        interceptors: Sequence[Interceptor] = (),
+        source: str = "plan",
+        announce: Optional[Callable[[str], None]] = None,
     ):
-        self.pipeline, self.policy, self.timesteps = pipeline, policy, timesteps
-        self.block_path, self.hidden_states, self.source = block_path, hidden_states, source
-        self._intercept_step, self._intercept_forward = step, forward
-        self.clock = StepClock()
+        self.pipeline, self.plan, self.target = pipeline, plan or Plan(), target or target_of(pipeline)
+        self.source, self._announce = source, announce
+        self.clock = Clock()
         self.cache: Optional[BlockCache] = None
+        self.interceptors = [*self._of_plan(), *interceptors]
         self._undo: List[Callable[[], None]] = []
+        self._times = _StepTimes()
+
+    def _of_plan(self) -> List[Interceptor]:
+        plan = self.plan
+        found: List[Interceptor] = []
+        if plan.skip or plan.correction.is_used:
+            found.append(StandIn(plan, self.clock))
+        if plan.conditional_only:
+            if self.target.guidance is None:
+                raise UnsupportedPipeline(
+                    f"{self.source}: conditional_only needs to know how the pipeline runs guidance, and nothing is "
+                    "known of that; give Generation a target with `guidance`, or take conditional_only out."
+                )
+            found.append(ConditionalOnly(plan, self.target.guidance, self.clock))
+        return found
 
     def __enter__(self) -> "Generation":
         self.open()
@@ -105,10 +124,10 @@ class Generation:
         try:
             self._started = time.perf_counter()
             self._attach_scheduler()
-            if self.policy is not None and self.policy.regions:
-                self._attach_blocks(self.policy)
-            if self._intercept_forward is not None:
-                self._attach_forward(self._intercept_forward)
+            if self.plan.touches_network:
+                self._attach_blocks()
+            if watches_network(self.interceptors):
+                self._attach_network()
         except BaseException:
             self.close()
             raise
@@ -117,30 +136,35 @@ class Generation:
         """Detach everything, last attached first."""
         while self._undo:
             self._undo.pop()()
+        for interceptor in self.interceptors:
+            interceptor.close()
 
     @property
     def num_inference_steps(self) -> Optional[int]:
         """What the pipeline must be told instead of its caller's number; None leaves that alone."""
-        return None if self.timesteps is None else len(self.timesteps)
+        return None if self.plan.timesteps is None else len(self.plan.timesteps)
+
+    # The scheduler
 
     def _attach_scheduler(self) -> None:
         scheduler: Any = getattr(self.pipeline, "scheduler", None)
         if not callable(getattr(scheduler, "set_timesteps", None)) or not callable(getattr(scheduler, "step", None)):
             raise UnsupportedPipeline(f"{type(self.pipeline).__name__} has no scheduler with set_timesteps and step.")
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
-        if self.timesteps is not None:
+        if self.plan.timesteps is not None:
             from osaccel.sampling import adapter_for
 
             adapter = adapter_for(scheduler)
             self._undo.append(adapter.restore)
             set_timesteps = self._with_list(adapter, set_timesteps)
             step = adapter.step or step
+        self._step = step_through(self.interceptors, step)
         self._undo.append(wrap_method(scheduler, "set_timesteps", set_timesteps, self._on_set_timesteps))
         self._undo.append(wrap_method(scheduler, "step", step, self._on_step))
 
     def _with_list(self, adapter: Any, original: Callable) -> Callable:
         def set_timesteps(num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
-            adapter.set_timesteps(self.timesteps, device=device, original_set_timesteps=original)
+            adapter.set_timesteps(self.plan.timesteps, device=device, original_set_timesteps=original)
 
         # wrapt shows the pipeline the signature of what it wraps.
         set_timesteps.__signature__ = inspect.signature(original)  # type: ignore[attr-defined]
@@ -148,42 +172,53 @@ class Generation:
 
     def _on_set_timesteps(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         result = wrapped(*args, **kwargs)
-        self.clock.step = 0
+        self.clock.restart()
+        self._times.restart()
         if self.cache:
             self.cache.clear()
+        self._begin(self.pipeline.scheduler)
         return result
+
+    def _begin(self, scheduler: Any) -> None:
+        steps = len(scheduler.timesteps)
+        try:
+            self.plan.check_steps(steps)
+        except ValueError as error:
+            raise SettingsError(f"{self.source}: {error}") from None
+        for interceptor in self.interceptors:
+            interceptor.begin(scheduler)
+        if self._announce is not None:
+            self._announce(self.opening(steps))
 
     def _on_step(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        if self._intercept_step is None:
-            result = wrapped(*args, **kwargs)
-        else:
-            result = self._intercept_step(wrapped, args, kwargs)
-        self.clock.step += 1
+        result = self._step(StepCall(args, kwargs)) if self.interceptors else wrapped(*args, **kwargs)
+        self._times.end_step(self._is_full(self.clock.step))
+        self.clock.end_step()
         return result
 
-    def _attach_blocks(self, policy: Policy) -> None:
+    # The transformer
+
+    def _attach_blocks(self) -> None:
         compile_forward = self._run_compiled_transformer_eagerly()
         try:
-            blocks = find_blocks(self.pipeline, self.block_path)
+            blocks = find_blocks(self.pipeline, self.target.block_path)
         except (TypeError, ValueError) as error:
             raise UnsupportedPipeline(str(error)) from None
-        check_regions(policy, len(blocks), self.source)
-        for module in (self._owner_of_blocks(), *blocks):
+        try:
+            self.plan.check_blocks(len(blocks))
+        except ValueError as error:
+            raise SettingsError(f"{self.source}: {error}") from None
+        for module in (self.target.owner_of_blocks(self.pipeline), *blocks):
             _refuse_module_compile(module)
-        self.cache = BlockCache(list(blocks), policy, self.clock, HiddenStates(self.hidden_states), compile_forward)
+        states, batch_dim = HiddenStates(self.target.hidden_states), self.target.block_batch_dim()
+        self.cache = BlockCache(list(blocks), self.plan, self.clock, states, batch_dim, compile_forward)
         self._undo.append(self.cache.detach)
 
-    def _attach_forward(self, intercept: Interceptor) -> None:
+    def _attach_network(self) -> None:
         def make(original: Callable) -> Callable:
-            return lambda *args, **kwargs: intercept(original, args, kwargs)
+            return network_through(self.interceptors, original)
 
-        self._undo.append(ReplacedForward(self._owner_of_blocks(), make).restore)
-
-    def _owner_of_blocks(self) -> Any:
-        owner = self.pipeline
-        for part in self.block_path.split(".")[:-1]:
-            owner = getattr(owner, part)
-        return owner
+        self._undo.append(ReplacedForward(self.target.owner_of_blocks(self.pipeline), make).restore)
 
     def _run_compiled_transformer_eagerly(self) -> Optional[Callable]:
         """Swap a torch.compile'd transformer for its original; returns the same compilation, to be used per block.
@@ -191,7 +226,7 @@ class Generation:
         The decision to skip must stay in eager Python: read inside a compiled region, the step index would recompile
         the graph at every step.
         """
-        name = self.block_path.split(".")[0]
+        name = self.target.block_path.split(".")[0]
         compiled = getattr(self.pipeline, name, None)
         if not isinstance(compiled, torch.nn.Module) or "_orig_mod" not in compiled._modules:
             return None
@@ -199,16 +234,82 @@ class Generation:
         self._undo.append(lambda: self.pipeline.__dict__.__setitem__(name, compiled))
         return compiled.dynamo_ctx  # type: ignore[return-value]
 
+    # What it says of itself
+
+    def opening(self, steps: int) -> str:
+        """One line for the moment the steps are known: what was found, and what is expected of it."""
+        text = f"generation of {steps} steps ({self._spacing}) begins: {self.plan.describe()}"
+        if self.cache is None:
+            return text
+        work = self.plan.work(self.cache.num_blocks, steps)
+        return f"{text}; network work {100 * work:.1f} %, ideal speed-up {1 / work:.3f}x"
+
     def summary(self) -> str:
-        """One line: blocks computed of total, steps, seconds, the ideal speed-up of the policy."""
+        """One line: steps, blocks computed of total, network work, ideal and measured speed-up, seconds."""
         seconds = time.perf_counter() - self._started
-        if self.cache is None or not self.cache.total_blocks:
+        computed, total = self.computed_blocks, self.total_blocks
+        if not total:
             blocks = "no block cached"
         else:
-            computed, total = self.cache.computed_blocks, self.cache.total_blocks
-            blocks = f"{computed} of {total} blocks computed, ideal speed-up {total / max(computed, 1):.3f}x"
-        spacing = "searched timesteps" if self.timesteps is not None else "default timesteps"
-        return f"generation: {self.clock.step} steps ({spacing}), {blocks}, {seconds:.2f} s"
+            speed_up = self._times.speed_up()
+            measured = "" if speed_up is None else f", measured {speed_up:.3f}x"
+            blocks = (
+                f"{computed:g} of {total:g} blocks computed, ideal speed-up {total / max(computed, 1):.3f}x{measured}, "
+                f"network work {100 * computed / total:.1f} %"
+            )
+        return f"generation: {self.clock.step} steps ({self._spacing}), {blocks}, {seconds:.2f} s"
+
+    @property
+    def _spacing(self) -> str:
+        return "searched timesteps" if self.plan.timesteps is not None else "default timesteps"
+
+    @property
+    def computed_blocks(self) -> float:
+        """Network work so far: block calls x share of the batch."""
+        return self.cache.computed_blocks if self.cache else 0
+
+    @property
+    def total_blocks(self) -> float:
+        """The same of the plain generation."""
+        if self.cache is None or not self.cache.forwards:
+            return 0
+        skipped = sum(step < self.clock.step for step in self.plan.skip)
+        called = self.clock.step - skipped
+        return self.cache.num_blocks * self.cache.forwards * (self.clock.step / called if called else 1)
+
+    def _is_full(self, step: int) -> bool:
+        plan = self.plan
+        reuses = any(step in region.reuse for region in plan.used_regions)
+        return not (reuses or step in plan.skip or (self.clock.has_branches and step in plan.conditional_only))
+
+
+class _StepTimes:
+    """Wall seconds of every step, and the speed-up they show against the generation's own full steps.
+
+    On accelerators work is queued, so a single step's time says little there and the medians are meant.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.perf_counter()
+        self._full: List[float] = []
+        self._all: List[float] = []
+
+    def end_step(self, is_full: bool) -> None:
+        now = time.perf_counter()
+        self._all.append(now - self._last)
+        if is_full:
+            self._full.append(now - self._last)
+        self._last = now
+
+    def speed_up(self) -> Optional[float]:
+        """As many median full steps over the time of all; None where no step but the first was full."""
+        # The first step holds what is done once: compilation, kernels loaded, memory taken.
+        if len(self._full) < 2 or len(self._full) == len(self._all):
+            return None
+        return len(self._all[1:]) * statistics.median(self._full[1:]) / sum(self._all[1:])
 
 
 def is_rank_zero() -> bool:

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings from options, environment variables and one YAML file, checked once and then frozen; needs no torch."""
 
+import math
 import os
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from osaccel import formats
+from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.formats import SettingsError, closest
+from osaccel.messages import SettingsError, closest, shown
+from osaccel.plan import Correction, Plan, of_dit_cache
 
 PREFIX = "OSACCEL_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-SEARCHES = ("dit_cache", "restep", "all")
+# Linux's PATH_MAX.
+LONGEST_PATH = 4096
+SEARCHES = ("plan", "dit_cache", "restep", "all")
 ATTENTIONS = ("keep", "flash", "auto")
+# What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
+DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
+# Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
+_NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
+_WHOLE = re.compile(r"[1-9][0-9]{0,8}")
 # Read by the test-suite, not by the package.
 _FOREIGN_VARIABLES = ("OSACCEL_UPSTREAM",)
 
@@ -25,18 +35,32 @@ class Value(NamedTuple):
     base: str = ""
 
 
+class Goal(NamedTuple):
+    """What a plan search aims at: the least error at a speed-up, or the least work that keeps a PSNR or an error.
+
+    Attributes:
+        kind: "speed" (plain network work over the plan's), "psnr" (dB) or "error" (relative L2 of the final latents).
+    """
+
+    kind: str
+    value: float
+
+    def __str__(self) -> str:
+        return f"{self.value:g}x" if self.kind == "speed" else f"{self.kind}:{self.value:g}"
+
+
 def _boolean(value: Value) -> bool:
     words = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
     try:
         return words[str(value.raw).lower()]
     except KeyError:
-        raise SettingsError(f"{value.place}: expected one of {', '.join(words)}, got {value.raw!r}.") from None
+        raise SettingsError(f"{value.place}: expected one of {', '.join(words)}, got {shown(value.raw)}.") from None
 
 
 def _log_level(value: Value) -> str:
     level = str(value.raw).upper()
     if level not in LOG_LEVELS:
-        raise SettingsError(f"{value.place}: unknown log level {value.raw!r}. {closest(level, LOG_LEVELS)}")
+        raise SettingsError(f"{value.place}: unknown log level {shown(value.raw)}. {closest(level, LOG_LEVELS)}")
     return level
 
 
@@ -46,7 +70,7 @@ def _search(value: Value) -> Optional[str]:
         return None
     name = "dit_cache" if word in ("1", "true", "yes", "on") else word
     if name not in SEARCHES:
-        raise SettingsError(f"{value.place}: unknown search {value.raw!r}. {closest(name, ('1',) + SEARCHES)}")
+        raise SettingsError(f"{value.place}: unknown search {shown(value.raw)}. {closest(name, ('1',) + SEARCHES)}")
     return name
 
 
@@ -55,52 +79,108 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[Value], f
     allowed = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
 
     def parse(value: Value) -> float:
-        try:
-            number = float(value.raw)
-        except (TypeError, ValueError):
-            raise SettingsError(f"{value.place}: expected {allowed}, got {value.raw!r}.") from None
+        number = _float(value.raw)
         if not low <= number <= high or (above and number == low):
-            raise SettingsError(f"{value.place}: expected {allowed}, got {value.raw!r}.")
+            raise SettingsError(f"{value.place}: expected {allowed}, got {shown(value.raw)}.")
         return number
 
     return parse
 
 
-def _whole(value: Value) -> int:
+def _float(raw: Any) -> float:
+    """NaN for what is no number, or none that is written plainly."""
+    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
+        return math.nan
     try:
-        number = int(str(value.raw))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise SettingsError(f"{value.place}: expected a whole number of at least 1, got {value.raw!r}.")
-    return number
+        return math.nan if isinstance(raw, bool) else float(raw)
+    except (TypeError, OverflowError):
+        return math.nan
+
+
+def _whole(value: Value) -> int:
+    text = str(value.raw).strip()
+    if not _WHOLE.fullmatch(text):
+        allowed = "at most 9 digits" if text[:10].isdigit() and len(text) > 9 else "at least 1"
+        raise SettingsError(f"{value.place}: expected a whole number of {allowed}, got {shown(value.raw)}.")
+    return int(text)
 
 
 def _step_counts(value: Value) -> Tuple[int, ...]:
     parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
-    counts = tuple(_whole(value._replace(raw=part)) for part in parts)
-    if min(counts) < 2:
-        raise SettingsError(f"{value.place}: a schedule needs at least 2 steps, got {value.raw!r}.")
+    counts = tuple(_whole(value._replace(raw=part)) for part in parts[: formats.NUM_TRAIN_TIMESTEPS])
+    most = formats.NUM_TRAIN_TIMESTEPS - 1
+    if not counts or min(counts) < 2 or max(counts) > most:
+        raise SettingsError(f"{value.place}: a schedule needs 2 to {most} steps, got {shown(value.raw)}.")
+    if len(set(counts)) < len(parts):
+        raise SettingsError(f"{value.place}: a number of steps stands there twice: {shown(value.raw)}.")
     return counts
+
+
+def _correction(value: Value) -> Optional[Correction]:
+    """1 for the default strengths, 0 for none, or two strengths."""
+    word = str(value.raw).lower()
+    if word in ("1", "true", "yes", "on"):
+        return DEFAULT_CORRECTION
+    if word in ("0", "false", "no", "off"):
+        return None
+    parts = value.raw if isinstance(value.raw, list) else word.split(",")
+    allowed = "expected 1, 0, or two numbers in [0, 1], predictor,corrector"
+    if len(parts) != 2:
+        raise SettingsError(f"{value.place}: {allowed}, got {shown(value.raw)}.")
+    try:
+        predictor, corrector = (_number(0, 1)(value._replace(raw=part)) for part in parts)
+    except SettingsError:
+        raise SettingsError(f"{value.place}: {allowed}, got {shown(value.raw)}.") from None
+    return Correction(predictor, corrector)
+
+
+def _targets(value: Value) -> Tuple[Goal, ...]:
+    parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
+    return tuple(_target(value._replace(raw=str(part).strip().lower())) for part in parts)
+
+
+def _target(value: Value) -> Goal:
+    kind, _, number = value.raw.rpartition(":")
+    if value.raw.endswith("x") and not kind:
+        kind, number = "speed", value.raw[:-1]
+    limits = {"speed": (1, 1000), "psnr": (0, 200), "error": (0, 10)}
+    try:
+        low, high = limits[kind]
+        return Goal(kind, _number(low, high, above=True)(value._replace(raw=number)))
+    except (KeyError, SettingsError):
+        raise SettingsError(
+            f"{value.place}: expected a speed-up such as 2x (above 1), psnr:40 (dB) or error:0.02, got "
+            f"{shown(value.raw)}."
+        ) from None
 
 
 def _search_then(value: Value) -> str:
     choices = ("exit", "continue")
     if value.raw not in choices:
-        raise SettingsError(f"{value.place}: expected one of {', '.join(choices)}, got {value.raw!r}.")
+        raise SettingsError(f"{value.place}: expected one of {', '.join(choices)}, got {shown(value.raw)}.")
     return str(value.raw)
 
 
 def _attention(value: Value) -> str:
     if value.raw not in ATTENTIONS:
-        raise SettingsError(f"{value.place}: unknown attention {value.raw!r}. {closest(str(value.raw), ATTENTIONS)}")
+        raise SettingsError(
+            f"{value.place}: unknown attention {shown(value.raw)}. {closest(str(value.raw), ATTENTIONS)}"
+        )
     return str(value.raw)
 
 
 def _path(value: Value) -> str:
-    if not isinstance(value.raw, str):
-        raise SettingsError(f"{value.place}: expected a path, got {value.raw!r}.")
+    if not isinstance(value.raw, str) or not _is_file_name(value.raw):
+        raise SettingsError(f"{value.place}: expected a path, got {shown(value.raw)}.")
     return os.path.join(value.base, os.path.expanduser(value.raw))
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether the system can be asked for a file of this name: not empty, no NUL, no lone surrogate, no megabyte."""
+    try:
+        return 0 < len(os.fsencode(text)) <= LONGEST_PATH and "\0" not in text
+    except UnicodeEncodeError:
+        return False
 
 
 class Setting(NamedTuple):
@@ -128,6 +208,21 @@ class Setting(NamedTuple):
 
 TABLE: Tuple[Setting, ...] = (
     Setting("config", (), _path, "one YAML file: cache:, sampling:, wall:, search:, log:", "FILE", is_path=True),
+    Setting(
+        "plan",
+        ("plan",),
+        _path,
+        "what every step computes: a plan file (JSON or YAML, format osaccel.plan/1), or msModelSlim's four keys",
+        "FILE",
+        is_path=True,
+    ),
+    Setting(
+        "correction",
+        ("correction",),
+        _correction,
+        "second-order correction of the sampler without any file: 1, or PREDICTOR,CORRECTOR in [0, 1]",
+        "WHAT",
+    ),
     Setting(
         "cache_config",
         ("cache",),
@@ -158,7 +253,16 @@ TABLE: Tuple[Setting, ...] = (
         "kernel of the self-attention: keep (default, the checkpoint's own), flash, or auto (flash where it applies)",
         "KERNEL",
     ),
-    Setting("search", ("search", "mode"), _search, "search instead of sampling: 1 or dit_cache, restep, all", "WHAT"),
+    Setting(
+        "search", ("search", "mode"), _search, "search instead of sampling: plan; 1 or dit_cache, restep, all", "WHAT"
+    ),
+    Setting(
+        "target",
+        ("search", "target"),
+        _targets,
+        "plan search: 2x (default), psnr:40 or error:0.02, or several with commas",
+        "WHAT",
+    ),
     Setting(
         "search_prompts", ("search", "prompts"), _whole, "pipeline calls recorded as calibration (default 1)", "NUMBER"
     ),
@@ -204,23 +308,30 @@ class Settings:
     """What the user asked for, checked. `sources` tells for each name where its value came from.
 
     Attributes:
+        plan: what a plan file says, or None.
+        correction: asked for without a plan file, or None.
         cache: the cache configuration, or None.
         timesteps: timesteps, descending, in [0, 1000], or None.
         cache_file: the file `cache` was read from, None when it stood in the YAML file itself.
         search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
-        cache_output, timesteps_output: where a search writes what it finds; what lies there already is not applied.
+        cache_output, timesteps_output, plan_output: where a search writes what it finds; what lies there
+            already is not applied.
         parallel_vae: whether VAE tiles are dealt over ranks; None stands for yes in generations that differ anyway.
         attention: one of ATTENTIONS.
         strict, disable: see TABLE.
         log: a level name of `logging`.
     """
 
+    plan: Optional[Plan] = None
+    correction: Optional[Correction] = None
     cache: Optional[DitCacheConfig] = None
     timesteps: Optional[Tuple[float, ...]] = None
     cache_file: Optional[str] = None
     search: Optional[str] = None
     cache_output: Optional[str] = None
     timesteps_output: Optional[str] = None
+    plan_output: Optional[str] = None
+    target: Tuple[Goal, ...] = (Goal("speed", 2.0),)
     parallel_vae: Optional[bool] = None
     attention: str = "keep"
     search_prompts: int = 1
@@ -237,8 +348,17 @@ class Settings:
     @property
     def accelerates(self) -> bool:
         """Whether a generation differs from the plain one, in what it computes or in how."""
-        work = bool((self.cache and self.cache.cache_num_blocks) or self.timesteps)
-        return work or bool(self.parallel_vae) or self.attention != "keep"
+        return not self.generation_plan().is_plain or bool(self.parallel_vae) or self.attention != "keep"
+
+    def generation_plan(self) -> Plan:
+        """The one plan that all sources together make."""
+        plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
+        return replace(plan, timesteps=self.timesteps, correction=self.correction or plan.correction)
+
+    @property
+    def plan_source(self) -> str:
+        """Where what a generation computes comes from, for messages."""
+        return next((self.sources[name] for name in ("plan", "cache_config") if name in self.sources), "plan")
 
 
 def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None) -> Settings:
@@ -259,17 +379,22 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
         return Settings(disable=True, sources={"disable": values["disable"].place})
     parsed: Dict[str, Any] = {}
     for name in values:
-        if name not in ("config", "cache_config", "timesteps"):
+        if name not in ("config", "cache_config", "timesteps", "plan"):
             parsed[name] = BY_NAME[name].parse(values[name])
     for name, output, searches in _OUTPUTS:
         if parsed.get("search") in searches:
             parsed[output] = _output(values, name)
+    if environ.get("RANK", "0") == "0":
+        _check_places(values, parsed)
     if "cache_config" in values and not parsed.get("cache_output"):
         parsed["cache"] = _cache(values["cache_config"])
         if isinstance(values["cache_config"].raw, str):
             parsed["cache_file"] = os.path.abspath(_path(values["cache_config"]))
     if "timesteps" in values and not parsed.get("timesteps_output"):
         parsed["timesteps"] = _timesteps(values["timesteps"])
+    if "plan" in values and not parsed.get("plan_output"):
+        parsed["plan"] = _plan(values["plan"])
+        _check_contradictions(values, parsed)
     return Settings(sources={name: value.place for name, value in values.items()}, **parsed)
 
 
@@ -277,6 +402,7 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
 _OUTPUTS = (
     ("cache_config", "cache_output", ("dit_cache", "all")),
     ("timesteps", "timesteps_output", ("restep", "all")),
+    ("plan", "plan_output", ("plan",)),
 )
 
 
@@ -288,8 +414,27 @@ def _output(values: Mapping[str, Value], name: str) -> str:
             f"{BY_NAME[name].option}."
         )
     if not isinstance(values[name].raw, str):
-        raise SettingsError(f"{values[name].place}: a search writes to a file; give a path, got {values[name].raw!r}.")
+        raise SettingsError(
+            f"{values[name].place}: a search writes to a file; give a path, got {shown(values[name].raw)}."
+        )
     return os.path.abspath(_path(values[name]))
+
+
+def _check_places(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> None:
+    """What a search writes and reads must be there before a model is loaded; other ranks' nodes need not have it."""
+    outputs = {name: parsed[output] for name, output, _ in _OUTPUTS if parsed.get(output)}
+    if outputs and "config" in values:
+        outputs["config"] = os.path.abspath(_path(values["config"]))
+    for name, path in outputs.items():
+        same = [
+            other for other in outputs if other != name and os.path.realpath(outputs[other]) == os.path.realpath(path)
+        ]
+        if same:
+            raise SettingsError(f"{values[name].place}: {path} is the file of {values[same[0]].place} too.")
+        if name != "config":
+            formats.check_writable(path, values[name].place)
+    if parsed.get("timesteps_output") and "calibration_videos" in parsed:
+        formats.find_videos(parsed["calibration_videos"], values["calibration_videos"].place)
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
@@ -310,8 +455,8 @@ def _from_options_and_environment(environ: Mapping[str, str], options: Mapping[s
 
 
 def _from_yaml(path: str) -> Dict[str, Value]:
-    if not path.endswith(formats.YAML_SUFFIXES):
-        raise SettingsError(f"{path}: the settings file must end in {' or '.join(formats.YAML_SUFFIXES)}.")
+    if not path.lower().endswith(reading.YAML_SUFFIXES):
+        raise SettingsError(f"{path}: the settings file must end in {' or '.join(reading.YAML_SUFFIXES)}.")
     content = formats.read_file(path)
     return _collect({} if content is None else content, (), path)
 
@@ -341,6 +486,29 @@ def _cache(value: Value) -> DitCacheConfig:
     if isinstance(value.raw, dict):
         return formats.parse_cache_config(value.raw, value.place)
     return formats.read_cache_config(_path(value))
+
+
+def _plan(value: Value) -> Plan:
+    if isinstance(value.raw, dict):
+        return formats.parse_plan(value.raw, value.place)
+    return formats.read_plan(_path(value))
+
+
+def _check_contradictions(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> None:
+    """Raise SettingsError when another source says something else of what the plan says."""
+    plan, place = parsed["plan"], values["plan"].place
+    if parsed.get("cache") is not None:
+        raise SettingsError(
+            f"{place} and {values['cache_config'].place} both say which blocks compute; give one of them."
+        )
+    timesteps = parsed.get("timesteps")
+    if timesteps is not None and plan.steps not in (None, len(timesteps)):
+        raise SettingsError(
+            f"{place}: the plan is for {plan.steps} steps, but {values['timesteps'].place} lists {len(timesteps)}; "
+            "give a list and a plan of the same length."
+        )
+    if plan.correction.is_used and parsed.get("correction") not in (None, plan.correction):
+        raise SettingsError(f"{place} and {values['correction'].place} ask for different corrections; give one.")
 
 
 def _timesteps(value: Value) -> Tuple[float, ...]:

@@ -227,6 +227,24 @@ def test_an_aborted_or_shorter_generation_shifts_nothing():
     assert torch.equal(pipeline(), expected)
 
 
+def test_a_second_adaptor_takes_over_and_the_first_one_is_detached(caplog):
+    caplog.set_level("INFO", "osaccel")
+    other = dict(CONFIG, cache_block_start=2, cache_num_blocks=1)
+    pipeline = Pipeline()
+    first = DitCacheAdaptor(pipeline)
+    first.update_cache_config(**CONFIG)
+    second = DitCacheAdaptor(pipeline, DitCacheSearchConfig(num_sampling_steps=10))
+    assert first.dit_cache_config is None and "takes over" in caplog.text
+    assert torch.equal(pipeline(), Pipeline()())
+    second.update_cache_config(**other)
+    assert torch.equal(pipeline(), reference_loop(Pipeline(), other))
+    first.update_cache_config(**CONFIG)
+    assert second.dit_cache_config is None
+    assert torch.equal(pipeline(), reference_loop(Pipeline(), CONFIG))
+    first.detach()
+    assert "step" not in vars(pipeline.scheduler) and first.blocks[0] not in DitCacheAdaptor._attached
+
+
 def test_deltas_die_with_the_generation():
     pipeline = Pipeline()
     adaptor = DitCacheAdaptor(pipeline)
@@ -235,7 +253,7 @@ def test_deltas_die_with_the_generation():
 
     def watch(i, *_):
         lanes = adaptor._cache.regions[0].lanes.values()
-        alive.extend(weakref.ref(x) for lane in lanes for delta in lane.deltas for x in delta)
+        alive.extend(weakref.ref(x) for lane in lanes for _, delta in lane.deltas for x in delta)
 
     pipeline(callback=watch)
     gc.collect()

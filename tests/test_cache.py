@@ -15,7 +15,7 @@ from tiny import Block, Pipeline, reference_loop
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig
 from osaccel.generation import Generation, UnsupportedPipeline
-from osaccel.network.policy import IntervalPolicy, computed_blocks
+from osaccel.plan import of_dit_cache
 
 
 def config_of(start, blocks, step_start, interval):
@@ -23,7 +23,7 @@ def config_of(start, blocks, step_start, interval):
 
 
 def accelerated(pipeline, config, **arguments):
-    with Generation(pipeline, policy=IntervalPolicy(config)) as generation:
+    with Generation(pipeline, of_dit_cache(config)) as generation:
         output = pipeline(**arguments)
     return output, generation
 
@@ -42,7 +42,7 @@ def test_equals_the_documented_rule_to_the_last_bit(values):
     pipeline = Pipeline()
     output, generation = accelerated(pipeline, config)
     assert torch.equal(output, expected)
-    assert sum(pipeline.block_calls()) == computed_blocks(generation.policy, 6, 10)
+    assert sum(pipeline.block_calls()) == generation.plan.work(6, 10) * 60
 
 
 def test_block_calls_are_the_formula_s():
@@ -50,7 +50,7 @@ def test_block_calls_are_the_formula_s():
     _, generation = accelerated(pipeline, config_of(10, 15, 4, 3), num_inference_steps=20)
     # Steps 4, 7, 10, 13, 16, 19 store; the other 10 of the 16 steps from 4 on reuse.
     assert pipeline.block_calls() == [20] * 10 + [10] * 15 + [20] * 7
-    assert (generation.cache.computed_blocks, generation.cache.total_blocks) == (32 * 20 - 15 * 10, 32 * 20)
+    assert (generation.computed_blocks, generation.total_blocks) == (32 * 20 - 15 * 10, 32 * 20)
     assert "490 of 640 blocks computed, ideal speed-up 1.306x" in generation.summary()
 
 
@@ -92,7 +92,7 @@ def test_every_way_a_pipeline_runs_its_blocks(options, guidance_scale):
 def test_two_forwards_a_step_keep_two_deltas():
     pipeline = Pipeline(forwards=2)
     seen = []
-    with Generation(pipeline, policy=IntervalPolicy(config_of(0, 6, 0, 2))) as generation:
+    with Generation(pipeline, of_dit_cache(config_of(0, 6, 0, 2))) as generation:
         pipeline(callback=lambda *_: seen.append(len(generation.cache.regions[0].lanes)))
     assert set(seen) == {2}
 
@@ -116,13 +116,13 @@ def test_an_aborted_generation_leaves_nothing_behind(error):
         if i == 5:
             raise error("stop")
 
-    generation = Generation(pipeline, policy=IntervalPolicy(config_of(1, 4, 0, 4)))
+    generation = Generation(pipeline, of_dit_cache(config_of(1, 4, 0, 4)))
     with pytest.raises(error), generation:
         region = generation.cache.regions[0]
         pipeline(
             callback=lambda i, t, latents: (
                 tensors.extend(
-                    weakref.ref(x) for lane in region.lanes.values() for delta in lane.deltas for x in delta
+                    weakref.ref(x) for lane in region.lanes.values() for _, delta in lane.deltas for x in delta
                 ),
                 fail(i, t, latents),
             )
@@ -137,12 +137,12 @@ def test_an_aborted_generation_leaves_nothing_behind(error):
 def test_memory_is_one_delta_per_branch():
     pipeline = Pipeline()
     held = []
-    with Generation(pipeline, policy=IntervalPolicy(config_of(1, 4, 0, 3))) as generation:
+    with Generation(pipeline, of_dit_cache(config_of(1, 4, 0, 3))) as generation:
 
         def count(*_):
             lanes = generation.cache.regions[0].lanes.values()
-            held.append(sum(x.numel() for lane in lanes for delta in lane.deltas for x in delta))
-            assert all(lane.input is None for lane in lanes)
+            held.append(sum(x.numel() for lane in lanes for _, delta in lane.deltas for x in delta))
+            assert generation.cache.regions[0]._input is None
 
         pipeline(callback=count)
     # Guidance runs as one batch of two: the hidden state is (2, 5, 8).
@@ -153,16 +153,16 @@ def test_a_region_past_the_last_block_is_refused_before_sampling():
     pipeline = Pipeline(num_blocks=6)
     message = "my.json: cache_block_start \\+ cache_num_blocks = 8 reaches past the last of the 6 transformer blocks"
     with pytest.raises(ValueError, match=message):
-        Generation(pipeline, policy=IntervalPolicy(config_of(4, 4, 0, 2)), source="my.json").open()
+        Generation(pipeline, of_dit_cache(config_of(4, 4, 0, 2)), source="my.json").open()
     assert pipeline.block_calls() == [0] * 6
     assert "step" not in vars(pipeline.scheduler)
 
 
 def test_a_changed_shape_within_a_generation_is_an_error():
     pipeline = Pipeline()
-    with Generation(pipeline, policy=IntervalPolicy(config_of(0, 6, 0, 2))) as generation:
+    with Generation(pipeline, of_dit_cache(config_of(0, 6, 0, 2))) as generation:
         pipeline.transformer(torch.zeros(2, 5, 8), timestep=torch.tensor(1.0))
-        generation.clock.step += 1
+        generation.clock.end_step()
         with pytest.raises(
             ValueError, match=r"delta of blocks 0 to 5 has shape \(2, 5, 8\).*now have shape \(3, 5, 8\)"
         ):
@@ -173,15 +173,15 @@ def test_an_unknown_pipeline_is_told_apart_from_a_wrong_setting():
     pipeline = Pipeline()
     pipeline.transformer = torch.nn.Linear(2, 2)
     with pytest.raises(UnsupportedPipeline, match="transformer_blocks' not found in Linear"):
-        Generation(pipeline, policy=IntervalPolicy(config_of(0, 1, 0, 2))).open()
+        Generation(pipeline, of_dit_cache(config_of(0, 1, 0, 2))).open()
 
 
 def test_attaching_twice_is_refused():
     pipeline = Pipeline()
-    policy = IntervalPolicy(config_of(0, 2, 0, 2))
-    with Generation(pipeline, policy=policy):
+    plan = of_dit_cache(config_of(0, 2, 0, 2))
+    with Generation(pipeline, plan):
         with pytest.raises(RuntimeError, match="already attached"):
-            Generation(pipeline, policy=policy).open()
+            Generation(pipeline, plan).open()
     assert torch.equal(pipeline(), Pipeline()())
 
 
@@ -200,7 +200,7 @@ def save_and_load(module):
 def test_copies_made_during_a_generation_are_plain_models(duplicate):
     pipeline = Pipeline()
     copies = []
-    with Generation(pipeline, policy=IntervalPolicy(config_of(1, 4, 0, 2))):
+    with Generation(pipeline, of_dit_cache(config_of(1, 4, 0, 2))):
         pipeline(callback=lambda i, *_: copies.append(duplicate(pipeline.transformer)) if i == 5 else None)
         shallow = copy.copy(pipeline.transformer.transformer_blocks[2])
     assert "forward" not in vars(shallow)
@@ -212,7 +212,7 @@ def test_copies_made_during_a_generation_are_plain_models(duplicate):
 def test_state_dict_is_the_plain_one_during_a_generation():
     pipeline = Pipeline()
     plain = list(pipeline.transformer.state_dict())
-    with Generation(pipeline, policy=IntervalPolicy(config_of(1, 4, 0, 2))):
+    with Generation(pipeline, of_dit_cache(config_of(1, 4, 0, 2))):
         assert list(pipeline.transformer.state_dict()) == plain
 
 
@@ -238,4 +238,4 @@ def test_a_model_compiled_in_place_is_refused_with_the_way_out():
     pipeline = Pipeline()
     pipeline.transformer.compile(backend="eager")
     with pytest.raises(ValueError, match="compiled in place.*torch.compile"):
-        Generation(pipeline, policy=IntervalPolicy(config_of(1, 4, 2, 2))).open()
+        Generation(pipeline, of_dit_cache(config_of(1, 4, 2, 2))).open()

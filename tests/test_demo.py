@@ -35,7 +35,7 @@ import osaccel.demo
 sys.path.insert(0, osaccel.demo.__path__[0])
 from benchmarks.reference.load import load_pipeline
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.network.policy import IntervalPolicy
+from osaccel.plan import of_dit_cache
 from osaccel.generation import Generation
 
 pipeline = load_pipeline()
@@ -55,7 +55,7 @@ def duplicate(i, t, latents):
         copies.append(copy.deepcopy(pipeline.transformer))
 
 plain = run()
-with Generation(pipeline, policy=IntervalPolicy(config)):
+with Generation(pipeline, of_dit_cache(config)):
     assert not torch.equal(run(duplicate), plain)
 assert torch.equal(run(), plain)
 for model in (copies[0], Model.from_pretrained(sys.argv[1]).eval()):

@@ -3,7 +3,7 @@
 
 import json
 import math
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,14 +21,18 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from osaccel.binding import digest_of, weights_digest
+from osaccel.clock import Clock
 from osaccel.generation import Generation
-from osaccel.network.policy import IntervalPolicy
-from osaccel.network.regions import HiddenStates
+from osaccel.network.forwards import HiddenStates
+from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache import candidates as cache_search
-from osaccel.search.dit_cache.candidates import Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
 from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.dit_cache.region_errors import RegionErrors
-from osaccel.search.journal import Journal, digest_of, weights_digest
+from osaccel.search.errors import SearchError
+from osaccel.search.evaluation import Evaluation
+from osaccel.search.journal import Journal
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, RandomState, Replay
@@ -63,7 +67,7 @@ def calls_of(pipeline, function):
 
 def full_run(call, candidate):
     call.state.restore()
-    with Generation(call.pipeline, IntervalPolicy(candidate.config)):
+    with Generation(call.pipeline, of_dit_cache(candidate.config)):
         return call.function(*call.args, **call.kwargs)
 
 
@@ -76,7 +80,7 @@ def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(schedul
     plain = replay.record()
     steps = replay.recording.steps
     candidate = Candidate(1, 5, steps // 2, 2)
-    resumed, calls = calls_of(pipeline, lambda: replay.run(IntervalPolicy(candidate.config), candidate.first))
+    resumed, calls = calls_of(pipeline, lambda: replay.run(of_dit_cache(candidate.config), candidate.first))
     assert torch.equal(resumed, full_run(replay.call, candidate))
     assert calls[0] == steps - candidate.first, "no step before the first stored delta is recomputed"
     assert 0 < calls[2] < calls[0], "the region was reused"
@@ -91,7 +95,7 @@ def test_nothing_before_the_first_reused_step_is_computed_again(forwards, sequen
     replay = recorded(pipeline)
     for start, stop in ((0, 6), (1, 4), (5, 6)):
         candidate = Candidate(start, stop, first, 2)
-        run = IntervalPolicy(candidate.config), first, lambda *_: None
+        run = of_dit_cache(candidate.config), first, lambda *_: None
         resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
         assert torch.equal(resumed, full_run(replay.call, candidate)), "bit for bit"
         reused = cache_search.reused(10, first, 2)
@@ -107,7 +111,7 @@ def test_boundaries_stay_within_their_memory_and_where_they_end_the_storing_step
     assert replay.boundaries.bytes_used == 3 * one_step <= memory
     for first, again in ((2, 0), (3, 1)):
         candidate = Candidate(1, 5, first, 3)
-        run = IntervalPolicy(candidate.config), first, lambda *_: None
+        run = of_dit_cache(candidate.config), first, lambda *_: None
         resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
         assert torch.equal(resumed, full_run(replay.call, candidate))
         assert calls[0] == 9 - first + again
@@ -121,9 +125,9 @@ def test_the_cost_of_a_search_is_the_number_of_real_block_calls(forwards):
     whole, hopeless = Candidate(1, 4, 3, 3), Candidate(0, 5, 0, 6)
     found, calls = calls_of(pipeline, lambda: evaluate(whole))
     costs = [cache_search.cost(whole, 6, 10, replay.resumed_at(3)) for replay in replays]
-    assert found["block_forwards"] == sum(calls) == forwards * sum(costs) and costs[1] == costs[0] + 6
+    assert found.block_forwards == sum(calls) == forwards * sum(costs) and costs[1] == costs[0] + 6
     stopped, calls_until_stopped = calls_of(pipeline, lambda: evaluate(hopeless, best=found))
-    assert stopped["abandoned"] and stopped["block_forwards"] == sum(calls_until_stopped) > 0
+    assert stopped.abandoned and stopped.block_forwards == sum(calls_until_stopped) > 0
     search = Search([whole, hopeless], np.ones(2), 6, 10, Goal(1.3), plain=sum(plain_calls))
     search.add(found)
     search.add(stopped)
@@ -177,15 +181,15 @@ def test_region_errors_stay_within_their_memory():
     blocks = torch.nn.ModuleList([tiny.Block() for _ in range(5)])
     limit = 60_000
     errors = RegionErrors(5, 5, memory=limit)
-    clock = SimpleNamespace(step=0)
+    clock = Clock()
     detach = watch_blocks(blocks, clock, HiddenStates(), errors.observe)
     exact = RegionErrors(5, 5)
     with torch.no_grad():
         for step in range(8):
-            clock.step = step
             hidden = torch.randn(2, 2000, tiny.WIDTH)
             for block in blocks:
                 hidden = block(hidden, timestep=torch.tensor(float(step)))
+            clock.end_step()
     detach()
     assert 0 < errors.bytes_used <= limit
     assert exact.bytes_used == 0
@@ -206,11 +210,8 @@ def test_an_unreachable_ratio_says_what_is_reachable():
 
 
 def evaluation(candidate, error, abandoned=False):
-    return {
-        "config": candidate.config.to_dict(), "error": error, "abandoned": abandoned, "psnr": None, "steps_run": 20,
-        "projected": None,
-        "curves": [[error] * 20], "block_forwards": cache_search.cost(candidate, 6, 20),
-    }  # fmt: skip
+    spent = cache_search.cost(candidate, 6, 20)
+    return Evaluation(candidate.config.to_dict(), error, spent, abandoned, curves=((error,) * 20,), steps_run=20)
 
 
 def make_search(**kwargs):
@@ -260,8 +261,8 @@ def test_a_candidate_that_turns_nan_is_recorded_as_lost():
 
     block.forward = poisoned
     found = Evaluator([replay], Team())(Candidate(0, 3, 2, 2))
-    assert found["error"] is None and found["abandoned"]
-    json.dumps(found, allow_nan=False)
+    assert found.error is None and found.abandoned
+    json.dumps(found.to_json(), allow_nan=False)
 
 
 def test_hopeless_candidates_are_abandoned_early():
@@ -271,8 +272,8 @@ def test_hopeless_candidates_are_abandoned_early():
     evaluate = Evaluator([replay], Team())
     good, bad = evaluate(Candidate(2, 3, 10, 2)), Candidate(0, 6, 0, 6)
     stopped = evaluate(bad, best=good)
-    assert stopped["abandoned"] and stopped["steps_run"] < 20 and stopped["error"] is None
-    assert stopped["block_forwards"] < evaluate(bad)["block_forwards"]
+    assert stopped.abandoned and stopped.steps_run < 20 and stopped.error is None
+    assert stopped.block_forwards < evaluate(bad).block_forwards
 
 
 def test_on_several_calls_a_candidate_is_given_up_by_its_error_over_all_of_them():
@@ -286,34 +287,38 @@ def test_on_several_calls_a_candidate_is_given_up_by_its_error_over_all_of_them(
     evaluate = Evaluator(replays, Team())
     candidate = Candidate(1, 5, 6, 2)
     whole = evaluate(candidate)
-    assert whole["error"] == pytest.approx(
-        (sum(c[-1] ** 2 * r for c, r in zip(whole["curves"], evaluate.references())) / sum(evaluate.references()))
-        ** 0.5
+    assert whole.error == pytest.approx(
+        (sum(c[-1] ** 2 * r for c, r in zip(whole.curves, evaluate.references())) / sum(evaluate.references())) ** 0.5
     )
     # A best one that was ten times better on the first call alone, and the same over all.
-    better_first = dict(whole, curves=[[v / 10 for v in whole["curves"][0]], *whole["curves"][1:]])
-    assert evaluate(candidate, best=better_first)["error"] == whole["error"]
+    better_first = replace(whole, curves=(tuple(v / 10 for v in whole.curves[0]), *whole.curves[1:]))
+    assert evaluate(candidate, best=better_first).error == whole.error
     for factor in (2.0, 3.0):
-        rival = dict(whole, error=whole["error"] / factor, curves=[[v / factor for v in c] for c in whole["curves"]])
+        curves = tuple(tuple(v / factor for v in curve) for curve in whole.curves)
+        rival = replace(whole, error=whole.error / factor, curves=curves)
         stopped = evaluate(candidate, best=rival)
-        assert stopped["abandoned"] and stopped["error"] is None
-        assert stopped["block_forwards"] < whole["block_forwards"]
-        assert 1.2 * rival["error"] < stopped["projected"] <= 1.01 * whole["error"]
+        assert stopped.abandoned and stopped.error is None
+        assert stopped.block_forwards < whole.block_forwards
+        assert 1.2 * rival.error < stopped.projected <= 1.01 * whole.error
+
+
+def of_error(error):
+    return Evaluation({"of": error}, error, 1)
 
 
 def test_the_journal_ignores_a_torn_line_and_never_glues_to_it(tmp_path):
     journal = Journal(str(tmp_path / "j"), {"steps": 20})
-    journal.add({"error": 1.0})
+    journal.add(of_error(1.0))
     path = tmp_path / "j" / "evaluations-0.jsonl"
     path.write_text(path.read_text() + '{"error": 2.')
-    journal.add({"error": 3.0})
-    assert [e["error"] for e in Journal(str(tmp_path / "j"), {"steps": 20}).evaluations()] == [1.0, 3.0]
+    journal.add(of_error(3.0))
+    assert [e.error for e in Journal(str(tmp_path / "j"), {"steps": 20}).evaluations()] == [1.0, 3.0]
 
 
 @pytest.mark.parametrize("key", ("steps", "model", "prompt", "resolution"))
 def test_another_fingerprint_starts_anew_and_says_why(tmp_path, key):
     known = {"steps": 20, "model": "a", "prompt": "b", "resolution": [9, 64, 64]}
-    Journal(str(tmp_path / "j"), known).add({"error": 1.0})
+    Journal(str(tmp_path / "j"), known).add(of_error(1.0))
     journal = Journal(str(tmp_path / "j"), dict(known, **{key: "changed"}))
     assert journal.evaluations() == []
     assert journal.started_anew == f"{key} was {known[key]!r}, is now 'changed'"
@@ -324,3 +329,29 @@ def test_digests_tell_weights_and_arguments_apart():
     assert weights_digest(first) == weights_digest(first) != weights_digest(second)
     assert digest_of({"prompt": "a", "seed": 1}) != digest_of({"prompt": "a", "seed": 2})
     assert digest_of([torch.zeros(2)]) != digest_of([torch.ones(2)])
+
+
+def test_a_pipeline_that_encodes_its_text_by_two_calls_is_replayed_with_both():
+    """Prompt and negative prompt: the second encoding must not be taken for the first, or guidance is off."""
+
+    class TwoTexts(tiny.UnseededPipeline):
+        def encode_prompt(self, text):
+            return float(len(text)) * torch.ones(1, 5, tiny.WIDTH)
+
+        def __call__(self, prompt="", negative_prompt="", **arguments):
+            self.texts = self.encode_prompt(prompt), self.encode_prompt(negative_prompt)
+            return super().__call__(**arguments)
+
+        def predict(self, latents, t, scale):
+            low, high = self.transformer(torch.cat([latents + text for text in self.texts]), timestep=t).chunk(2)
+            return low + scale * (high - low)
+
+    pipeline = TwoTexts()
+    torch.manual_seed(3)
+    expected = pipeline(prompt="a long prompt", negative_prompt="no")
+    torch.manual_seed(3)
+    replay = Replay(
+        Call(TwoTexts.__call__, pipeline, (pipeline,), {"prompt": "a long prompt", "negative_prompt": "no"})
+    )
+    assert torch.equal(replay.record(keep_outputs=True), expected)
+    assert torch.equal(replay.run(resume=4), expected) and torch.equal(replay.decode(), expected)

@@ -6,11 +6,12 @@ import pytest
 import tiny
 import torch
 
-from osaccel.network.regions import HiddenStates
+from osaccel.network.forwards import HiddenStates
 from osaccel.search.dit_cache.candidates import Belief, Candidate, Goal, Search, candidates, cost
 from osaccel.search.dit_cache.error_model import EARLY, TURNS, Gains, predictions
 from osaccel.search.dit_cache.probes import BUDGET, lasting, measure, places, region_steps, whole_steps
 from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.search.evaluation import Evaluation
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
@@ -79,10 +80,7 @@ def searched(pool, scores, errors, turned=None, calls=1):
     while search.next_round():
         candidate = search.next_round()[0]
         error = float(errors[pool.index(candidate)])
-        search.add({
-            "config": candidate.config.to_dict(), "error": error, "abandoned": False, "projected": None,
-            "block_forwards": cost(candidate, BLOCKS, STEPS),
-        })  # fmt: skip
+        search.add(Evaluation(candidate.config.to_dict(), error, cost(candidate, BLOCKS, STEPS)))
     return search
 
 

@@ -13,10 +13,11 @@ import torch
 
 from osaccel import formats
 from osaccel.generation import Generation
-from osaccel.network.policy import IntervalPolicy
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.plan import of_dit_cache
+from osaccel.search.errors import SearchError
 from osaccel.search.session import Session
 from osaccel.settings import Settings
+from osaccel.targets import Target
 
 
 def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwargs):
@@ -26,12 +27,12 @@ def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwarg
         search="dit_cache", cache_ratio=ratio, min_psnr=min_psnr, cache_output=output, search_prompts=prompts,
         search_then="continue",
     )  # fmt: skip
-    session = Session(settings, None, "transformer.transformer_blocks", ("hidden_states",))
+    session = Session(settings, Target())
     torch.manual_seed(5)
     try:
         for number in range(prompts):
             arguments = {"prompt": f"prompt {number}", "guidance_scale": 1.0, **kwargs}
-            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
+            session.on_call(pipeline.__call__, pipeline, (), arguments)
     finally:
         # It would end this process with an error, as it ends a script whose search is not over.
         atexit.unregister(session._complain_if_unfinished)
@@ -42,7 +43,7 @@ def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwarg
 def sampled(pipeline, config=None):
     """A fresh generation with the noise of the search's first call."""
     torch.manual_seed(5)
-    with Generation(pipeline, IntervalPolicy(config) if config else None):
+    with Generation(pipeline, of_dit_cache(config) if config else None):
         return pipeline(prompt="prompt 0", guidance_scale=1.0)
 
 

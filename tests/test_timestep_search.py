@@ -16,8 +16,9 @@ from torch import nn
 from osaccel import formats, settings
 from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
 from osaccel.generation import Generation
+from osaccel.interceptors import Interceptor
 from osaccel.report import timesteps as restep_plots
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps import calibration
@@ -223,15 +224,16 @@ def test_logged_prediction_is_the_exact_denoiser(scheduler):
     pipeline, seen = Pipeline(made), []
     log = DenoiserLog(made)
 
-    def step(original, args, kwargs):
-        output, time, sample = args
-        sigma = log.levels.sigma(time)
-        x = sample * log.levels.scale(sigma)
-        seen.append((log.levels.denoised(output, time, sample) - x / (1 + sigma**2)).abs().max() / x.abs().max())
-        return log.step(original, args, kwargs)
+    class Watch(Interceptor):
+        def step(self, proceed, call):
+            sigma = log.levels.sigma(call.timestep)
+            x = call.sample * log.levels.scale(sigma)
+            denoised = log.levels.denoised(call.model_output, sigma, call.sample)
+            seen.append((denoised - x / (1 + sigma**2)).abs().max() / x.abs().max())
+            return proceed(call)
 
     torch.manual_seed(0)
-    with Generation(pipeline, step=step):
+    with Generation(pipeline, interceptors=[Watch(), log]):
         pipeline(num_inference_steps=12)
     log.end_generation()
     assert max(seen) < 1e-3
@@ -262,7 +264,7 @@ def test_subsampled_distances_are_those_of_all_entries():
 
 def session_of(output, pipeline, **chosen):
     given = settings.Settings(search="restep", timesteps_output=str(output), **chosen)
-    return SimpleNamespace(settings=given, team=Team(), calls=[])
+    return SimpleNamespace(settings=given, team=Team(), calls=[], deliver=lambda path, content, write: write())
 
 
 def test_search_costs_no_extra_forward_and_writes_every_list(tmp_path):
@@ -339,7 +341,7 @@ def test_noised_points_have_the_right_spread(tmp_path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda path: path.write_bytes(b""), "2.mp4: the file is empty"),
+        (lambda path: path.write_bytes(b""), "2.mp4: cannot be read: the file is empty"),
         (lambda path: path.write_bytes(b"no video at all" * 50), "2.mp4: cannot be read as a video"),
         (lambda path: path.unlink(), "found 4 mp4 files, but 5 to 20 are needed"),
     ],
@@ -360,7 +362,7 @@ def test_short_and_wrongly_sized_videos_are_named(tmp_path):
         calibration.Videos(str(tmp_path), {"num_frames": 9, "height": SIZE, "width": SIZE})
     with pytest.raises(SearchError, match=r"0.mp4: is 32 x 32 \(height x width\), but the run makes 64 x 32"):
         calibration.Videos(str(tmp_path), {"num_frames": 3, "height": 64, "width": SIZE})
-    with pytest.raises(SearchError, match="not a directory"):
+    with pytest.raises(SearchError, match="is no directory of mp4 files: No such file"):
         calibration.find_videos(str(tmp_path / "none"))
 
 
@@ -487,8 +489,8 @@ def test_lists_and_caches_of_two_searches_are_not_mixed(tmp_path):
 
 
 def test_measures_see_what_they_should_and_nothing_else():
-    pytest.importorskip("benchmarks.measures")
-    from benchmarks import measures
+    pytest.importorskip("benchmarks.lib.measures")
+    from benchmarks.lib import measures
 
     generator = torch.Generator().manual_seed(0)
     means = 5 * torch.randn(16, 1, 2, 2, 4, 4, generator=generator)

@@ -7,7 +7,12 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from torch import nn
 
+from osaccel.targets import Guidance, Target
+
 WIDTH = 8
+# The pipelines below run guidance as the upstream does.
+TARGET = Target(guidance=Guidance(batch_first=("hidden_states", "timestep"), block_dim_parallel=1))
+SEQUENCE_FIRST = TARGET._replace(guidance=TARGET.guidance._replace(block_dim=1))
 
 
 class Block(nn.Module):

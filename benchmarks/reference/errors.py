@@ -9,7 +9,7 @@ has something left to learn; below it, it generalises past the set.
 
 import argparse
 from pathlib import Path
-from typing import Dict, List
+from typing import Any, Dict, List, Tuple
 
 import numpy as np
 import torch
@@ -22,13 +22,13 @@ from .train import Config, alphas_cumprod, load_latents, to_tensor, tokenize
 TIMESTEPS = (100, 200, 300, 400, 500, 600, 700, 800, 850, 900, 950)
 
 
-def calibration_latents(pipeline, count: int):
+def calibration_latents(pipeline: Any, count: int) -> Tuple[torch.Tensor, List[str]]:
     """Latents (N, C, T, H, W) and captions of videos that the training has not seen."""
     videos, captions = zip(*(data.sample("calibration", index) for index in range(count)))
     return pipeline.vae.encode(to_tensor(np.stack(videos))), list(captions)
 
 
-def network(pipeline, noisy: torch.Tensor, timestep: int, captions: List[str]) -> torch.Tensor:
+def network(pipeline: Any, noisy: torch.Tensor, timestep: int, captions: List[str]) -> torch.Tensor:
     """The predicted noise."""
     tokens = tokenize(captions)
     text = pipeline.text_encoder(tokens.input_ids, attention_mask=tokens.attention_mask)[0]
@@ -47,7 +47,7 @@ def look_up(noisy: torch.Tensor, known: torch.Tensor, sigma: float, part: int = 
 
 
 @torch.no_grad()
-def errors(pipeline, known: torch.Tensor, count: int) -> List[Dict[str, float]]:
+def errors(pipeline: Any, known: torch.Tensor, count: int) -> List[Dict[str, float]]:
     clean, captions = calibration_latents(pipeline, count)
     variance, rows = clean.var().item(), []
     torch.manual_seed(0)

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Tuple
+from typing import Any, Dict, Sequence, Tuple
 
 import imageio
 import numpy as np
@@ -28,7 +28,9 @@ def wilson(share: float, n: int) -> Tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def sample_videos(pipeline, prompts, steps: int, guidance: float, seed: int, batch: int = 8) -> np.ndarray:
+def sample_videos(
+    pipeline: Any, prompts: Sequence[str], steps: int, guidance: float, seed: int, batch: int = 8
+) -> np.ndarray:
     """Videos (N, T, H, W, 3); each prompt has its own noise stream, so a batch's size does not matter."""
     videos = []
     for start in range(0, len(prompts), batch):
@@ -70,7 +72,9 @@ def main() -> None:
     imageio.imwrite(args.out / "contact_sheet.png", contact_sheet(videos))
 
 
-def report(args, prompts, verdicts, seconds: float) -> None:
+def report(
+    args: argparse.Namespace, prompts: Sequence[str], verdicts: Sequence[Dict[str, bool]], seconds: float
+) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     means = {}
     for name in verdicts[0]:

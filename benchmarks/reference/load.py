@@ -3,20 +3,24 @@
 
 from argparse import Namespace
 from pathlib import Path
-from typing import List
+from typing import Any, List
 
 from osaccel.demo.parser import judge, score
 
 from . import data
+from .data import CAPTION_WORDS, FRAMES, SIZE
 from .paths import CHECKPOINT
 
 GUIDANCE = 2.0  # of 2, 3, 4 and 6, with which 40 calibration prompts all gave what they name, the mildest
 STEPS = 100
 
-__all__ = ["GUIDANCE", "STEPS", "calibration_prompts", "heldout_prompts", "judge", "load_pipeline", "score"]
+__all__ = [
+    "CAPTION_WORDS", "FRAMES", "GUIDANCE", "SIZE", "STEPS", "calibration_prompts", "heldout_prompts", "judge",
+    "load_pipeline", "score",
+]  # fmt: skip
 
 
-def load_pipeline(sample_method: str = "EulerAncestralDiscrete", checkpoint: Path = CHECKPOINT):
+def load_pipeline(sample_method: str = "EulerAncestralDiscrete", checkpoint: Path = CHECKPOINT) -> Any:
     """The miniature's OpenSoraPipeline in float32 on the CPU, its progress bar switched off."""
     from opensora.sample import sample_t2v
 

@@ -10,7 +10,7 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Callable, Dict
+from typing import Any, Callable, Dict, List
 
 import torch
 import torch.distributed as dist
@@ -57,10 +57,11 @@ class Loop:
         bf16: bool,
         read_only: bool = False,
     ):
-        self.model, self.path, self.steps, self.rate_at = model, path, steps, rate_at
+        self.model: Any = model
+        self.path, self.steps, self.rate_at = path, steps, rate_at
         self.decay, self.bf16, self.step, self.read_only = decay, bf16, 0, read_only
-        self.average = copy.deepcopy(model).requires_grad_(False).eval()
-        settings = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
+        self.average: Any = copy.deepcopy(model).requires_grad_(False).eval()
+        settings: Dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.01, "fused": True}
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, **settings)
         self.losses = path.with_suffix(".jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +87,7 @@ class Loop:
         self.step = last
         self._save(last)
 
-    def _update(self, loss_at) -> float:
+    def _update(self, loss_at: Callable[[nn.Module, int], torch.Tensor]) -> float:
         rate = self.rate_at(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -104,7 +105,7 @@ class Loop:
         """Average the gradients in place; returns the average loss."""
         if workers() == 1:
             return loss.detach()
-        grads = [parameter.grad for parameter in self.model.parameters()]
+        grads: List[Any] = [parameter.grad for parameter in self.model.parameters()]
         flat = torch.cat([loss.detach().float().reshape(1)] + [grad.flatten() for grad in grads])
         dist.all_reduce(flat)
         flat /= workers()
@@ -117,7 +118,8 @@ class Loop:
     def _average(self) -> None:
         # A short memory at first, so that the random start is forgotten.
         decay = min(self.decay, (self.step + 1) / (self.step + 10))
-        mine, theirs = list(self.average.parameters()), list(self.model.parameters())
+        mine: List[torch.Tensor] = list(self.average.parameters())
+        theirs: List[torch.Tensor] = list(self.model.parameters())
         torch._foreach_lerp_(mine, theirs, 1 - decay)
         for target, source in zip(self.average.buffers(), self.model.buffers()):
             target.copy_(source)

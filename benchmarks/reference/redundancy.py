@@ -7,6 +7,7 @@ prompts. This redundancy is what a cache lives on. Writes redundancy.json and re
 
 import json
 from pathlib import Path
+from typing import Any, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -19,14 +20,15 @@ from .load import calibration_prompts, load_pipeline
 class DeltaWatch:
     """Forward hooks that keep every block's last delta and record its relative change, (steps, blocks)."""
 
-    def __init__(self, blocks):
-        self.last, self.rows = [None] * len(blocks), []
+    def __init__(self, blocks: Any):
+        self.last: List[Optional[torch.Tensor]] = [None] * len(blocks)
+        self.rows: List[List[float]] = []
         self.handles = [
             block.register_forward_hook(lambda module, args, output, place=place: self._see(place, args[0], output))
             for place, block in enumerate(blocks)
         ]
 
-    def _see(self, place, before, after):
+    def _see(self, place: int, before: torch.Tensor, after: torch.Tensor) -> None:
         delta = after - before
         if place == 0:
             self.rows.append([])
@@ -40,7 +42,7 @@ class DeltaWatch:
         return np.array(self.rows)[1:]
 
 
-def measure(pipeline, prompts, steps: int, guidance: float, seed: int) -> np.ndarray:
+def measure(pipeline: Any, prompts: Sequence[str], steps: int, guidance: float, seed: int) -> np.ndarray:
     """Relative change (steps - 1, blocks), the mean over prompts; a sampler with one forward per step is assumed."""
     tables = []
     for number, prompt in enumerate(prompts):

@@ -10,7 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, List, Optional, Tuple
+from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -100,15 +100,15 @@ def to_tensor(frames: np.ndarray) -> torch.Tensor:
 def batches(size: int, start: int, stop: int, part: slice) -> Iterator[Tuple[torch.Tensor, List[str]]]:
     """This worker's part of batches `start` .. `stop`; the next one is drawn while the current one is used."""
 
-    def draw(number):
+    def draw(number: int) -> Tuple[torch.Tensor, List[str]]:
         videos, captions = zip(*(data.sample("train", number * size + item) for item in range(size)[part]))
         return to_tensor(np.stack(videos)), list(captions)
 
     with ThreadPoolExecutor(1) as pool:
-        upcoming = pool.submit(draw, start) if start < stop else None
+        upcoming = [pool.submit(draw, start)] if start < stop else []
         for number in range(start, stop):
-            current = upcoming.result()
-            upcoming = pool.submit(draw, number + 1) if number + 1 < stop else None
+            current = upcoming.pop().result()
+            upcoming = [pool.submit(draw, number + 1)] if number + 1 < stop else []
             yield current
 
 
@@ -121,7 +121,7 @@ def autoencoder_loop(config: Config, out: Path, read_only: bool = False) -> Loop
     torch.manual_seed(config.seed)
     model, steps = CausalVAEModel(), config.autoencoder_steps
 
-    def rate_at(step):
+    def rate_at(step: int) -> float:
         return learning_rate(config.autoencoder_rate, step, steps, steps // 20 + 1)
 
     return Loop(model, out / "autoencoder.pt", steps, rate_at, 0.995, config.autoencoder_bf16, read_only)
@@ -133,7 +133,7 @@ def train_autoencoder(config: Config, out: Path, stop_at: int = 0) -> nn.Module:
     part = share(config.autoencoder_batch)
     source = batches(config.autoencoder_batch, loop.step, config.autoencoder_steps, part)
 
-    def loss_at(model, step):
+    def loss_at(model: Any, step: int) -> torch.Tensor:
         videos, _ = next(source)
         latents = model.encode(videos)
         draw = step_generator(config.seed, step)
@@ -154,7 +154,7 @@ def train_autoencoder(config: Config, out: Path, stop_at: int = 0) -> nn.Module:
 
 
 @torch.no_grad()
-def encode_latents(config: Config, out: Path, autoencoder: nn.Module) -> None:
+def encode_latents(config: Config, out: Path, autoencoder: Any) -> None:
     """Write DIR/latents/NNN.pt, `chunk` training videos each; existing chunks are kept."""
     (out / "latents").mkdir(parents=True, exist_ok=True)
     size = min(25, config.chunk)
@@ -215,13 +215,17 @@ class Denoiser(nn.Module):
     def place_error(self) -> torch.Tensor:
         """Cross-entropy of reading frame, row and column of every token of the last forward, summed over the three."""
         hidden, self.hidden = self.hidden, None
+        assert hidden is not None, "forward comes first"
         read = self.places(F.layer_norm(hidden.float(), hidden.shape[-1:])).float().flatten(0, 1)
         grids = torch.meshgrid(*(torch.arange(size) for size in self.axes), indexing="ij")
         copies = len(hidden)
         parts = zip(read.split(self.axes, dim=-1), grids)
-        return sum(F.cross_entropy(part, grid.flatten().repeat(copies)) for part, grid in parts)
+        errors = (F.cross_entropy(part, grid.flatten().repeat(copies)) for part, grid in parts)
+        return sum(errors, torch.zeros(()))
 
-    def forward(self, latents, timestep, ids, mask):
+    def forward(
+        self, latents: torch.Tensor, timestep: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
         text = self.text_encoder(ids, attention_mask=mask)[0]
         return self.transformer(
             latents,
@@ -232,7 +236,7 @@ class Denoiser(nn.Module):
         )[0]
 
 
-def initialise(transformer: nn.Module) -> None:
+def initialise(transformer: Any) -> None:
     """Start with every branch half open, no cross-attention, and no dependence on the timestep.
 
     The usual tables, random and small, nearly close the branches; half open learns faster from the first step on.
@@ -248,14 +252,14 @@ def initialise(transformer: nn.Module) -> None:
         nn.init.zeros_(block.attn2.to_out[0].bias)
 
 
-def make_tokenizer():
+def make_tokenizer() -> Any:
     from opensora.models.text_encoder import WordTokenizer
 
     words = sorted({word for scene in data.all_scenes() for word in scene.caption.split()})
     return WordTokenizer(words)
 
 
-def tokenize(captions):
+def tokenize(captions: Union[str, Sequence[str]]) -> Any:
     """Word ids and mask, (N, CAPTION_WORDS) each, of one caption or several."""
     return make_tokenizer()(captions, padding="max_length", max_length=data.CAPTION_WORDS, return_tensors="pt")
 
@@ -294,7 +298,7 @@ class Examples:
         self.ids, self.mask = tokens.input_ids, tokens.attention_mask
         self.empty = tokenize("")
 
-    def batch(self, step: int):
+    def batch(self, step: int) -> Tuple[torch.Tensor, ...]:
         """(noisy latents, timesteps, word ids, word mask, the noise to predict, the weight of its error)."""
         config, draw = self.config, step_generator(self.config.seed + 2, step)
         size = config.batch
@@ -324,7 +328,7 @@ def train_transformer(config: Config, out: Path, stop_at: int = 0) -> Denoiser:
         if number != config.place_block:  # its hook keeps a tensor
             block.compile(dynamic=False)
 
-    def loss_at(model, step):
+    def loss_at(model: Any, step: int) -> torch.Tensor:
         part = share(config.batch)
         noisy, timestep, ids, mask, noise, weight = (tensor[part] for tensor in examples.batch(step))
         loss = (weight * (model(noisy, timestep, ids, mask).float() - noise).pow(2)).mean()

@@ -6,18 +6,24 @@ stays until `detach`, but a delta never crosses from one generation into the nex
 """
 
 import inspect
+import logging
+import weakref
 from dataclasses import dataclass
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, MutableMapping, Optional, Tuple
 
+import numpy as np
 import torch
 
-from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
+from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks, wrap_method
-from osaccel.network.policy import IntervalPolicy, check_regions
-from osaccel.network.regions import BlockCache, HiddenStates
+from osaccel.network.forwards import HiddenStates
+from osaccel.network.regions import BlockCache
+from osaccel.plan import of_dit_cache
 
-__all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig", "ReStepAdaptor", "ReStepSearchConfig"]
+logger = logging.getLogger("osaccel")
+
+__all__ = ["DitCacheAdaptor", "DitCacheConfig", "DitCacheSearchConfig"]
 
 
 @dataclass
@@ -65,7 +71,7 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be positive")
 
 
-class _AdaptorClock:
+class _AdaptorClock(Clock):
     """The step index of one adaptor: set by `set_timestep_idx`, moved on by the scheduler or, without one, by passes.
 
     Each `set_timestep_idx` wins over what was counted; the index falls back to 0 when a generation begins, so neither
@@ -73,15 +79,16 @@ class _AdaptorClock:
     """
 
     def __init__(self, num_sampling_steps: Optional[int], forget: Callable[[], None]):
-        self.num_sampling_steps, self.forget = num_sampling_steps, forget
+        self.num_sampling_steps, self._forget = num_sampling_steps, forget
         self.index: Optional[int] = None
+        self.forward, self.has_branches, self.is_half = -1, False, False
         self.has_scheduler = False
         self._first = 0
         self._seen = 0
         self._just_set = True
 
     @property
-    def step(self) -> int:
+    def step(self) -> int:  # type: ignore[override]
         self._follow_explicit_index()
         if self.index is None:
             raise ValueError(
@@ -98,13 +105,15 @@ class _AdaptorClock:
 
     def _move_to(self, index: Optional[int]) -> None:
         if index is None or (self.index is not None and index < self.index):
-            self.forget()
+            self._forget()
+        if index != self.index:
+            self.forward = -1
         self.index = index
 
     def begin_generation(self) -> None:
         self._follow_explicit_index()
-        self.forget()
-        self.index = self._first = 0
+        self._forget()
+        self.index, self._first, self.forward = 0, 0, -1
 
     def begin_pass(self) -> None:
         """The first block is called: without a scheduler to count steps, each pass through the blocks is one."""
@@ -117,7 +126,7 @@ class _AdaptorClock:
 
     def end_step(self) -> None:
         self._follow_explicit_index()
-        self.index = (self.index or 0) + 1
+        self.index, self.forward = (self.index or 0) + 1, -1
 
 
 class DitCacheAdaptor:
@@ -133,11 +142,14 @@ class DitCacheAdaptor:
             `config.dit_block_num` is not their number.
 
     Set `dit_cache_config` (or call `update_cache_config`) to start caching, None to stop. Pipelines without a scheduler
-    need `set_timestep_idx` before the first block of each step.
+    need `set_timestep_idx` before the first block of each step. Of several adaptors of the same blocks the newest one
+    made or set has them; the one before is detached.
     """
 
     _timestep_idx: Optional[int] = None
     _times_set = 0
+    # By the first of its blocks, the adaptor that is attached; it lives as long as it is.
+    _attached: "MutableMapping[torch.nn.Module, weakref.ref[DitCacheAdaptor]]" = weakref.WeakKeyDictionary()
 
     def __init__(
         self,
@@ -150,21 +162,22 @@ class DitCacheAdaptor:
         _check_block_path(dit_block_path)
         self.pipeline, self.search_config = pipeline, config
         try:
-            self._blocks = self.get_and_check_blocks(pipeline, dit_block_path)
+            self.blocks = self.get_and_check_blocks(pipeline, dit_block_path)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"Failed to access transformer blocks at path '{dit_block_path}'. Please ensure the pipeline has the "
                 f"correct structure and the path is valid. Error: {error}"
             ) from None
         if config is not None:
-            if config.dit_block_num not in (None, len(self._blocks)):
+            if config.dit_block_num not in (None, len(self.blocks)):
                 raise ValueError("dit_block_num not equal to the number of blocks in the dit_block_path")
-            config.dit_block_num = len(self._blocks)
+            config.dit_block_num = len(self.blocks)
         self._config: Optional[DitCacheConfig] = None
         self._cache: Optional[BlockCache] = None
         self._clock = _AdaptorClock(config.num_sampling_steps if config else None, self._forget)
         self._scheduler: Any = None
         self._undo: List[Callable[[], None]] = []
+        self._take_over()
 
     @staticmethod
     def get_and_check_blocks(obj: Any, block_path: str) -> torch.nn.ModuleList:
@@ -221,17 +234,21 @@ class DitCacheAdaptor:
             ValueError: there is no search configuration, an argument is wrong, the ratio cannot be reached, or the
                 function returns another number of videos.
         """
-        from osaccel.search.dit_cache.closure import search_by_closure
+        from osaccel.search.dit_cache.closure import Wish, search_by_closure
 
-        if self.search_config is None:
+        config = self.search_config
+        if config is None:
             raise ValueError("search_config must be set before calling search()")
         if not callable(run_pipeline_and_save_videos):
             raise ValueError("run_pipeline_and_save_videos must be callable")
         if isinstance(prompts_num, bool) or not isinstance(prompts_num, int) or prompts_num <= 0:
             raise ValueError("prompts_num must be a positive integer")
-        self.dit_cache_config = search_by_closure(self, run_pipeline_and_save_videos, prompts_num * num_videos)
-        assert self.dit_cache_config is not None
-        return self.dit_cache_config
+        wish = Wish(config.cache_ratio, config.num_sampling_steps or 0, config.cache_step_interval)
+        found = search_by_closure(
+            self, lambda: _checked(run_pipeline_and_save_videos(self.pipeline), prompts_num * num_videos), wish
+        )
+        self.dit_cache_config = found
+        return found
 
     def detach(self) -> None:
         """Stop caching and leave pipeline, scheduler and blocks as they were."""
@@ -241,19 +258,37 @@ class DitCacheAdaptor:
         self._clock.has_scheduler = False
 
     def _attach(self, config: DitCacheConfig) -> None:
-        policy = IntervalPolicy(config)
-        check_regions(policy, len(self._blocks), "dit_cache_config")
+        plan = of_dit_cache(config)
+        try:
+            plan.check_blocks(len(self.blocks))
+        except ValueError as error:
+            raise ValueError(f"dit_cache_config: {error}") from None
+        self._take_over()
         self._config = config
         self._cache = BlockCache(
-            list(self._blocks), policy, self._clock, self.hidden_states(), begin_pass=self._begin_pass
+            list(self.blocks), plan, self._clock, self.hidden_states(), begin_pass=self._begin_pass
         )
         self._undo.append(self._cache.detach)
+        self._attached[self.blocks[0]] = weakref.ref(self)
+        self._undo.append(self._leave)
         self._follow_scheduler()
+
+    def _leave(self) -> None:
+        self._attached.pop(self.blocks[0], None)
+
+    def _take_over(self) -> None:
+        """Detach another adaptor of these blocks: a notebook's cell was run twice, and the newer one is meant."""
+        reference = self._attached.get(self.blocks[0])
+        other = reference() if reference else None
+        if other is not None and other is not self:
+            old = dict(other._config or {})
+            logger.info("a newer DitCacheAdaptor takes over; the one that caches with %s is detached", old)
+            other.detach()
 
     def hidden_states(self) -> HiddenStates:
         """What the blocks call the hidden states they take and return."""
         count = self.search_config.num_hidden_states if self.search_config else 1
-        return HiddenStates(_hidden_state_names(self._blocks[0], count))
+        return HiddenStates(_hidden_state_names(self.blocks[0], count))
 
     def _forget(self) -> None:
         if self._cache is not None:
@@ -286,6 +321,16 @@ class DitCacheAdaptor:
         if self._clock.index == len(self._scheduler.timesteps):
             self._forget()
         return result
+
+
+def _checked(videos: Any, num_videos: int) -> List[np.ndarray]:
+    if not isinstance(videos, list) or len(videos) != num_videos:
+        found = len(videos) if hasattr(videos, "__len__") else type(videos).__name__
+        raise ValueError(
+            f"run_pipeline_and_save_videos must return a video list with length equal to prompts_num: "
+            f"{found}!={num_videos}"
+        )
+    return [np.asarray(video, dtype=np.float64) for video in videos]
 
 
 def _check_block_path(path: Any) -> None:

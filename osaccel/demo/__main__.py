@@ -14,7 +14,7 @@ import numpy as np
 from osaccel.demo.compare import ssim, write_picture, write_video
 from osaccel.demo.parser import score
 from osaccel.formats import read_timesteps
-from osaccel.search.dit_cache.evaluate import psnr
+from osaccel.search.frames import psnr
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT, CONFIGS = HERE / "checkpoint", HERE / "configs"

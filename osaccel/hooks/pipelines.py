@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wraps the known pipelines' `__call__`: each call runs inside a Generation; a hook itself never raises."""
 
-import atexit
 import inspect
 import logging
 import os
-import sys
+from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import wrapt
 
+from osaccel import log
 from osaccel import settings as settings_module
 from osaccel.formats import SettingsError
-from osaccel.hooks import agreement
+from osaccel.hooks import agreement, silence
 from osaccel.settings import Settings
 from osaccel.targets import TARGETS, Target
 
@@ -26,19 +26,20 @@ _warned = set()  # type: ignore[var-annotated]
 
 def wrap_pipeline(module: Any) -> None:
     """Post-import hook: wrap the target class of `module`; what is wrong here is reported, never raised."""
-    _log_to_stderr()
+    log.prepare()
     target = TARGETS[module.__name__]
     pipeline_class = getattr(module, target.pipeline_class, None)
     if pipeline_class is None or "__call__" not in vars(pipeline_class):
         _warn_unrecognised(f"{module.__name__} has no class {target.pipeline_class} with a __call__ of its own")
-        atexit.register(_fail_if_strict)
         return
     if isinstance(vars(pipeline_class)["__call__"], wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _caller(target))
+    agreement.announce()
     try:
         current_settings()
     except SettingsError as error:
+        silence.explained = True
         logger.error("%s", error)
 
 
@@ -58,9 +59,25 @@ def current_settings() -> Settings:
     return _settings
 
 
+def _agreed_settings(target: Target) -> Settings:
+    """The settings of this process; under sequence parallelism, those with which all ranks sample alike."""
+    global _settings
+    group = target.sequence_parallel_group()
+    if group is None or agreement.is_settled():
+        return current_settings()
+    own: agreement.Own
+    try:
+        own = current_settings()
+    except SettingsError as error:
+        own = error
+    _settings = agreement.agree(own, group)
+    return _settings
+
+
 def _caller(target: Target) -> Callable:
     def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        settings = current_settings()
+        log.prepare()
+        settings = _agreed_settings(target)
         # A pipeline that calls itself is still one generation.
         if settings.disable or not (settings.accelerates or settings.search) or id(instance) in _running:
             return wrapped(*args, **kwargs)
@@ -80,9 +97,8 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
     from osaccel.search.session import Session
 
     if _session is None:
-        agreement.check(settings, target.state_modules)
-        group = agreement.sequence_parallel_group(target.state_modules)
-        _session = Session(settings, group, target.block_path, target.hidden_states)
+        _session = Session(settings, target)
+    silence.accelerated = True
     output = _session.on_call(wrapped, pipeline, args, kwargs)
     if _session.is_over:
         # OSACCEL_SEARCH_THEN=continue: from here on as if what was found had been given.
@@ -93,20 +109,14 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
-    from osaccel.network.policy import IntervalPolicy
     from osaccel.wall import attached
 
-    agreement.check(settings, target.state_modules)
-    group = agreement.sequence_parallel_group(target.state_modules)
-    _check_fingerprint(wrapped, pipeline, args, kwargs, target, settings)
-    generation = Generation(
-        pipeline,
-        policy=IntervalPolicy(settings.cache) if settings.cache else None,
-        timesteps=None if _has_own_timesteps(wrapped, args, kwargs) else settings.timesteps,
-        block_path=target.block_path,
-        hidden_states=target.hidden_states,
-        source=settings.sources.get("cache_config", "cache configuration"),
-    )
+    plan = settings.generation_plan()
+    if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
+        plan = replace(plan, timesteps=None)
+    _check_binding(_bind(wrapped, args, kwargs), pipeline, target, settings)
+    say = logger.info if is_rank_zero() else logger.debug
+    generation = Generation(pipeline, plan, target, source=settings.plan_source, announce=lambda line: say("%s", line))
     try:
         generation.open()
     except UnsupportedPipeline as error:
@@ -114,36 +124,34 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
             raise
         _warn_unrecognised(str(error))
         return wrapped(*args, **kwargs)
+    silence.accelerated = True
     try:
         args, kwargs = _with_steps(wrapped, args, kwargs, generation.num_inference_steps)
-        with attached(pipeline, group, settings):
+        with attached(pipeline, target.sequence_parallel_group(), settings):
             output = wrapped(*args, **kwargs)
-        if is_rank_zero():
-            logger.info("%s", generation.summary())
+        say("%s", generation.summary())
         return output
     finally:
         generation.close()
 
 
-def _check_fingerprint(
-    wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings
-) -> None:
-    """Warn, or refuse in strict mode, when the cache configuration was searched for another kind of generation."""
+def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Settings) -> None:
+    """Warn, or refuse in strict mode, when what is applied was searched for another kind of generation."""
     from osaccel import binding
     from osaccel.generation import find_blocks
 
-    if settings.cache is None or settings.cache_file is None:
+    source, recorded = binding.recorded_of(settings)
+    if not recorded:
         return
     try:
         blocks = len(find_blocks(pipeline, target.block_path))
     except (TypeError, ValueError):
         # Not the upstream we know; opening the generation will say so.
         return
-    found = binding.of_call(pipeline, _bind(wrapped, args, kwargs), blocks, settings.timesteps)
-    differences = binding.mismatches(settings.cache_file, found)
+    differences = binding.mismatches(recorded, binding.of_call(pipeline, arguments, blocks, settings.timesteps))
     if not differences:
         return
-    message = f"{settings.cache_file} was searched for another generation: {'; '.join(differences)}"
+    message = f"{source} may not fit this generation: {'; '.join(differences)}"
     if settings.strict:
         raise SettingsError(message + ". OSACCEL_STRICT refuses it; search again, or sample as it was searched.")
     if message not in _warned:
@@ -178,24 +186,5 @@ def _bind(function: Callable, args: tuple, kwargs: dict) -> dict:
 
 
 def _warn_unrecognised(reason: str) -> None:
+    silence.explained = True
     logger.warning("%s; the script runs unaccelerated", reason)
-
-
-def _fail_if_strict() -> None:
-    """Strict mode for an upstream that never reaches a wrapped call: the only place left to fail is the exit."""
-    if current_settings().strict:
-        logger.error("OSACCEL_STRICT is set and nothing was accelerated")
-        sys.stdout.flush()
-        os._exit(1)
-
-
-def _log_to_stderr() -> None:
-    """Scripts configure no logging, so the summary line would be lost; a configured application keeps its own way."""
-    if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[osaccel] %(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
-    level = os.environ.get("OSACCEL_LOG", "INFO").upper()
-    logger.setLevel(level if level in settings_module.LOG_LEVELS else "INFO")

@@ -6,6 +6,7 @@ import base64
 import html
 import os
 import sys
+import zipfile
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
@@ -27,10 +28,20 @@ def load(path: str) -> Dict[str, Any]:
     missing = [key for key in ("chosen", "evaluations", "fingerprint") if key not in (report or {})]
     if not isinstance(report, dict) or missing:
         raise SettingsError(f"{path}: not a report of a cache search; missing {', '.join(missing)}.")
-    frames = path[: -len(SUFFIX)] + ".report.npz"
-    report["frames"] = dict(np.load(frames)) if os.path.exists(frames) else None
+    report["frames"] = _frames(path[: -len(SUFFIX)] + ".report.npz")
     report["stem"] = path[: -len(SUFFIX)]
     return report
+
+
+def _frames(path: str) -> Optional[Dict[str, np.ndarray]]:
+    """Plain and cached frames, (T, H, W, C), 8 bit; None when the report has none."""
+    if not os.path.exists(path):
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {name: content[name] for name in ("plain", "cached")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise SettingsError(f"{path}: cannot be read as frames: {error}. Remove it to have a page without.") from None
 
 
 def write(report: Dict[str, Any], directory: Optional[str] = None) -> str:

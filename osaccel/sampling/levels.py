@@ -5,7 +5,8 @@ s(t) = sqrt((1 - abar(t)) / abar(t)) is tabulated at the training timesteps and 
 (diffusers ``EulerDiscreteScheduler.set_timesteps``; s is the sigma of Karras et al., arXiv 2206.00364).
 """
 
-from typing import Sequence
+import math
+from typing import Any, List, Sequence
 
 import numpy as np
 import torch
@@ -54,3 +55,60 @@ def alphas_cumprod_at(alphas_cumprod: torch.Tensor, timesteps: np.ndarray) -> to
     table = sigma_table(alphas_cumprod.double())
     sigmas = np.interp(timesteps, np.arange(len(table)), table)
     return torch.from_numpy(1 / (1 + sigmas**2)).to(alphas_cumprod)
+
+
+class NoiseLevels:
+    """s(t) of a scheduler's training schedule, and how its samples and model outputs say x = x0 + s z and D(x, s).
+
+    A sample is x itself where the scheduler explodes the variance, x / sqrt(1 + s^2) where it preserves it.
+    """
+
+    def __init__(self, scheduler: Any):
+        self.scheduler = scheduler
+        self.table = sigma_table(scheduler.alphas_cumprod.double())
+
+    def sigma(self, timestep: Any) -> float:
+        return float(np.interp(float(timestep), np.arange(len(self.table)), self.table))
+
+    def of_steps(self) -> List[float]:
+        """s at every step of the timesteps that are set, and the 0 it ends with."""
+        sigmas, count = getattr(self.scheduler, "sigmas", None), len(self.scheduler.timesteps)
+        if isinstance(sigmas, torch.Tensor) and len(sigmas) == count + 1:
+            return sigmas.double().tolist()
+        return [self.sigma(time) for time in self.scheduler.timesteps.tolist()] + [0.0]
+
+    def scale(self, sigma: float) -> float:
+        """What a sample of this scheduler is multiplied with to be x0 + s z."""
+        return 1.0 if self.explodes else math.sqrt(1.0 + sigma * sigma)
+
+    @property
+    def explodes(self) -> bool:
+        """Whether samples are x0 + s z as they are."""
+        return float(self.scheduler.init_noise_sigma) > 1.5
+
+    def denoised(self, model_output: torch.Tensor, sigma: float, sample: torch.Tensor) -> torch.Tensor:
+        """D(x, s), float32; for predictions of v also at zero signal, where s is infinite."""
+        output = model_output.float()
+        if self._kind == "epsilon":
+            return sample.float() * self.scale(sigma) - sigma * output
+        if self._kind == "v_prediction":
+            signal = 1 / math.sqrt(1 + sigma * sigma)
+            return self._preserved(sample, sigma) * signal - output * math.sqrt(1 - signal * signal)
+        return output
+
+    def model_output(self, denoised: torch.Tensor, sigma: float, sample: torch.Tensor) -> torch.Tensor:
+        """The model output whose D(x, s) is `denoised`, float32: the inverse of `denoised`, at a finite s > 0."""
+        if self._kind == "epsilon":
+            return (sample.float() * self.scale(sigma) - denoised) / sigma
+        if self._kind == "v_prediction":
+            signal = 1 / math.sqrt(1 + sigma * sigma)
+            return (self._preserved(sample, sigma) * signal - denoised) / math.sqrt(1 - signal * signal)
+        return denoised
+
+    def _preserved(self, sample: torch.Tensor, sigma: float) -> torch.Tensor:
+        """(x0 + s z) / sqrt(1 + s^2)."""
+        return sample.float() / (math.sqrt(1 + sigma * sigma) if self.explodes else 1.0)
+
+    @property
+    def _kind(self) -> str:
+        return self.scheduler.config.get("prediction_type", "epsilon")

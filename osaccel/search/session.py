@@ -13,18 +13,21 @@ import sys
 from dataclasses import replace
 from typing import Any, Callable, Dict, List, Optional
 
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.search import outputs
+from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call, RandomState
 from osaccel.search.team import Team
 from osaccel.settings import Settings
+from osaccel.targets import Target
 
 logger = logging.getLogger("osaccel")
 
 # mode: "module:class" of its runner.
 RUNNERS = {
+    "plan": "osaccel.search.plan.runner:PlanRunner",
     "dit_cache": "osaccel.search.dit_cache.runner:CacheRunner",
     "restep": "osaccel.search.timesteps.runner:RestepRunner",
-    "all": "osaccel.search.dit_cache.runner:AllRunner",
+    "all": "osaccel.search.combined:AllRunner",
 }
 
 
@@ -41,8 +44,8 @@ class Runner:
     def record(self, call: Call) -> Any:
         """Run `call` plainly, once, observing what the search needs; returns what the pipeline returned.
 
-        `osaccel.search.replay.Replay(call).record(...)` does that and keeps what replays need. Must raise SearchError
-        before the first transformer forward when the goal cannot be reached.
+        `osaccel.search.recording.replay.Replay(call).record(...)` does that and keeps what replays need. Must raise
+        SearchError before the first transformer forward when the goal cannot be reached.
         """
         raise NotImplementedError
 
@@ -52,6 +55,13 @@ class Runner:
         For example {"cache": DitCacheConfig(...)} or {"timesteps": (999.0, ...)}.
         """
         raise NotImplementedError
+
+    def close(self, problem: Optional[str] = None) -> None:
+        """The runner is not used any more: let other searches have its files.
+
+        Args:
+            problem: why there is no result; None when there is one.
+        """
 
     def assist(self, call: Call) -> Dict[str, Any]:
         """Where a script splits its prompts over ranks: what the other ranks do, inside their first call.
@@ -67,15 +77,17 @@ class Session:
 
     Args:
         settings: with `search` set.
-        group: the sequence-parallel process group, or None.
-        block_path, hidden_states: see osaccel.generation.Generation.
+        target: where things are in the pipeline.
     """
 
-    def __init__(self, settings: Settings, group: Any, block_path: str, hidden_states: Any):
-        self.settings, self.team = settings, Team(group)
-        self.block_path, self.hidden_states = block_path, hidden_states
+    def __init__(self, settings: Settings, target: Target):
+        self.settings, self.target = settings, target
+        self.team = Team(target.sequence_parallel_group())
         self.calls: List[Call] = []
         self.is_over = False
+        # Whether what was found is in the file that was asked for; else it is in the log.
+        self.is_delivered = True
+        self._has_failed = False
         self._runner: Optional[Runner] = None
         atexit.register(self._complain_if_unfinished)
 
@@ -88,29 +100,60 @@ class Session:
 
     def on_call(self, function: Callable, pipeline: Any, args: tuple, kwargs: dict) -> Any:
         """What happens in place of a pipeline call while the search is not over; returns the call's output."""
-        call = Call(function, pipeline, args, kwargs, self.block_path, self.hidden_states)
-        if self.team.worker > 0:
-            self._end(self.runner.assist(call))
-            call.state.restore()
-            # This rank's own call was not made yet; it is the first one with what was found.
-            return function(*args, **kwargs)
-        self.calls.append(call)
+        call = Call(function, pipeline, args, kwargs, self.target)
+        try:
+            if self.team.worker > 0:
+                self._end(self.runner.assist(call))
+                call.state.restore()
+                # This rank's own call was not made yet; it is the first one with what was found.
+                return function(*args, **kwargs)
+            return self._record(call)
+        except BaseException as error:
+            self._give_up(error)
+            raise
+
+    def deliver(self, path: str, content: Any, write: Callable[[], Any]) -> None:
+        """Write the file that was asked for; where that fails, `content` is in the log and the process fails."""
+        self.is_delivered = outputs.deliver(path, content, write) and self.is_delivered
+
+    def _record(self, call: Call) -> Any:
+        if not self.calls:
+            self.team.led(self._check_outputs)
         output = self.runner.record(call)
+        self.calls.append(call)
         after = RandomState(call.state.generators)
         if len(self.calls) == self.settings.search_prompts:
             self._end(self.runner.search())
             after.restore()
         return output
 
+    def _check_outputs(self) -> None:
+        for path in (self.settings.timesteps_output, self.settings.cache_output, self.settings.plan_output):
+            if path is not None:
+                outputs.check(path)
+
+    def _give_up(self, error: BaseException) -> None:
+        """The call failed. Most scripts end now; in one that does not, the next call is the first of a new search."""
+        runner, self._runner, self.calls = self._runner, None, []
+        self._has_failed = True
+        try:
+            if runner is not None and not self.is_over:
+                runner.close(str(error) or type(error).__name__)
+        except (OSError, SearchError) as problem:
+            # What failed first is what the user must see.
+            logger.debug("closing the search: %s", problem)
+
     def _end(self, found: Dict[str, Any]) -> None:
         self.is_over = True
+        self.runner.close()
         if self.settings.search_then == "exit":
-            end_process(self.team)
+            end_process(self.team, 0 if self.team.share(self.is_delivered) else 1)
         self.settings = replace(self.settings, search=None, **found)
         self._runner, self.calls = None, []
 
     def _complain_if_unfinished(self) -> None:
-        if self.calls and not self.is_over and sys.exc_info()[0] is None and not hasattr(sys, "last_value"):
+        has_begun = bool(self.calls) or self._has_failed
+        if has_begun and not self.is_over and sys.exc_info()[0] is None and not hasattr(sys, "last_value"):
             logger.error(
                 "the script ended after %d pipeline calls, OSACCEL_SEARCH_PROMPTS asks for %d; nothing was searched",
                 len(self.calls), self.settings.search_prompts,
@@ -119,15 +162,15 @@ class Session:
             os._exit(1)
 
 
-def end_process(team: Team) -> None:
-    """End this rank with status 0, whatever the script would do next.
+def end_process(team: Team, status: int = 0) -> None:
+    """End this rank with this status, whatever the script would do next.
 
     The upstream's scripts catch bare exceptions, SystemExit too, and one of them never ends by itself, so the process
     is ended directly; the barrier keeps a rank from closing connections another one still uses.
     """
     team.barrier()
     _flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def _flush() -> None:

@@ -6,9 +6,13 @@ different numbers of prompts, meet in files alone.
 """
 
 import os
-from typing import Any, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 import torch
+
+from osaccel.search.errors import SearchError
+
+T = TypeVar("T")
 
 
 class Team:
@@ -51,6 +55,19 @@ class Team:
         first = torch.distributed.get_process_group_ranks(self.group)[0]
         torch.distributed.broadcast_object_list(holder, src=first, group=self.group)
         return holder[0]
+
+    def led(self, make: Callable[[], T]) -> Optional[T]:
+        """What `make` gives on the leader, None on the others; its SearchError is raised on every rank."""
+        made, problem = None, None
+        if self.is_leader:
+            try:
+                made = make()
+            except SearchError as error:
+                problem = str(error)
+        problem = self.share(problem)
+        if problem is not None:
+            raise SearchError(problem)
+        return made
 
     def all_agree(self, value: bool) -> bool:
         """Whether `value` is true on every rank of the team."""

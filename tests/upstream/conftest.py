@@ -93,6 +93,18 @@ class Upstream:
             self.runs[key] = self._run(script, prefix, sitecustomize, steps, method, frames, extra, ranks, environ)
         return self.runs[key]
 
+    def run_file(self, name, ranks, *arguments):
+        """Run a Python file that lies here, on `ranks` ranks, with the tiny checkpoints; returns what it printed."""
+        here = os.path.dirname(os.path.abspath(__file__))
+        command = [sys.executable]
+        if ranks > 1:
+            command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
+        environ = dict(os.environ, PYTHONHASHSEED="3", OMP_NUM_THREADS="1")
+        environ["PYTHONPATH"] = os.pathsep.join([CHECKOUT, ROOT])
+        command += [os.path.join(here, name), TINY, *arguments]
+        ended = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
+        return ended.stdout.decode()
+
     def _run(self, script, prefix, sitecustomize, steps, method, frames, extra, ranks, variables):
         out = self.folder / str(len(self.runs))
         out.mkdir()

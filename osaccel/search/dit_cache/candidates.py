@@ -6,12 +6,14 @@ journal goes on as if it had not been stopped. What is not finite loses.
 """
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.network.policy import IntervalPolicy, computed_blocks
+from osaccel.plan import Interval
+from osaccel.search.errors import SearchError
+from osaccel.search.evaluation import Evaluation
 
 MAX_INTERVAL = 6
 # Block forwards a search may spend, in plain generations, the observed one included.
@@ -20,10 +22,6 @@ BUDGET = 6.0
 MAX_VERIFIED = 32
 # A candidate is as promising as its expected log error less so many of its standard deviations.
 OPTIMISM = 1.0
-
-
-class SearchError(RuntimeError):
-    """The search cannot give what was asked for; the message says what is reachable."""
 
 
 class Candidate(NamedTuple):
@@ -40,7 +38,7 @@ class Candidate(NamedTuple):
 
     def speed_up(self, num_blocks: int, num_steps: int) -> float:
         """Blocks of a plain generation over blocks computed with this cache."""
-        return num_blocks * num_steps / computed_blocks(IntervalPolicy(self.config), num_blocks, num_steps)
+        return num_blocks * num_steps / cost(self, num_blocks, num_steps, resume=0)
 
 
 def reused(num_steps: int, first: int, interval: int) -> int:
@@ -190,15 +188,15 @@ class Search:
         self.belief = Belief(pool, scores, num_blocks, num_steps, calls)
         self.turned = np.zeros(len(pool)) if turned is None else turned
         self.speed = np.array([c.speed_up(num_blocks, num_steps) for c in self.belief.pool])
-        self.done: Dict[Candidate, Dict[str, Any]] = {}
+        self.done: Dict[Candidate, Evaluation] = {}
 
-    def add(self, evaluation: Dict[str, Any]) -> None:
-        self.done[candidate_of(evaluation)] = evaluation
+    def add(self, evaluation: Evaluation) -> None:
+        self.done[candidate_of(evaluation.config)] = evaluation
 
     @property
-    def block_forwards(self) -> int:
+    def block_forwards(self) -> float:
         """Blocks computed so far, the plain generations included."""
-        return self.plain + self.overhead + sum(evaluation["block_forwards"] for evaluation in self.done.values())
+        return self.plain + self.overhead + sum(evaluation.block_forwards for evaluation in self.done.values())
 
     @property
     def spent(self) -> float:
@@ -234,7 +232,7 @@ class Search:
 
     def _order_for_psnr(self, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best verified so far."""
-        measured = {c: 10 ** (-e["psnr"] / 20) for c, e in self.done.items() if e.get("psnr") is not None}
+        measured = {c: 10 ** (-e.psnr / 20) for c, e in self.done.items() if e.psnr is not None}
         mean, deviation = self.belief.estimate(measured)
         if not measured:
             # The prediction has no unit yet: start in the middle of its range.
@@ -260,7 +258,7 @@ class Search:
         mean, _ = self.belief.estimate(self._measured())
         losses, finished = self._losses(mean), self._finished()
         # No error at all has no logarithm to learn from, and nothing is better.
-        return min(finished, key=lambda c: (finished[c]["error"] > 0, losses[self.belief.index[c]], c), default=None)
+        return min(finished, key=lambda c: (finished[c] > 0, losses[self.belief.index[c]], c), default=None)
 
     def _losses(self, log_errors: np.ndarray) -> np.ndarray:
         """(candidate,): the mean error over videos; that of one that turned into another is about 1."""
@@ -275,22 +273,22 @@ class Search:
             for candidate, error, turned in zip(self.belief.pool, np.exp(mean).tolist(), self.turned.tolist())
         }
 
-    def _finished(self) -> Dict[Candidate, Dict[str, Any]]:
-        return {c: e for c, e in self.done.items() if e["error"] is not None and not e["abandoned"]}
+    def _finished(self) -> Dict[Candidate, float]:
+        """Their errors."""
+        return {c: e.error for c, e in self.done.items() if e.error is not None and not e.abandoned}
 
     def best(self) -> Optional[Candidate]:
         """The best by what was measured, what others are compared with while they run; None when none qualifies."""
         finished = self._finished()
         if self.goal.min_psnr is None:
-            return min(finished, key=lambda c: (finished[c]["error"], c), default=None)
-        keeping = [c for c, e in finished.items() if e["psnr"] is not None and e["psnr"] >= self.goal.min_psnr]
-        return max(
-            keeping, key=lambda c: (c.speed_up(self.num_blocks, self.num_steps), -finished[c]["error"]), default=None
-        )
+            return min(finished, key=lambda c: (finished[c], c), default=None)
+        psnrs = {c: self.done[c].psnr for c in finished}
+        keeping = [c for c, psnr in psnrs.items() if psnr is not None and psnr >= self.goal.min_psnr]
+        return max(keeping, key=lambda c: (c.speed_up(self.num_blocks, self.num_steps), -finished[c]), default=None)
 
     def _measured(self) -> Dict[Candidate, float]:
         """The errors to learn from; of an abandoned run, the one it was heading for."""
-        errors = {c: e["projected"] if e["abandoned"] else e["error"] for c, e in self.done.items()}
+        errors = {c: e.projected if e.abandoned else e.error for c, e in self.done.items()}
         return {candidate: error for candidate, error in errors.items() if error is not None and error > 0}
 
 
@@ -311,13 +309,14 @@ def pool_for(goal: Goal, num_blocks: int, num_steps: int) -> List[Candidate]:
 
 def cost(candidate: Candidate, num_blocks: int, num_steps: int, resume: Optional[int] = None) -> int:
     """Blocks a branch computes in a generation with this cache from step `resume` on; by default the storing step."""
-    policy = IntervalPolicy(candidate.config)
+    reuse = Interval(candidate.first, candidate.interval)
     start = candidate.first if resume is None else resume
-    return computed_blocks(policy, num_blocks, num_steps) - computed_blocks(policy, num_blocks, start)
+    skipped = sum(step in reuse for step in range(start, num_steps))
+    return num_blocks * (num_steps - start) - skipped * (candidate.stop - candidate.start)
 
 
-def candidate_of(evaluation: Dict[str, Any]) -> Candidate:
-    config = evaluation["config"]
+def candidate_of(config: Mapping[str, Any]) -> Candidate:
+    """The candidate of msModelSlim's four keys."""
     start = config["cache_block_start"]
     return Candidate(
         start, start + config["cache_num_blocks"], config["cache_step_start"], config["cache_step_interval"]

@@ -8,8 +8,10 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel.network.policy import IntervalPolicy
+from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.candidates import Candidate, projected
+from osaccel.search.evaluation import Curve, Evaluation
+from osaccel.search.frames import frames_of, mean_psnr, psnr
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
 
@@ -35,22 +37,17 @@ class Evaluator:
         self._references: List[float] = []
         self.final: Optional[torch.Tensor] = None
 
-    def __call__(self, candidate: Candidate, best: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-        """Evaluate one candidate; stops early when it cannot beat `best`, an earlier evaluation.
-
-        Returns a JSON-able mapping. `error` is the relative L2 distance of the final latents from the plain ones over
-        all calls, None when not finite or abandoned; `projected` where an abandoned one was heading for; `curves` the
-        errors per call and step.
-        """
+    def __call__(self, candidate: Candidate, best: Optional[Evaluation] = None) -> Evaluation:
+        """Evaluate one candidate; stops early when it cannot beat `best`, an earlier evaluation."""
         started = time.perf_counter()
         rival = _Rival(best, self.references()) if best else None
-        curves: List[List[Optional[float]]] = []
+        curves: List[Curve] = []
         squares, blocks, steps_run, abandoned, psnrs = 0.0, 0, 0, False, []
         for number, replay in enumerate(self.replays):
             run = _Run(replay, candidate, self.team, rival.on_call(number, squares) if rival else None, self.on_step)
             output = run.go(decode=self.decode)
-            curves.append([_json(value) for value in run.curve])
-            blocks += replay.cache.computed_blocks if replay.cache else 0
+            curves.append(tuple(_json(value) for value in run.curve))
+            blocks += int(replay.cache.computed_blocks) if replay.cache else 0
             steps_run = len(run.curve)
             abandoned = run.abandoned
             if number == 0:
@@ -62,18 +59,18 @@ class Evaluator:
                 psnrs.append(self._psnr(number, replay, output))
         reference = sum(self.references())
         error = math.sqrt(squares / reference) if reference > 0 and squares >= 0 else math.nan
-        return {
-            "config": candidate.config.to_dict(),
-            "error": None if abandoned else _json(error),
-            "projected": _json(rival.heading_for(curves, squares)) if rival and abandoned else None,
-            "psnr": _mean_psnr(psnrs) if psnrs and not abandoned else None,
-            "abandoned": abandoned,
-            "resumed_at": self.replays[0].resumed_at(candidate.first),
-            "steps_run": steps_run,
-            "block_forwards": blocks,
-            "seconds": time.perf_counter() - started,
-            "curves": curves,
-        }
+        return Evaluation(
+            config=candidate.config.to_dict(),
+            error=None if abandoned else _json(error),
+            block_forwards=blocks,
+            abandoned=abandoned,
+            projected=_json(rival.heading_for(curves, squares)) if rival and abandoned else None,
+            psnr=mean_psnr(psnrs) if psnrs and not abandoned else None,
+            resumed_at=self.replays[0].resumed_at(candidate.first),
+            steps_run=steps_run,
+            seconds=time.perf_counter() - started,
+            curves=tuple(curves),
+        )
 
     def references(self) -> List[float]:
         """The sum of squares of each call's plain final latents, over the team's shards."""
@@ -91,9 +88,9 @@ class Evaluator:
 class _Rival:
     """The best candidate so far, as the measure for another one's running errors over all calls."""
 
-    def __init__(self, best: Dict[str, Any], references: Sequence[float]):
-        self.curves, self.references = best["curves"], references
-        self.error = math.inf if best["error"] is None else best["error"]
+    def __init__(self, best: Evaluation, references: Sequence[float]):
+        self.curves, self.references = best.curves, references
+        self.error = math.inf if best.error is None else best.error
 
     def on_call(self, number: int, squares: float) -> Callable[[int, float], bool]:
         """Whether a running error (step, error) on a call is hopeless, after calls with these squared errors in all."""
@@ -132,7 +129,7 @@ class _Run:
         self.last: Optional[torch.Tensor] = None
 
     def go(self, decode: bool) -> Any:
-        policy = IntervalPolicy(self.candidate.config)
+        policy = of_dit_cache(self.candidate.config)
         try:
             return self.replay.run_cached(policy, self.candidate.first, self._watch, decode=decode)
         except Abandoned:
@@ -160,26 +157,6 @@ def relative_size(team: Team, change: torch.Tensor, plain: torch.Tensor) -> Tupl
     """The same for a change of the latents; both in float64 on one device."""
     square, reference = team.sum(torch.stack([(change**2).sum(), (plain**2).sum()])).tolist()
     return math.sqrt(square / reference) if reference > 0 else math.nan, square
-
-
-def frames_of(output: Any) -> np.ndarray:
-    """The frames in a pipeline's output, as an array."""
-    images = getattr(output, "images", output)
-    images = images[0] if isinstance(images, tuple) else images
-    return images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images, np.float32)
-
-
-def psnr(reference: np.ndarray, frames: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB of frames in 0 .. 255; 200 when they are equal, -200 when not finite."""
-    error = float(np.mean((reference.astype(np.float64) - frames) ** 2)) if np.isfinite(frames).all() else math.nan
-    if not math.isfinite(error):
-        return -200.0
-    return min(200.0, 10 * math.log10(255.0**2 / max(error, 1e-16)))
-
-
-def _mean_psnr(values: Sequence[float]) -> float:
-    """Of the mean squared error, as if the calls were one long video."""
-    return -10 * math.log10(sum(10 ** (-value / 10) for value in values) / len(values))
 
 
 def _json(value: float) -> Optional[float]:

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.network.policy import IntervalPolicy
+from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.error_model import Gains, unknown_gains
 from osaccel.search.dit_cache.evaluate import relative_size
+from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.team import Team
-from osaccel.search.timesteps.lists import even_places
 
 # Block forwards the probes of regions may take, in plain generations.
 BUDGET = 0.3
@@ -93,7 +93,7 @@ class Prober:
     def _probe(self, step: int, start: int, stop: int) -> Optional[float]:
         """log of what the hidden states' change does to the latents, per unit of it; None when there is no change."""
         change = math.sqrt(max(0.0, float(self.grams[0, step, start:stop, start:stop].sum())))
-        policy = IntervalPolicy(DitCacheConfig(step - 1, self.num_steps + 1, start, stop - start))
+        policy = of_dit_cache(DitCacheConfig(step - 1, self.num_steps + 1, start, stop - start))
         errors: List[float] = []
 
         def watch(now: int, latents: torch.Tensor) -> None:
@@ -105,7 +105,7 @@ class Prober:
             self.replay.run_cached(policy, step - 1, watch)
         except Abandoned:
             pass
-        self.block_forwards += self.replay.cache.computed_blocks if self.replay.cache else 0
+        self.block_forwards += int(self.replay.cache.computed_blocks) if self.replay.cache else 0
         if not errors or not math.isfinite(errors[0]) or errors[0] <= 0 or change <= 0:
             return None
         return math.log(errors[0] / change)

@@ -11,7 +11,7 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 
-from osaccel.network.regions import Streams
+from osaccel.network.forwards import Streams
 
 MEMORY = 512 * 2**20
 # Guidance run as two forwards keeps two histories; more than two are not expected.

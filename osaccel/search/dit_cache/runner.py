@@ -2,11 +2,10 @@
 """The cache search inside a script: records, ranks, verifies, writes the configuration and its report.
 
 Everything finished is in the journal beside the output, so a killed search goes on where it stopped. Where prompts are
-split over ranks, the ranks are the workers of rank 0's search, see `workers`.
+split over ranks, the ranks are the workers of rank 0's search, see `osaccel.search.workers`.
 """
 
 import logging
-import os
 import time
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
@@ -16,73 +15,91 @@ import torch
 from osaccel import binding, formats
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks
-from osaccel.network.regions import HiddenStates
+from osaccel.network.forwards import HiddenStates
+from osaccel.search import frames as pictures
+from osaccel.search import outputs, recordings, workers
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache import probes, sidecar
-from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search, SearchError
+from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search, candidate_of
 from osaccel.search.dit_cache.error_model import Gains, predictions
 from osaccel.search.dit_cache.evaluate import Evaluator
 from osaccel.search.dit_cache.progress import Progress
 from osaccel.search.dit_cache.region_errors import RegionErrors
-from osaccel.search.dit_cache.workers import Helper, Workers, final_name
-from osaccel.search.journal import Journal, digest_of
+from osaccel.search.errors import SearchError
+from osaccel.search.evaluation import Evaluation, key_of
+from osaccel.search.journal import Journal
 from osaccel.search.recording import boundaries
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Runner, Session
+from osaccel.search.team import Team
+from osaccel.search.workers import Evaluate, Held, Helper, Job, Workers
 
 logger = logging.getLogger("osaccel")
 
+# The journal of a search is beside its output.
+SUFFIX = ".search"
+
 
 class CacheRunner(Runner):
-    """OSACCEL_SEARCH=dit_cache."""
+    """OSACCEL_SEARCH=dit_cache.
 
-    def __init__(self, session: Session, timesteps: Optional[Sequence[float]] = None):
+    Args:
+        timesteps: a searched list that the calls are to follow; by default the settings' own.
+        held: the lock of the journal, where it was taken already.
+    """
+
+    def __init__(self, session: Session, timesteps: Optional[Sequence[float]] = None, held: Optional[Held] = None):
         super().__init__(session)
         settings = session.settings
         self.timesteps = timesteps if timesteps is not None else settings.timesteps
         self.output = settings.cache_output or ""
         self.goal = Goal(settings.cache_ratio, settings.min_psnr)
-        self.team = session.team
+        self.team, self.held = session.team, held
         self.replays: List[Replay] = []
         self.grams: List[torch.Tensor] = []
         self.bytes_used = 0
         self.num_blocks = 0
         self.fingerprint: Dict[str, Any] = {}
-        self.journal: Any = None
+        self._journal: Optional[Journal] = None
+
+    @property
+    def journal(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
 
     # Recording
 
     def record(self, call: Call) -> Any:
-        blocks = list(find_blocks(call.pipeline, call.block_path))
+        blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
         replay = Replay(call, self.timesteps)
-        if self.journal is None:
+        if self._journal is None:
             self._open_journal(call)
         number = len(self.replays)
-        self.replays.append(replay)
-        name = f"recording-{number}-{self.team.member}.pt"
-        known = self.journal.load(name)
-        usable = known is not None and known["call"] == digest_of(call.arguments)
-        if self.team.all_agree(usable):
+        observed = recordings.resume(self.journal, self.team, number, replay)
+        if observed is not None:
             self._say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
-            call.state.load(known["random"])
-            replay.load(known["replay"])
-            self.grams.append(known["grams"])
-            self.bytes_used = max(self.bytes_used, known["bytes_used"])
-            return replay.decode()
-        if self.team.share(bool(self.journal.evaluations())):
-            self._say("starting anew: call %d is not the one that was recorded", number + 1)
-        self._forget_evaluations()
-        return self._record_anew(call, replay, blocks, name)
+            output = replay.decode()
+        else:
+            if self.team.share(bool(self.journal.evaluations())):
+                self._say("starting anew: call %d is not the one that was recorded", number + 1)
+            self._forget_evaluations()
+            output, observed = self._record_anew(call, replay, blocks)
+            recordings.keep(self.journal, self.team, number, replay, observed)
+        self.replays.append(replay)
+        self.grams.append(observed["grams"])
+        self.bytes_used = max(self.bytes_used, observed["bytes_used"])
+        return output
 
-    def _record_anew(self, call: Call, replay: Replay, blocks: List[torch.nn.Module], name: str) -> Any:
+    def _record_anew(self, call: Call, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
+        """The pipeline's output, and what was observed of its blocks."""
         errors = RegionErrors(len(blocks), MAX_INTERVAL - 1)
         kept = replay.boundaries = Boundaries(boundaries.MEMORY // self.session.settings.search_prompts)
 
         def attach(generation: Any) -> Any:
-            states = HiddenStates(call.hidden_states)
+            states = HiddenStates(call.target.hidden_states)
             return watch_blocks(blocks, generation.clock, states, errors.observe, kept.observe)
 
         def before_first_forward() -> None:
@@ -97,18 +114,7 @@ class CacheRunner(Runner):
         if not self.team.all_agree(bool(torch.isfinite(final).all())):
             raise SearchError("The plain generation's latents are not finite; there is nothing to compare with.")
         self._agree_on_boundaries(replay)
-        grams = errors.tensor(replay.recording.steps)
-        self.grams.append(grams)
-        self.bytes_used = max(self.bytes_used, errors.bytes_used)
-        content = {
-            "call": digest_of(call.arguments),
-            "random": call.state.to_dict(),
-            "replay": replay.content(),
-            "grams": grams,
-            "bytes_used": errors.bytes_used,
-        }
-        self.journal.save(name, content)
-        return output
+        return output, {"grams": errors.tensor(replay.recording.steps), "bytes_used": errors.bytes_used}
 
     def _pool(self, num_steps: int) -> List[Candidate]:
         return cache_search.pool_for(self.goal, self.num_blocks, num_steps)
@@ -127,11 +133,7 @@ class CacheRunner(Runner):
         self.fingerprint = self.team.share(
             binding.of_search(call, self.num_blocks, self.timesteps, prompts, self.team.size, metric)
         )
-        directory = self.output + ".search"
-        if self.team.is_leader:
-            self.journal = Journal(directory, self.fingerprint)
-        self.team.barrier()
-        self.journal = self.journal or Journal(directory, self.fingerprint, is_writer=False)
+        self._journal = workers.open_journal(self.team, self.output + SUFFIX, self.fingerprint, self.held)
         if self.journal.started_anew:
             self._say("what was searched before does not fit any more, starting anew: %s", self.journal.started_anew)
         elif self.journal.evaluations():
@@ -139,9 +141,7 @@ class CacheRunner(Runner):
 
     def _forget_evaluations(self) -> None:
         if self.team.is_leader:
-            for name in os.listdir(self.journal.directory):
-                if name.startswith(("evaluations-", "final-", "gains-")):
-                    os.unlink(os.path.join(self.journal.directory, name))
+            self.journal.forget("evaluations-", "final-", "gains-")
         self.team.barrier()
 
     # Searching
@@ -149,12 +149,19 @@ class CacheRunner(Runner):
     def search(self) -> Dict[str, Any]:
         started = time.time()
         search, changes = self._prepare()
-        workers = Workers(self.team, self.journal)
-        workers.publish(self.replays)
+        crew = Workers(self.team, self.journal)
+        crew.publish(recordings.shared(self.replays))
+        self._verify(search, crew)
+        found = self._conclude(search, changes, time.time() - started)
+        crew.finish({"cache": found.to_dict(), "timesteps": self.timesteps}, remove=self.session.is_delivered)
+        return {"cache": found}
+
+    def _verify(self, search: Search, crew: Workers) -> None:
+        """Evaluate what the search asks for until it asks for nothing; what the journal knows is not run again."""
         progress = Progress(search, self.team.is_first)
-        evaluator = Evaluator(self.replays, self.team, self.goal.min_psnr is not None, progress.step)
-        for evaluation in self.team.share(self.journal.evaluations()):
-            search.add(evaluation)
+        decode = self.goal.min_psnr is not None
+        evaluate = evaluates(self.team, self.journal, Evaluator(self.replays, self.team, decode, progress.step))
+        known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         progress.sync()
         while True:
             # One decision: the ranks' machines may round differently.
@@ -162,13 +169,15 @@ class CacheRunner(Runner):
             if not round_:
                 break
             best = self.team.share(search.best())
-            for evaluation in workers.run_round(round_, evaluator, search.done[best] if best else None):
-                search.add(evaluation)
+            jobs = [candidate.config.to_dict() for candidate in round_]
+            missing = [job for job in jobs if key_of(job) not in known]
+            if missing:
+                rival = search.done[best].to_json() if best else None
+                known.update((found.key, found) for found in crew.run_round(missing, evaluate, rival))
+            for job in jobs:
+                search.add(known[key_of(job)])
             progress.sync()
         progress.close()
-        found = self._conclude(search, changes, time.time() - started)
-        workers.finish(found.to_dict())
-        return {"cache": found}
 
     def _prepare(self) -> Tuple[Search, np.ndarray]:
         """The search, and how much each block's delta changes from step to step."""
@@ -197,7 +206,7 @@ class CacheRunner(Runner):
 
     def _gains(self, grams: np.ndarray, pool: List[Candidate]) -> Tuple[Gains, int]:
         """What a change of the hidden states does to the latents, from the first call, and its block forwards."""
-        name = f"gains-{self.team.member}.pt"
+        name = f"gains-{self.team.member}"
         known = self.journal.load(name)
         if self.team.all_agree(known is not None):
             return Gains(*known["gains"]), known["block_forwards"]
@@ -221,23 +230,29 @@ class CacheRunner(Runner):
             raise SearchError(self._nothing_found(search))
         final = self.journal.load(final_name(best, self.team.member))
         has_final = self.team.all_agree(final is not None)
-        frames = sidecar.frames(self.replays[0], final) if has_final else None
+        frames = pictures.frames(self.replays[0], final) if has_final else None
         if self.team.is_first:
             report = sidecar.report(search, best, changes, self.replays, self.fingerprint, seconds, self.bytes_used)
-            if frames is not None:
-                sidecar.write_frames(self.output + ".report.npz", frames)
-            formats.write_json(binding.report_path(self.output), report)
-            formats.write_cache_config(self.output, best.config)
+            self._write(best, report, frames)
             logger.info(
                 "found %s: speed-up %.3f in blocks, error %.4g, %d candidates verified, cost %.2f plain generations; "
                 "written to %s", best.config.to_dict(), report["speed_up"], report["error"], len(search.done),
-                search.spent, self.output,
+                search.spent, self.output if self.session.is_delivered else "no file",
             )  # fmt: skip
         self.team.barrier()
         return best.config
 
+    def _write(self, best: Candidate, report: Dict[str, Any], frames: Optional[Dict[str, np.ndarray]]) -> None:
+        """The report first: a configuration without one is bound to nothing."""
+        if frames is not None:
+            pictures.write_frames(self.output + ".report.npz", frames)
+        path, config = binding.report_path(self.output), best.config
+        summary = {key: report[key] for key in ("speed_up", "error", "psnr", "fingerprint")}
+        outputs.deliver(path, summary, lambda: formats.write_json(path, report))
+        self.session.deliver(self.output, config.to_dict(), lambda: formats.write_cache_config(self.output, config))
+
     def _nothing_found(self, search: Search) -> str:
-        psnrs = [e["psnr"] for e in search.done.values() if e["psnr"] is not None]
+        psnrs = [evaluation.psnr for evaluation in search.done.values() if evaluation.psnr is not None]
         if self.goal.min_psnr is not None and psnrs:
             return (
                 f"No verified cache configuration keeps a PSNR of {self.goal.min_psnr:g} dB; the best one has "
@@ -250,32 +265,39 @@ class CacheRunner(Runner):
             logger.info(message, *args)
 
     def assist(self, call: Call) -> Dict[str, Any]:
-        journal = Journal(self.output + ".search", {}, is_writer=False)
-        helper = Helper(self.team, journal, self.timesteps, self.goal.min_psnr is not None)
-        return {"cache": DitCacheConfig(**helper.assist(call))}
+        decode = self.goal.min_psnr is not None
+
+        def prepare(journal: Journal, context: Any) -> Evaluate:
+            replays = recordings.adopt(journal, self.team, call, context)
+            return evaluates(self.team, journal, Evaluator(replays, self.team, decode))
+
+        found = Helper(self.team, self.output + SUFFIX).assist(prepare)
+        timesteps = {"timesteps": tuple(found["timesteps"])} if found["timesteps"] else {}
+        return {"cache": DitCacheConfig(**found["cache"]), **timesteps}
+
+    def close(self, problem: Optional[str] = None) -> None:
+        if self._journal is not None:
+            if problem is not None:
+                Workers(self.team, self._journal).give_up(problem)
+            self._journal.close()
 
 
-class AllRunner(Runner):
-    """OSACCEL_SEARCH=all: timesteps first, then the cache for a generation that follows them."""
-
-    def __init__(self, session: Session):
-        super().__init__(session)
-        from osaccel.search.timesteps.runner import RestepRunner  # type: ignore[import-not-found,unused-ignore]
-
-        self.restep = RestepRunner(session)
-
-    def record(self, call: Call) -> Any:
-        return self.restep.record(call)
-
-    def search(self) -> Dict[str, Any]:
-        found = self.restep.search()
-        cache = CacheRunner(self.session, found["timesteps"])
-        for call in self.session.calls:
-            cache.record(call)
-        return {**found, **cache.search()}
-
-    def assist(self, call: Call) -> Dict[str, Any]:
-        return CacheRunner(self.session).assist(call)
+def final_name(candidate: Candidate, member: int) -> str:
+    """Where the final latents of a candidate on the first call are kept, for the report's frames."""
+    return f"final-{'-'.join(map(str, candidate))}-{member}"
 
 
-__all__ = ["AllRunner", "CacheRunner"]
+def evaluates(team: Team, journal: Journal, evaluator: Evaluator) -> Evaluate:
+    """What evaluates a worker's job, the four keys, against the best evaluation so far."""
+
+    def evaluate(job: Job, best: Any) -> Evaluation:
+        candidate = candidate_of(job)
+        evaluation = evaluator(candidate, Evaluation.from_json(best) if best else None)
+        if evaluation.error is not None:
+            journal.save(final_name(candidate, team.member), evaluator.final)
+        return evaluation
+
+    return evaluate
+
+
+__all__ = ["CacheRunner"]

@@ -2,16 +2,14 @@
 """The sidecar report of a cache search: every candidate and what it cost, and frames of plain against cached."""
 
 import logging
-import os
 from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
-import torch
 
 from osaccel import binding
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache.candidates import Candidate, Search
-from osaccel.search.dit_cache.evaluate import frames_of
+from osaccel.search.evaluation import Evaluation
 from osaccel.search.recording.replay import Replay
 
 logger = logging.getLogger("osaccel")
@@ -42,9 +40,9 @@ def report(
         "goal": {"ratio": search.goal.ratio, "min_psnr": search.goal.min_psnr},
         "speed_up": best.speed_up(blocks, steps),
         "reachable_speed_up": cache_search.reachable(blocks, steps),
-        "error": chosen["error"],
+        "error": chosen.error,
         "expected_turned": expected[best]["expected_turned"],
-        "psnr": chosen["psnr"],
+        "psnr": chosen.psnr,
         "fingerprint": bound,
         "versions": binding.versions(),
         "cost": {
@@ -64,7 +62,7 @@ def report(
 
 def _cost(search: Search, replays: Sequence[Replay]) -> Dict[str, Any]:
     recording = replays[0].recording
-    recomputed = sum(e["resumed_at"] == candidate.first for candidate, e in search.done.items())
+    recomputed = sum(e.resumed_at == candidate.first for candidate, e in search.done.items())
     return {
         "plain_generations": search.spent,
         "block_forwards": search.block_forwards,
@@ -84,50 +82,20 @@ def _evaluations(
     steps, blocks = search.num_steps, search.num_blocks
     return [
         {
-            **{key: value for key, value in evaluation.items() if key != "curves"},
+            **{key: value for key, value in evaluation.to_json().items() if key != "curves"},
             # Where it was given up, the error that it had by then.
-            "last_error": next((value for value in reversed(evaluation["curves"][-1]) if value is not None), None),
+            "last_error": next((value for value in reversed(evaluation.curves[-1]) if value is not None), None),
             **expected[candidate],
             "predicted_speed_up": candidate.speed_up(blocks, steps),
             "measured_speed_up": measured_speed_up(evaluation, steps, plain_seconds),
-            "whole_generation_timed": evaluation["error"] is not None and evaluation["resumed_at"] == 0,
+            "whole_generation_timed": evaluation.error is not None and evaluation.resumed_at == 0,
         }
         for candidate, evaluation in search.done.items()
     ]
 
 
-def measured_speed_up(evaluation: Dict[str, Any], num_steps: int, plain_seconds: float) -> Optional[float]:
+def measured_speed_up(evaluation: Evaluation, num_steps: int, plain_seconds: float) -> Optional[float]:
     """Plain time over the time of a whole generation with the cache, the part not repeated counted at plain speed."""
-    if evaluation["abandoned"] or evaluation["error"] is None or plain_seconds <= 0:
+    if not evaluation.is_finished or plain_seconds <= 0:
         return None
-    return plain_seconds / (plain_seconds * evaluation["resumed_at"] / num_steps + evaluation["seconds"])
-
-
-def frames(replay: Replay, final: torch.Tensor) -> Optional[Dict[str, np.ndarray]]:
-    """Plain and cached frames of a call, thinned out; None when the pipeline gives none."""
-    try:
-        pair = {"plain": replay.decode(), "cached": replay.decode(final)}
-        return {name: thinned(frames_of(output)) for name, output in pair.items()}
-    except (ValueError, TypeError, RuntimeError) as error:
-        # The configuration is found; a report without pictures is no reason to lose it.
-        logger.warning("the report has no frames: %s", error)
-        return None
-
-
-def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
-    """At most `count` frames of at most about `size` pixels a side, 8 bit, of the first video; (T, H, W, C)."""
-    if frames.ndim == 5:
-        frames = frames[0]
-    if frames.ndim != 4:
-        raise ValueError(f"frames of shape {frames.shape} are not (T, H, W, C)")
-    picked = np.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)
-    stride = max(1, -(-max(frames.shape[1:3]) // size))
-    return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
-
-
-def write_frames(path: str, content: Dict[str, Any]) -> None:
-    """Write what `frames` gave so that it is there whole or not at all."""
-    temporary = f"{path}.{os.getpid()}.part"
-    with open(temporary, "wb") as file:
-        np.savez_compressed(file, **content)
-    os.replace(temporary, path)
+    return plain_seconds / (plain_seconds * evaluation.resumed_at / num_steps + evaluation.seconds)

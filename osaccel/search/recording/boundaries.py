@@ -6,10 +6,10 @@ there it computes what the plain one does. So that step need not be computed aga
 longer fits is not kept, and is computed again by whoever needs it.
 """
 
-from typing import Any, Container, Dict, List, Optional, Tuple
+from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 
-from osaccel.network.policy import Region
-from osaccel.network.regions import Streams
+from osaccel.network.forwards import Streams
+from osaccel.plan import Region
 
 # Host memory for all recorded calls of a process together.
 MEMORY = 2 * 2**30
@@ -18,9 +18,9 @@ MEMORY = 2 * 2**30
 class _Pass:
     """One forward through all blocks: what entered and what left each, in the blocks' order."""
 
-    def __init__(self) -> None:
-        self.inputs: List[Streams] = []
-        self.outputs: List[Streams] = []
+    def __init__(self, inputs: Sequence[Streams] = (), outputs: Sequence[Streams] = ()) -> None:
+        self.inputs: List[Streams] = list(inputs)
+        self.outputs: List[Streams] = list(outputs)
 
 
 class Boundaries:
@@ -75,6 +75,15 @@ class Boundaries:
         passes = self.kept.pop(step, [])
         tensors = {id(t): t for p in passes for streams in p.inputs + p.outputs for t in streams}
         self.bytes_used -= sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+    def content(self) -> Dict[str, Any]:
+        """What `load` of another process needs."""
+        kept = {step: [(one.inputs, one.outputs) for one in passes] for step, passes in self.kept.items()}
+        return {"memory": self.memory, "bytes_used": self.bytes_used, "kept": kept}
+
+    def load(self, content: Dict[str, Any]) -> None:
+        self.memory, self.bytes_used = content["memory"], content["bytes_used"]
+        self.kept = {step: [_Pass(*both) for both in passes] for step, passes in content["kept"].items()}
 
     def close(self) -> None:
         """The generation is over: let go of the tensors on the device."""

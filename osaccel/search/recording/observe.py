@@ -1,20 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows what enters and leaves every transformer block of a generation to whoever wants to see it."""
 
-from typing import Any, Callable, List, Sequence, Tuple
+from typing import Any, Callable, List, Sequence
 
 import torch
 
-from osaccel.network.regions import HiddenStates, ReplacedForward, Streams
+from osaccel.clock import Clock
+from osaccel.network.forwards import HiddenStates, ReplacedForward, Streams
 
-# f(step, branch, block index, what entered, what left); a branch is the n-th call of the block within a step.
+# f(step, n-th forward within the step, block index, what entered, what left).
 Observer = Callable[[int, int, int, Streams, Streams], None]
 
 
 def watch_blocks(
-    blocks: Sequence[torch.nn.Module], clock: Any, states: HiddenStates, *observers: Observer
+    blocks: Sequence[torch.nn.Module], clock: Clock, states: HiddenStates, *observers: Observer
 ) -> Callable[[], None]:
-    """Call the observers after each block until the returned function is called; `clock.step` is the current step."""
+    """Call the observers after each block until the returned function is called; counts the clock's forwards."""
     replaced: List[ReplacedForward] = []
 
     def detach() -> None:
@@ -22,17 +23,14 @@ def watch_blocks(
             replaced.pop().restore()
 
     def maker(index: int) -> Callable[[Callable], Callable]:
-        last: Tuple[int, int] = (-1, 0)
-
         def make(original: Callable) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                nonlocal last
-                step = clock.step
-                last = step, last[1] + 1 if last[0] == step else 0
+                if index == 0:
+                    clock.begin_forward()
                 before = states.of_input(args, kwargs)
                 output = original(*args, **kwargs)
                 for observe in observers:
-                    observe(step, last[1], index, before, states.of_output(output))
+                    observe(clock.step, clock.forward, index, before, states.of_output(output))
                 return output
 
             return forward

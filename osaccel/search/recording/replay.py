@@ -10,15 +10,19 @@ and the transformer is not called. A cache gets its first delta from the block b
 import inspect
 import random
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from dataclasses import replace
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from osaccel.generation import Generation, wrap_method
-from osaccel.network.policy import IntervalPolicy
-from osaccel.network.regions import BlockCache, Streams
+from osaccel.interceptors import Interceptor, StepCall, latents_of, with_latents
+from osaccel.network.forwards import Streams, prediction_of, with_prediction
+from osaccel.network.regions import BlockCache
+from osaccel.plan import Plan
 from osaccel.search.recording.boundaries import Boundaries
+from osaccel.targets import Target, target_of
 
 
 class Abandoned(Exception):
@@ -73,11 +77,9 @@ class Call:
         pipeline: Any,
         args: tuple,
         kwargs: dict,
-        block_path: str = "transformer.transformer_blocks",
-        hidden_states: Sequence[str] = ("hidden_states",),
+        target: Optional[Target] = None,
     ):
-        self.function, self.pipeline = function, pipeline
-        self.block_path, self.hidden_states = block_path, tuple(hidden_states)
+        self.function, self.pipeline, self.target = function, pipeline, target or target_of(pipeline)
         bound = inspect.signature(function).bind(*args, **kwargs)
         self.args, self.kwargs = bound.args, bound.kwargs
         bound.apply_defaults()
@@ -106,9 +108,14 @@ class Recording:
     """The plain generation of one call: per step the prediction given to the scheduler and the latents it returned.
 
     Both are kept on the host: 2 latents per step. `seconds` is the time from the first forward to the last step.
+
+    Attributes:
+        outputs: what every forward of every step returned, where they are kept: as much again per branch of guidance. A
+            replay then answers in the network's place, so that whatever stands before it sees what it saw.
     """
 
     def __init__(self) -> None:
+        self.outputs: List[List[torch.Tensor]] = []
         self.predictions: List[torch.Tensor] = []
         self.latents: List[torch.Tensor] = []
         self.stand_in: Any = None
@@ -119,12 +126,113 @@ class Recording:
     def steps(self) -> int:
         return len(self.predictions)
 
+    def content(self) -> Dict[str, Any]:
+        """What `load` of another process needs: plain values and tensors."""
+        stand_in = self.stand_in
+        if not isinstance(stand_in, (torch.Tensor, tuple, type(None))):
+            stand_in = {"sample": stand_in.sample}
+        return {**vars(self), "stand_in": stand_in}
+
+    def load(self, content: Dict[str, Any]) -> None:
+        vars(self).update(content)
+        if isinstance(self.stand_in, dict):
+            self.stand_in = _Output(self.stand_in["sample"])
+
+    def stand_in_on(self, device: torch.device) -> Any:
+        """What a forward that is not computed returns: of the right kind, its numbers are never used."""
+        if isinstance(self.stand_in, torch.Tensor):
+            return self.stand_in.to(device)
+        if isinstance(self.stand_in, tuple):
+            return tuple(part.to(device) if isinstance(part, torch.Tensor) else part for part in self.stand_in)
+        return with_prediction(self.stand_in, prediction_of(self.stand_in).to(device))
+
     def nbytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.predictions + self.latents)
+        outputs = [tensor for forwards in self.outputs for tensor in forwards]
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.predictions + self.latents + outputs)
+
+
+class _Output:
+    """In place of a transformer's output object that was read back: its sample, by name, by key and by position."""
+
+    def __init__(self, sample: torch.Tensor):
+        self.sample = sample
+
+    def __getitem__(self, key: Any) -> torch.Tensor:
+        return self.sample
+
+
+class _Recorder(Interceptor):
+    """Keeps in `recording` what replays of this generation need."""
+
+    def __init__(self, recording: Recording, before_first_forward: Callable[[], None], keep_outputs: bool):
+        self.recording, self.before_first_forward = recording, before_first_forward
+        self.keep_outputs, self._forwards = keep_outputs, []  # type: ignore[var-annotated]
+        self._started = 0.0
+
+    def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
+        recording = self.recording
+        if not recording.forwards:
+            self.before_first_forward()
+            self._started = time.perf_counter()
+        recording.forwards += 1
+        recording.stand_in = proceed(*args, **kwargs)
+        if self.keep_outputs:
+            self._forwards.append(prediction_of(recording.stand_in).detach().cpu().clone())
+        return recording.stand_in
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        recording = self.recording
+        recording.predictions.append(call.model_output.detach().cpu().clone())
+        result = proceed(call)
+        recording.latents.append(latents_of(result).detach().cpu().clone())
+        if self.keep_outputs:
+            recording.outputs.append(self._forwards)
+            self._forwards = []
+        recording.seconds = time.perf_counter() - self._started
+        return result
+
+
+class _Resumed(Interceptor):
+    """Takes the steps before `resume` from a replay's recording; see Replay.run."""
+
+    def __init__(self, replay: "Replay", resume: int, watch: Any, final: Any, deltas: Sequence[Streams]):
+        self.replay, self.recording = replay, replay.recording
+        self.resume, self.watch, self.final = resume, watch, final
+        self.pending, self.now, self._forward = list(enumerate(deltas)), 0, -1
+
+    def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
+        if self.now < self.resume:
+            return self._recorded(_device_of(args, kwargs))
+        while self.pending:
+            branch, delta = self.pending.pop()
+            assert self.replay.cache is not None
+            self.replay.cache.seed(0, branch, _placed(delta, _device_of(args, kwargs)), self.resume - 1)
+        return proceed(*args, **kwargs)
+
+    def _recorded(self, device: torch.device) -> Any:
+        """What the network returned, or, where that was not kept, something of the kind; `step` then knows better."""
+        stand_in, forwards = self.recording.stand_in_on(device), self.recording.outputs
+        if not forwards:
+            return stand_in
+        self._forward += 1
+        return with_prediction(stand_in, forwards[self.now][self._forward].to(device))
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        now = self.now
+        self.now, self._forward = self.now + 1, -1
+        if now < self.resume and not self.recording.outputs:
+            prediction = self.recording.predictions[now]
+            call = call.replaced(prediction.to(call.model_output.device, copy=True))
+        result = proceed(call)
+        if now >= self.resume and self.watch is not None:
+            self.watch(now, latents_of(result))
+        if self.final is not None and now == self.recording.steps - 1:
+            result = with_latents(result, self.final)
+        return result
 
 
 class Replay:
-    """Runs a call again and again, differing only by policy. Text is encoded once, nothing is decoded unless asked.
+    """Runs a call again and again, differing only by plan. Text is encoded once, nothing is decoded unless asked.
 
     Args:
         call: what to run.
@@ -135,57 +243,52 @@ class Replay:
         self.call, self.timesteps = call, timesteps
         self.recording = Recording()
         self.boundaries = Boundaries()
-        # Of the last run under a policy; it goes on counting blocks until that run is over.
+        # Of the last run under a plan; it goes on counting blocks until that run is over.
         self.cache: Optional[BlockCache] = None
-        self._text: Any = None
+        self._texts: List[Tuple[Any, RandomState]] = []
+        self._encoded = 0
         # Called once the number of steps is known and nothing has been computed.
         self.before_first_forward: Callable[[], None] = lambda: None
 
-    def record(self, attach: Optional[Callable[[Generation], Callable[[], None]]] = None, decode: bool = True) -> Any:
+    def record(
+        self,
+        attach: Optional[Callable[[Generation], Callable[[], None]]] = None,
+        decode: bool = True,
+        keep_outputs: bool = False,
+        watchers: Sequence[Interceptor] = (),
+    ) -> Any:
         """Run the plain call once, keeping what replays need; returns the pipeline's output.
 
         attach: called with the open Generation, may hook into the blocks; returns what detaches.
+        keep_outputs: keep what the network returned too; watchers: see the same calls as the recorder.
         """
         self.recording = recording = Recording()
-
-        started = 0.0
-
-        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
-            nonlocal started
-            if not recording.forwards:
-                self.before_first_forward()
-                started = time.perf_counter()
-            recording.forwards += 1
-            recording.stand_in = original(*args, **kwargs)
-            return recording.stand_in
-
-        def step(original: Callable, args: tuple, kwargs: dict) -> Any:
-            recording.predictions.append(_prediction(args, kwargs).detach().cpu().clone())
-            result = original(*args, **kwargs)
-            recording.latents.append(latents_of(result).detach().cpu().clone())
-            recording.seconds = time.perf_counter() - started
-            return result
-
-        return self._run(step, forward, None, decode, attach)
+        recorder = _Recorder(recording, self.before_first_forward, keep_outputs)
+        return self._run([recorder, *watchers], None, decode, attach)
 
     def content(self) -> Dict[str, Any]:
-        """What `load` of another process needs, beside the call."""
-        return {"recording": vars(self.recording), "boundaries": self.boundaries}
+        """What `load` of another process needs, beside the call: plain values and tensors."""
+        return {
+            "recording": self.recording.content(),
+            "boundaries": self.boundaries.content(),
+            "random": self.call.state.to_dict(),
+        }
 
     def load(self, content: Dict[str, Any]) -> None:
-        vars(self.recording).update(content["recording"])
-        self.boundaries = content["boundaries"]
+        self.recording.load(content["recording"])
+        self.boundaries.load(content["boundaries"])
+        self.call.state.load(content["random"])
 
     def run_cached(
-        self, policy: IntervalPolicy, first: int, watch: Callable[[int, torch.Tensor], None], decode: bool = False
+        self, plan: Plan, first: int, watch: Callable[[int, torch.Tensor], None], decode: bool = False
     ) -> Any:
-        """Run under a policy of one region that stores its first delta at step `first`; nothing before is computed.
+        """Run under a plan of one region that stores its first delta at step `first`; nothing before is computed.
 
         Step `first` itself is computed only where its block boundaries were not kept. See `run`.
         """
         kept = first in self.boundaries.kept
-        deltas = self.boundaries.deltas(first, policy.regions[0]) if kept else []
-        return self.run(policy, self.resumed_at(first), watch, decode=decode, deltas=deltas)
+        deltas = self.boundaries.deltas(first, plan.regions[0]) if kept else []
+        return self.run(plan, self.resumed_at(first), watch, decode=decode, deltas=deltas)
 
     def resumed_at(self, first: int) -> int:
         """The first step that `run_cached` computes."""
@@ -193,59 +296,38 @@ class Replay:
 
     def run(
         self,
-        policy: Optional[IntervalPolicy] = None,
+        plan: Optional[Plan] = None,
         resume: int = 0,
         watch: Optional[Callable[[int, torch.Tensor], None]] = None,
         final: Optional[torch.Tensor] = None,
         decode: bool = False,
         deltas: Sequence[Streams] = (),
     ) -> Any:
-        """Run again under `policy`, taking the steps before `resume` from the recording.
+        """Run again under `plan`, taking the steps before `resume` from the recording.
 
         watch: called with (step, latents) after every step from `resume` on; may raise Abandoned.
         final: latents to end with in place of the sampled ones, to have them decoded.
-        deltas: what the policy's region has stored before `resume`, by branch.
+        deltas: what the plan's first region has stored before `resume`, by branch.
         Returns the pipeline's output; `self.cache.computed_blocks` is then the number of blocks that ran.
         """
-        recording, clock, pending = self.recording, {"step": 0}, list(enumerate(deltas))
-
-        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
-            if clock["step"] < resume:
-                return recording.stand_in
-            while pending:
-                branch, delta = pending.pop()
-                assert self.cache is not None
-                self.cache.seed(0, branch, _placed_like(args, kwargs, delta))
-            return original(*args, **kwargs)
-
-        def step(original: Callable, args: tuple, kwargs: dict) -> Any:
-            now = clock["step"]
-            clock["step"] += 1
-            if now < resume:
-                args, kwargs = _with_prediction(args, kwargs, recording.predictions[now])
-            result = original(*args, **kwargs)
-            if now >= resume and watch is not None:
-                watch(now, latents_of(result))
-            if final is not None and now == recording.steps - 1:
-                result = _with_latents(result, final)
-            return result
-
-        return self._run(step, forward, policy, decode, None)
+        return self._run([_Resumed(self, resume, watch, final, deltas)], plan, decode, None)
 
     def decode(self, final: Optional[torch.Tensor] = None) -> Any:
         """The pipeline's output for the recorded latents, or for `final`, without calling the transformer."""
         return self.run(resume=self.recording.steps, final=final, decode=True)
 
-    def _run(self, step: Any, forward: Any, policy: Any, decode: bool, attach: Any) -> Any:
+    def _run(self, interceptors: Sequence[Interceptor], plan: Optional[Plan], decode: bool, attach: Any) -> Any:
         call = self.call
         replaced: Dict[str, Any] = {} if decode else {"output_type": "latent", "callback": None}
         if self.timesteps is not None:
             replaced["num_inference_steps"] = len(self.timesteps)
         args, kwargs = call.with_arguments(**replaced)
         call.state.restore()
-        generation = Generation(
-            call.pipeline, policy, self.timesteps, call.block_path, call.hidden_states, step=step, forward=forward
-        )
+        self._encoded = 0
+        plan = plan or Plan()
+        if self.timesteps is not None:
+            plan = replace(plan, timesteps=tuple(self.timesteps))
+        generation = Generation(call.pipeline, plan, call.target, interceptors)
         undo = self._quiet_and_text(quiet=not decode)
         try:
             with generation:
@@ -271,38 +353,21 @@ class Replay:
         return undo
 
     def _encode(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        # A call encodes its text once, so the first result is the result; the random state after it belongs to it.
-        if self._text is None:
+        # Some pipelines encode prompt and negative prompt by two calls; the n-th call of every run is the same.
+        number, self._encoded = self._encoded, self._encoded + 1
+        if number == len(self._texts):
             encoded = wrapped(*args, **kwargs)
-            self._text = encoded, RandomState(self.call.state.generators)
-        encoded, state = self._text
+            # The random state after it belongs to it.
+            self._texts.append((encoded, RandomState(self.call.state.generators)))
+        encoded, state = self._texts[number]
         state.restore()
         return encoded
 
 
-def _placed_like(args: tuple, kwargs: dict, streams: Streams) -> Streams:
-    """On the device of the transformer's inputs."""
-    device = next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+def _device_of(args: tuple, kwargs: dict) -> torch.device:
+    """Where the transformer's inputs are."""
+    return next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+
+
+def _placed(streams: Streams, device: torch.device) -> Streams:
     return tuple(tensor.to(device) for tensor in streams)
-
-
-def _prediction(args: tuple, kwargs: dict) -> torch.Tensor:
-    return args[0] if args else kwargs["model_output"]
-
-
-def _with_prediction(args: tuple, kwargs: dict, prediction: torch.Tensor) -> Any:
-    placed = prediction.to(_prediction(args, kwargs).device, copy=True)
-    return ((placed, *args[1:]), kwargs) if args else (args, dict(kwargs, model_output=placed))
-
-
-def latents_of(result: Any) -> torch.Tensor:
-    """The next sample in what `scheduler.step` returned, a tuple or an output object."""
-    return result[0] if isinstance(result, tuple) else result.prev_sample
-
-
-def _with_latents(result: Any, latents: torch.Tensor) -> Any:
-    placed = latents.to(latents_of(result).device)
-    if isinstance(result, tuple):
-        return (placed, *result[1:])
-    result.prev_sample = placed
-    return result

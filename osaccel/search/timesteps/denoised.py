@@ -11,45 +11,12 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import numpy as np
 import torch
 
-from osaccel.sampling.levels import sigma_table
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.sampling.levels import NoiseLevels
 from osaccel.search.team import Team
 from osaccel.search.timesteps.lists import Statistics
 
 _RINGS = 6
-
-
-def step_arguments(args: tuple, kwargs: dict) -> Tuple[torch.Tensor, Any, torch.Tensor]:
-    """model_output, timestep and sample of a `scheduler.step` call."""
-    given = dict(zip(("model_output", "timestep", "sample"), args))
-    given.update(kwargs)
-    return given["model_output"], given["timestep"], given["sample"]
-
-
-class NoiseLevels:
-    """s(t) of a scheduler's training schedule, and whether its samples are x (s grows) or x / sqrt(1 + s^2)."""
-
-    def __init__(self, scheduler: Any):
-        self.scheduler = scheduler
-        self.table = sigma_table(scheduler.alphas_cumprod.double())
-
-    def sigma(self, timestep: Any) -> float:
-        return float(np.interp(float(timestep), np.arange(len(self.table)), self.table))
-
-    def scale(self, sigma: float) -> float:
-        """What a sample of this scheduler is multiplied with to be x0 + s z."""
-        is_exploding = float(self.scheduler.init_noise_sigma) > 1.5
-        return 1.0 if is_exploding else math.sqrt(1.0 + sigma * sigma)
-
-    def denoised(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> torch.Tensor:
-        """D(x, s), float32."""
-        sigma = self.sigma(timestep)
-        x, output = sample.float() * self.scale(sigma), model_output.float()
-        kind = self.scheduler.config.get("prediction_type", "epsilon")
-        if kind == "epsilon":
-            return x - sigma * output
-        if kind == "v_prediction":
-            return x / (1 + sigma * sigma) - output * (sigma / math.sqrt(1 + sigma * sigma))
-        return output
 
 
 def cosine_matrix(size: int) -> torch.Tensor:
@@ -92,8 +59,8 @@ class _Coefficients:
         return denoised.reshape(-1)[self.chosen.to(denoised.device)].cpu()
 
 
-class DenoiserLog:
-    """A step interceptor for `Generation(step=...)`, one log for any number of generations on one scheduler.
+class DenoiserLog(Interceptor):
+    """An interceptor, one log for any number of generations on one scheduler.
 
     Args:
         scheduler: the pipeline's.
@@ -108,9 +75,9 @@ class DenoiserLog:
         self._coefficients: Optional[_Coefficients] = None
         self._rows: Dict[float, torch.Tensor] = {}
 
-    def step(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        self.observe(*step_arguments(args, kwargs))
-        return original(*args, **kwargs)
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        self.observe(call.model_output, call.timestep, call.sample)
+        return proceed(call)
 
     def observe(self, model_output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> None:
         time = float(timestep)
@@ -119,7 +86,7 @@ class DenoiserLog:
             return
         if self._coefficients is None:
             self._coefficients = _Coefficients(sample.shape, self.entries, self.seed)
-        denoised = self.levels.denoised(model_output.detach(), timestep, sample.detach())
+        denoised = self.levels.denoised(model_output.detach(), self.levels.sigma(time), sample.detach())
         self._rows[time] = self._coefficients.of(denoised)
 
     def end_generation(self) -> None:

@@ -23,6 +23,8 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
+from osaccel.search.places import even_places
+
 METHODS = ("wdp", "klub", "arctan")
 
 
@@ -244,11 +246,6 @@ def gap_mask(timesteps: np.ndarray, points: int, max_gap: float) -> np.ndarray:
     neighbours = np.arange(len(times) - 1)
     allowed[neighbours, neighbours + 1] = True
     return allowed
-
-
-def even_places(size: int, points: int) -> Tuple[int, ...]:
-    """Evenly spaced places on a grid of `size`, the first and the last among them."""
-    return tuple(int(place) for place in np.round(np.linspace(0, size - 1, points)))
 
 
 def path_cost(costs: np.ndarray, places: Sequence[int]) -> float:

@@ -3,13 +3,16 @@
 
 import logging
 import os
+from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from osaccel import binding, formats
 from osaccel.generation import Generation, find_blocks
-from osaccel.search.dit_cache.candidates import SearchError
+from osaccel.interceptors import Interceptor
+from osaccel.search.errors import SearchError
+from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
 from osaccel.search.timesteps import calibration
@@ -17,6 +20,17 @@ from osaccel.search.timesteps import lists as timesteps
 from osaccel.search.timesteps.denoised import DenoiserLog
 
 logger = logging.getLogger("osaccel")
+
+
+class _ForwardCounter(Interceptor):
+    """Counts the transformer's forwards of one kind."""
+
+    def __init__(self, counts: Dict[str, int], kind: str):
+        self.counts, self.kind = counts, kind
+
+    def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
+        self.counts[self.kind] += 1
+        return proceed(*args, **kwargs)
 
 
 class RestepRunner(Runner):
@@ -35,8 +49,8 @@ class RestepRunner(Runner):
         if directory is not None and not self._videos:
             self._calibrate(call, log, directory)
         counting = self._counter("script")
-        step = log.step if directory is None else None
-        with Generation(call.pipeline, None, None, call.block_path, call.hidden_states, step=step, forward=counting):
+        watchers = [counting, log] if directory is None else [counting]
+        with Generation(call.pipeline, None, call.target, watchers):
             output = call.function(*call.args, **call.kwargs)
         if directory is None:
             log.end_generation()
@@ -53,9 +67,16 @@ class RestepRunner(Runner):
             report = make_report(statistics, dict(zip(settings.target_steps, shared)), "wdp", timesteps.DEFAULTS)
             report["forwards"] = {**self.forwards, "extra": self.forwards["search"]}
             report["calibration"] = self._videos or f"{len(self.log.generations)} generations of the script"
-            write(settings.timesteps_output or "", shared, settings.target_steps, report, self.session.calls[0])
+            self._write(shared, report)
         # As a reader gets it back: what is bound to this list is bound to the file's.
         return {"timesteps": _as_stored(shared[0])}
+
+    def _write(self, lists: Sequence[Sequence[float]], report: Dict[str, Any]) -> None:
+        """Each list and its sidecar report."""
+        settings = self.session.settings
+        call = self.session.calls[0]
+        for path, values in zip(paths_of(settings.timesteps_output or "", settings.target_steps), lists):
+            self.session.deliver(path, list(values), partial(write, path, values, report, call))
 
     def _check(self, call: Call) -> None:
         steps = call.arguments.get("num_inference_steps")
@@ -78,15 +99,11 @@ class RestepRunner(Runner):
     def _calibrate(self, call: Call, log: DenoiserLog, directory: str) -> None:
         videos = calibration.Videos(directory, call.arguments)
         self._videos = [os.path.basename(path) for path in videos.paths]
-        calibration.evaluate(call, videos, log, self.session.team, forward=self._counter("search"))
+        calibration.evaluate(call, videos, log, self.session.team, watchers=[self._counter("search")])
         call.state.restore()
 
-    def _counter(self, kind: str) -> Callable:
-        def forward(original: Callable, args: tuple, kwargs: dict) -> Any:
-            self.forwards[kind] += 1
-            return original(*args, **kwargs)
-
-        return forward
+    def _counter(self, kind: str) -> Interceptor:
+        return _ForwardCounter(self.forwards, kind)
 
 
 def _find(
@@ -125,12 +142,12 @@ def _predicted(
     changed decisions, even spacing's with half of the steps being 1.
     """
     objective, size = timesteps.Objective(statistics, parameters), len(statistics.timesteps)
-    unit = timesteps.path_cost(objective.decisions, timesteps.even_places(size, max(2, size // 2))) or 1.0
+    unit = timesteps.path_cost(objective.decisions, even_places(size, max(2, size // 2))) or 1.0
     curves: Dict[str, Dict[str, float]] = {
         name: {} for name in ("cost_curve", "cost_curve_even", "decisions_curve", "decisions_curve_even")
     }
     for length in lengths:
-        for ending, places in (("", objective.best(length)), ("_even", timesteps.even_places(size, length))):
+        for ending, places in (("", objective.best(length)), ("_even", even_places(size, length))):
             curves["cost_curve" + ending][str(length)] = timesteps.path_cost(objective.detail, places)
             curves["decisions_curve" + ending][str(length)] = timesteps.path_cost(objective.decisions, places) / unit
     return curves
@@ -142,22 +159,17 @@ def paths_of(output: str, counts: Sequence[int]) -> List[str]:
     return [output if number == 0 else f"{stem}.{count}{ending}" for number, count in enumerate(counts)]
 
 
-def write(
-    output: str, lists: Sequence[Sequence[float]], counts: Sequence[int], report: Dict[str, Any], call: Call
-) -> None:
-    """Write each list and its sidecar report."""
-    blocks = _number_of_blocks(call)
-    for path, values in zip(paths_of(output, counts), lists):
-        formats.write_timesteps(path, values)
-        stored = _as_stored(values)
-        bound = {
-            **binding.of_call(call.pipeline, call.arguments, blocks, stored),
-            "teacher_steps": report["teacher_steps"],
-            "guidance_scale": call.arguments.get("guidance_scale"),
-            "versions": binding.versions(),
-        }
-        formats.write_json(binding.report_path(path), {**report, "fingerprint": bound})
-        logger.info("searched timesteps (%d steps) written to %s", len(values), path)
+def write(path: str, values: Sequence[float], report: Dict[str, Any], call: Call) -> None:
+    """Write a list and its sidecar report."""
+    formats.write_timesteps(path, values)
+    bound = {
+        **binding.of_call(call.pipeline, call.arguments, _number_of_blocks(call), _as_stored(values)),
+        "teacher_steps": report["teacher_steps"],
+        "guidance_scale": call.arguments.get("guidance_scale"),
+        "versions": binding.versions(),
+    }
+    formats.write_json(binding.report_path(path), {**report, "fingerprint": bound})
+    logger.info("searched timesteps (%d steps) written to %s", len(values), path)
 
 
 def _as_stored(values: Sequence[float]) -> Tuple[float, ...]:
@@ -169,6 +181,6 @@ def _as_stored(values: Sequence[float]) -> Tuple[float, ...]:
 
 def _number_of_blocks(call: Call) -> int:
     try:
-        return len(find_blocks(call.pipeline, call.block_path))
+        return len(find_blocks(call.pipeline, call.target.block_path))
     except (TypeError, ValueError):
         return 0

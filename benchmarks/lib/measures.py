@@ -7,62 +7,16 @@ Without groups the videos are compared with all data at once. Every measure is p
 groups, or videos, the same ones in every arm.
 """
 
-import contextlib
 import math
-from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
-from osaccel.search.timesteps.denoised import NoiseLevels, cosine_matrix
+from osaccel.search.timesteps.denoised import cosine_matrix
 
 MEASURES = ("coupled error", "typical error", "energy distance", "mmd", "low band", "middle band", "high band")
 BANDS = MEASURES[4:]
-
-
-class Motion:
-    """One Brownian motion W(lam), lam = 1 / s^2, on the union of all arms' noise levels; drawn again from its seed.
-
-    A student step's noise is the normalised sum of the increments it passes, so arms differ by their steps alone.
-    """
-
-    def __init__(self, sigmas: Iterable[float], shape: Sequence[int], seed: int):
-        self.snrs = sorted({round(1 / sigma**2, 12) for sigma in sigmas})
-        self.shape, self.seed = tuple(shape), seed
-        self._generator = torch.Generator().manual_seed(seed)
-        self._first = torch.randn(self.shape, generator=self._generator)
-        self._place = 0
-
-    def initial(self) -> torch.Tensor:
-        return self._first
-
-    def until(self, snr: float) -> torch.Tensor:
-        """Unit noise of the step that ends at `snr`."""
-        total, width = torch.zeros(self.shape), 0.0
-        while self.snrs[self._place] < snr * (1 - 1e-9):
-            step = self.snrs[self._place + 1] - self.snrs[self._place]
-            total += math.sqrt(step) * torch.randn(self.shape, generator=self._generator)
-            width += step
-            self._place += 1
-        return total / math.sqrt(max(width, 1e-30))
-
-    @contextlib.contextmanager
-    def patched(self, module: Any, levels: NoiseLevels, times: Sequence[float]) -> Iterator[None]:
-        """Let the scheduler in `module` draw its noise from this motion while it follows `times`."""
-        ends = iter([round(1 / levels.sigma(time) ** 2, 12) for time in times[1:]])
-        original = module.randn_tensor
-
-        def draw(shape: Any, generator: Any = None, device: Any = None, dtype: Any = None, **_: Any) -> torch.Tensor:
-            end = next(ends, None)
-            # The last step ends at s = 0 and its noise has no weight.
-            noise = torch.zeros(self.shape) if end is None else self.until(end)
-            return noise.to(device, dtype)
-
-        module.randn_tensor = draw
-        try:
-            yield
-        finally:
-            module.randn_tensor = original
 
 
 def band_deviations(x: torch.Tensor) -> torch.Tensor:

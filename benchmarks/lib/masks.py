@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places the computed steps of a mask with forecast where calibration runs say that they matter.
+"""Masks, which say at what steps a region is computed: spread evenly, or placed where calibration runs say it matters.
 
 The model of the final error: the sum over skipped steps of (sensitivity of the step x relative error of the forecast
 delta) squared. Forecast errors come from the deltas of plain generations, for every choice of the two computed steps
@@ -13,9 +13,10 @@ from typing import Any, Iterator, List, Sequence, Tuple
 import numpy as np
 import torch
 
-from benchmarks.harness import Arm, Bench
-from osaccel.generation import Generation
-from osaccel.network.policy import MaskPolicy, Region
+from benchmarks.lib.bench import Arm, Bench
+from benchmarks.lib.models import Case
+from benchmarks.lib.own import masked, planned
+from osaccel.plan import Region
 
 REACH = 8  # most steps between two computed ones
 
@@ -46,26 +47,33 @@ def forecast_errors(deltas: Sequence[torch.Tensor], reach: int = REACH) -> np.nd
     return errors
 
 
-def costs(bench: Bench, prompts: Sequence[str], seed: int, steps: int, warmup: int, region: Region) -> np.ndarray:
-    """What skipping a step adds to the squared final error, [step, ahead, gap]; the mean over prompts."""
-    return np.mean([_costs(bench, prompt, seed + number, steps, warmup, region) for number, prompt in
-                    enumerate(prompts)], axis=0)  # fmt: skip
+def costs(bench: Bench, cases: Sequence[Case], warmup: int, region: Region) -> np.ndarray:
+    """What skipping a step adds to the squared final error, [step, ahead, gap]; the mean over calibration videos."""
+    return np.mean([_costs(bench, case, warmup, region) for case in cases], axis=0)
 
 
-def _costs(bench: Bench, prompt: str, seed: int, steps: int, warmup: int, region: Region) -> np.ndarray:
+def _costs(bench: Bench, case: Case, warmup: int, region: Region) -> np.ndarray:
     deltas: List[torch.Tensor] = []
-    plain = bench.sample(Arm(lambda own: recorded(own, region, deltas), steps), prompt, seed).latents
-    errors = forecast_errors(deltas)
+    plain = bench.run(Arm(lambda own: recorded(own, region, deltas)), [case])[0].latents
+    errors, steps = forecast_errors(deltas), bench.steps
     probed = sorted({*np.linspace(max(warmup, 2), steps - 1, 8).astype(int).tolist()})
     sensitivities = []
     for skipped in probed:
-        policy = MaskPolicy(region, [step != skipped for step in range(steps)], forecast=True)
-        attach = lambda own, policy=policy: Generation(own, policy=policy)  # noqa: E731
-        final = bench.sample(Arm(attach, steps), prompt, seed).latents
+        plan = masked(region, [step != skipped for step in range(steps)], forecast=True)
+        final = bench.run(planned(bench, plan), [case])[0].latents
         square = float((final - plain).square().sum() / plain.square().sum())
         sensitivities.append(max(square, 1e-16) / errors[skipped, 1, 1])
     every = np.exp(np.interp(np.arange(steps), probed, np.log(sensitivities)))
     return errors * every[:, None, None]
+
+
+def even(budget: int, num_blocks: int, steps: int, warmup: int) -> List[bool]:
+    """Block 0 always runs, the others in the warm-up, at the last step and as evenly between as the budget allows."""
+    runs = (budget - steps) // (num_blocks - 1) - warmup
+    if not 1 < runs <= steps - warmup:
+        raise ValueError(f"{budget} block calls do not fit {warmup} warm-up steps of {steps}")
+    later = {warmup + number * (steps - 1 - warmup) // (runs - 1) for number in range(runs)}
+    return [step < warmup or step in later for step in range(steps)]
 
 
 def place(cost: np.ndarray, runs: int, warmup: int) -> List[bool]:

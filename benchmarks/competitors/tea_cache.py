@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published cache rules that no package offers, written from their papers."""
+"""TeaCache (arXiv 2411.19108), which no package offers: the rule, written from the paper."""
 
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Optional
+import functools
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import numpy as np
 import torch
 
+from benchmarks.lib.bench import Arm
+from benchmarks.lib.calibration import Calibration, Competitor, tuned
 from osaccel.network.regions import ReplacedForward
+
+NAME = "TeaCache (rule)"
 
 
 def relative_l1(now: torch.Tensor, before: torch.Tensor) -> float:
@@ -15,7 +20,7 @@ def relative_l1(now: torch.Tensor, before: torch.Tensor) -> float:
 
 
 class TeaCache:
-    """TeaCache (arXiv 2411.19108) on the blocks of one generation.
+    """The rule on the blocks of one generation.
 
     It accumulates a degree-4 polynomial of the relative L1 change of block 0's modulated input against the previous
     step. While the sum stays below the threshold no block runs and the residual of all blocks is added again; else the
@@ -61,13 +66,12 @@ class TeaCache:
 
 
 @contextlib.contextmanager
-def tea_cache(pipeline: Any, *arguments: Any) -> Iterator[TeaCache]:
+def attach(pipeline: Any, *arguments: Any) -> Iterator[TeaCache]:
     """`TeaCache(blocks, *arguments)` attached to the pipeline's transformer."""
     blocks = list(pipeline.transformer.transformer_blocks)
     rule = TeaCache(blocks, *arguments)
     replaced = [
-        ReplacedForward(block, lambda original, index=index: rule.make_forward(index, original))
-        for index, block in enumerate(blocks)
+        ReplacedForward(block, functools.partial(rule.make_forward, index)) for index, block in enumerate(blocks)
     ]
     try:
         yield rule
@@ -76,21 +80,31 @@ def tea_cache(pipeline: Any, *arguments: Any) -> Iterator[TeaCache]:
             block.restore()
 
 
-def tea_polynomial(generate: Callable[[Callable], Any]) -> np.poly1d:
-    """Fitted as the paper does: from the change of the input to that of the residual, over one plain generation.
+def fitted_polynomial(generate: Callable[[Callable], Any]) -> List[float]:
+    """Coefficients, highest first, fitted as the paper does: from the change of the input to that of the residual, over
+    one plain generation.
 
     `generate(attach)` runs one generation.
     """
     rules: List[TeaCache] = []
 
     @contextlib.contextmanager
-    def attach(pipeline: Any) -> Iterator[None]:
-        with tea_cache(pipeline, 10**9, 0.0) as rule:
+    def watched(pipeline: Any) -> Iterator[None]:
+        with attach(pipeline, 10**9, 0.0) as rule:
             rule.keep = 10**9
             rules.append(rule)
             yield
 
-    generate(attach)
+    generate(watched)
     residuals = rules[0].residuals
     outputs = [relative_l1(now, before) for before, now in zip(residuals, residuals[1:])]
-    return np.poly1d(np.polyfit(rules[0].changes[1:], outputs, 4))
+    return np.polyfit(rules[0].changes[1:], outputs, 4).tolist()
+
+
+def at(calibration: Calibration, work: float) -> Arm:
+    coefficients: Sequence[float] = calibration.learned(NAME, lambda: fitted_polynomial(calibration.learn))
+    polynomial = np.poly1d(coefficients)
+    return tuned(calibration, NAME, lambda own, value: attach(own, calibration.warmup, value, polynomial), work)
+
+
+COMPETITOR = Competitor(NAME, at)

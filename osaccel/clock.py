@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a generation stands: the step, the n-th forward within it, and which branches of guidance that holds."""
+
+
+class Clock:
+    """What everything attached to one generation reads.
+
+    Attributes:
+        step: `scheduler.step` calls since `set_timesteps`.
+        forward: which of the step's forwards is running, from 0; guidance run as two forwards has a second one.
+        has_branches: whether the batch is known to be [unconditional, conditional] and its halves may part.
+        is_half: whether the running forward holds the conditional half only.
+    """
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """A generation begins."""
+        self.step, self.forward = 0, -1
+        self.has_branches = self.is_half = False
+
+    def begin_forward(self) -> None:
+        """The first block is called."""
+        self.forward += 1
+
+    def end_step(self) -> None:
+        self.step, self.forward = self.step + 1, -1

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Conditional-only steps: half of the batch enters the network, the unconditional output is forecast.
+
+unconditional = conditional - difference, the difference of the two being extrapolated in the step index along the last
+two steps that computed both, or that of the last where there is only one.
+"""
+
+import inspect
+import logging
+from typing import Any, Callable, Dict, List, Tuple
+
+import torch
+
+from osaccel.clock import Clock
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.network.forwards import prediction_of, with_prediction
+from osaccel.plan import Plan, forecast, reached_back
+from osaccel.targets import Guidance
+
+logger = logging.getLogger("osaccel")
+
+
+class ConditionalOnly(Interceptor):
+    """Runs a plan's conditional-only steps; keeps at most two differences of the size of half of an output, float32.
+
+    Args:
+        plan: with the steps.
+        guidance: what of the transformer's arguments is halved.
+        clock: of the generation.
+    """
+
+    def __init__(self, plan: Plan, guidance: Guidance, clock: Clock):
+        self.plan, self.guidance, self.clock = plan, guidance, clock
+        self.differences: List[Tuple[int, torch.Tensor]] = []
+        called = [step for step in range(plan.steps or 0) if step not in plan.skip + plan.conditional_only]
+        self._stores = reached_back(called, plan.conditional_only, 2)
+        self._batch = 0
+
+    def begin(self, scheduler: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.differences, self._batch = [], 0
+
+    def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        step = self.clock.step
+        if self.clock.has_branches and step in self.plan.conditional_only:
+            return self._half(proceed, args, kwargs)
+        output = proceed(*args, **kwargs)
+        prediction = prediction_of(output)
+        self._batch = prediction.shape[0]
+        if step in self._stores and self._batch % 2 == 0:
+            unconditional, conditional = prediction.detach().float().chunk(2)
+            self.differences = [(step, conditional - unconditional), *self.differences[:1]]
+        return output
+
+    def step(self, proceed: Callable, call: StepCall) -> Any:
+        if self.clock.step == 0:
+            # The samplers see one prediction a video: where the network made two, guidance is on and in one batch.
+            self.clock.has_branches = self._batch == 2 * call.sample.shape[0]
+            if not self.clock.has_branches:
+                self.differences = []
+                logger.info("guidance is off or not in one batch: conditional-only steps compute in full")
+        return proceed(call)
+
+    def _half(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        args, kwargs = self._halved(proceed, args, kwargs)
+        self.clock.is_half = True
+        try:
+            output = proceed(*args, **kwargs)
+        finally:
+            self.clock.is_half = False
+        conditional = prediction_of(output)
+        unconditional = (conditional.float() - self._difference()).to(conditional.dtype)
+        return with_prediction(output, torch.cat([unconditional, conditional]))
+
+    def _difference(self) -> torch.Tensor:
+        (newest, difference), *earlier = self.differences
+        if not earlier:
+            return difference
+        before, older = earlier[0]
+        ahead = forecast(self.clock.step, newest, before)
+        return difference + ahead * (difference - older)
+
+    def _halved(self, proceed: Callable, args: tuple, kwargs: dict) -> Tuple[tuple, Dict[str, Any]]:
+        """The arguments with the conditional half of everything batch-first."""
+        names = list(inspect.signature(proceed).parameters)[: len(args)]
+        halved = tuple(self._half_of(name, value) for name, value in zip(names, args)) + args[len(names) :]
+        return halved, {name: self._half_of(name, value) for name, value in kwargs.items()}
+
+    def _half_of(self, name: str, value: Any) -> Any:
+        if name not in self.guidance.batch_first:
+            return value
+        if isinstance(value, (list, tuple)):
+            return type(value)([self._half_of(name, item) for item in value])
+        if isinstance(value, dict):
+            return {key: self._half_of(name, item) for key, item in value.items()}
+        # A scalar timestep, or one row for all, has no halves.
+        if not isinstance(value, torch.Tensor) or value.dim() == 0 or value.shape[0] == 1:
+            return value
+        if value.shape[0] != self._batch:
+            raise ValueError(
+                f"The transformer's argument {name} has {value.shape[0]} rows, but its batch has {self._batch}; only "
+                "arguments with one row per half of every video can be halved for a conditional-only step."
+            )
+        return value[self._batch // 2 :]

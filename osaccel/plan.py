@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan: one frozen value that says what every step of a generation computes; pure functions of the step, no torch.
+
+Step indices count the run's own `scheduler.step` calls from 0, the noisiest. What no list names is computed in full.
+"""
+
+import bisect
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+
+from osaccel.dit_cache_config import DitCacheConfig
+
+FORMAT = "osaccel.plan/1"
+ORDERS = (0, 1)
+# What a conditional-only step leaves of the batch.
+HALF = 0.5
+
+
+class Interval(NamedTuple):
+    """msModelSlim's rule for the steps that reuse: from `first` on all but every `every`-th."""
+
+    first: int
+    every: int
+
+    def __contains__(self, step: object) -> bool:
+        return isinstance(step, int) and step >= self.first and (step - self.first) % self.every != 0
+
+
+@dataclass(frozen=True)
+class Region:
+    """Blocks `start .. stop - 1`, which are not computed at the steps in `reuse`.
+
+    Args:
+        reuse: steps at which the region's stored delta (what its blocks added) stands in for its blocks.
+        order: 0 adds the newest stored delta, 1 extrapolates along the two newest in the step index.
+    """
+
+    start: int
+    stop: int
+    reuse: Union[Tuple[int, ...], Interval] = ()
+    order: int = 0
+
+    @property
+    def is_used(self) -> bool:
+        """Whether any step can reuse."""
+        return self.reuse.every > 1 if isinstance(self.reuse, Interval) else bool(self.reuse)
+
+    def __str__(self) -> str:
+        return f"blocks {self.start} to {self.stop - 1}"
+
+
+@dataclass(frozen=True)
+class Correction:
+    """Strengths in [0, 1] of the second-order correction, one number or one per step (docs/correction.md).
+
+    Args:
+        predictor: how far a stand-in follows the newest change of the denoised prediction.
+        corrector: how much of what an interval lost is made good once its end is known.
+    """
+
+    predictor: Union[float, Tuple[float, ...]] = 0.0
+    corrector: Union[float, Tuple[float, ...]] = 0.0
+
+    @property
+    def is_used(self) -> bool:
+        return any(any(value) if isinstance(value, tuple) else value for value in (self.predictor, self.corrector))
+
+    def at(self, step: int) -> Tuple[float, float]:
+        """(predictor, corrector) at one step."""
+        predictor, corrector = (
+            value[step] if isinstance(value, tuple) else value for value in (self.predictor, self.corrector)
+        )
+        return predictor, corrector
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a generation does differently from the plain one; the default is the plain one.
+
+    Args:
+        steps: the `scheduler.step` calls of the run it is for; None for rules that fit any number.
+        skip: steps at which the network is not called; a stand-in goes to the scheduler (`osaccel.sampling.standin`).
+        conditional_only: steps at which only the conditional half of the batch is computed (`osaccel.network.halves`).
+        regions: disjoint blocks that are reused at some steps (`osaccel.network.regions`).
+        correction: strengths of the second-order correction.
+        timesteps: a searched list, descending, in [0, 1000], in place of the scheduler's spacing.
+        made_for: what the plan is bound to (`osaccel.binding`); measured: what a search found. Neither changes a run.
+
+    Raises:
+        ValueError: the parts contradict each other or do not fit `steps`; the message begins with the key.
+    """
+
+    steps: Optional[int] = None
+    skip: Tuple[int, ...] = ()
+    conditional_only: Tuple[int, ...] = ()
+    regions: Tuple[Region, ...] = ()
+    correction: Correction = Correction()
+    timesteps: Optional[Tuple[float, ...]] = None
+    made_for: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, named in self._named_steps():
+            _check_steps(name, named, self.steps)
+        both = sorted(set(self.skip) & set(self.conditional_only))
+        if both:
+            raise ValueError(f"skip and conditional_only both name step {both[0]}; a skipped step computes nothing.")
+        for number, region in enumerate(self.regions):
+            _check_region(f"regions[{number}]", region, self.skip)
+        _check_disjoint(self.regions)
+        for name in ("predictor", "corrector"):
+            _check_strengths(f"correction.{name}", getattr(self.correction, name), self.steps)
+
+    def _named_steps(self) -> List[Tuple[str, Tuple[int, ...]]]:
+        named = [("skip", self.skip), ("conditional_only", self.conditional_only)]
+        for number, region in enumerate(self.regions):
+            if not isinstance(region.reuse, Interval):
+                named.append((f"regions[{number}].reuse", region.reuse))
+        return named
+
+    @property
+    def touches_network(self) -> bool:
+        """Whether some step computes less than everything."""
+        return bool(self.skip or self.conditional_only or self.used_regions)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a generation under it is the plain one."""
+        return not (self.touches_network or self.correction.is_used or self.timesteps)
+
+    @property
+    def used_regions(self) -> Tuple[Region, ...]:
+        return tuple(region for region in self.regions if region.is_used)
+
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError when a run of `steps` steps is not what the plan is for."""
+        if self.steps not in (None, steps):
+            raise ValueError(
+                f"the plan is for {self.steps} steps, but this generation takes {steps}; sample with {self.steps} "
+                "steps, or search a plan for this number."
+            )
+
+    def check_blocks(self, num_blocks: int) -> None:
+        """Raise ValueError when a region reaches past the last of `num_blocks` blocks."""
+        for number, region in enumerate(self.regions):
+            if region.stop > num_blocks:
+                what = (
+                    "cache_block_start + cache_num_blocks"
+                    if isinstance(region.reuse, Interval)
+                    else f"regions[{number}].stop"
+                )
+                their = "their sum" if isinstance(region.reuse, Interval) else "it"
+                raise ValueError(
+                    f"{what} = {region.stop} reaches past the last of the {num_blocks} transformer blocks; "
+                    f"{their} may be at most {num_blocks}."
+                )
+
+    def work_of(self, step: int, num_blocks: int, guided: bool = True) -> float:
+        """Network work of one step: block calls x share of the batch; a full step is `num_blocks`."""
+        if step in self.skip:
+            return 0.0
+        reused = sum(region.stop - region.start for region in self.regions if step in region.reuse)
+        return (num_blocks - reused) * (HALF if guided and step in self.conditional_only else 1.0)
+
+    def work(self, num_blocks: int, steps: Optional[int] = None, guided: bool = True) -> float:
+        """Network work of a generation, plain = 1; `steps` where the plan does not say."""
+        count = self.steps or steps
+        if count is None:
+            raise ValueError("the number of steps is needed: this plan fits any.")
+        return sum(self.work_of(step, num_blocks, guided) for step in range(count)) / (num_blocks * count)
+
+    def describe(self) -> str:
+        """What it does, in a few words."""
+        parts = [f"{len(self.skip)} steps skipped"] if self.skip else []
+        if self.conditional_only:
+            parts.append(f"{len(self.conditional_only)} conditional only")
+        for region in self.used_regions:
+            how = "forecast" if region.order else "reused"
+            if isinstance(region.reuse, Interval):
+                when = f"from step {region.reuse.first} on, but every {region.reuse.every}th"
+            else:
+                when = f"at {len(region.reuse)} steps"
+            parts.append(f"{region} {how} {when}")
+        if self.correction.is_used:
+            parts.append("corrected")
+        return ", ".join(parts) or "every step in full"
+
+
+def of_dit_cache(config: DitCacheConfig) -> Plan:
+    """The plan that msModelSlim's four numbers stand for, for any number of steps."""
+    start, stop = config.cache_block_start, config.cache_block_start + config.cache_num_blocks
+    if config.cache_num_blocks == 0:
+        return Plan()
+    return Plan(regions=(Region(start, stop, Interval(config.cache_step_start, config.cache_step_interval)),))
+
+
+def for_steps(plan: Plan, steps: int) -> Plan:
+    """The same plan with the number of steps and every step named."""
+    plan.check_steps(steps)
+    regions = tuple(
+        replace(region, reuse=tuple(step for step in range(steps) if step in region.reuse)) for region in plan.regions
+    )
+    return replace(plan, steps=steps, regions=regions)
+
+
+class Schedule(NamedTuple):
+    """When one region of a plan reuses, and at which of the steps it computes its delta is worth storing."""
+
+    reuses: Callable[[int], bool]
+    stores: Callable[[int], bool]
+
+    @classmethod
+    def of(cls, region: Region, plan: Plan) -> "Schedule":
+        reuse = region.reuse
+        if isinstance(reuse, Interval):
+            first = reuse.first
+            return cls(reuse.__contains__, lambda step: step >= first and step not in reuse)
+        return cls(frozenset(reuse).__contains__, _stored(region, plan).__contains__)
+
+
+def _stored(region: Region, plan: Plan) -> FrozenSet[int]:
+    """The computed steps whose delta a later step reaches back to, on either branch.
+
+    A conditional-only step stores for the conditional branch alone, so the unconditional one reaches further back.
+    """
+    called = [step for step in range(plan.steps or 0) if step not in plan.skip]
+    needed: FrozenSet[int] = frozenset()
+    for branch in (called, [step for step in called if step not in plan.conditional_only]):
+        computed = [step for step in branch if step not in region.reuse]
+        needed |= reached_back(computed, [step for step in branch if step in region.reuse], region.order + 1)
+    return needed
+
+
+def reached_back(steps: Sequence[int], wanted: Iterable[int], depth: int) -> FrozenSet[int]:
+    """Of the ascending `steps`, those among the `depth` newest before one of the `wanted` steps."""
+    needed: List[int] = []
+    for step in wanted:
+        place = bisect.bisect_left(steps, step)
+        needed.extend(steps[max(0, place - depth) : place])
+    return frozenset(needed)
+
+
+def forecast(step: int, newest: int, before: int) -> float:
+    """How far along the line through two earlier steps `step` lies: value = newest + it * (newest - before)."""
+    return (step - newest) / (newest - before)
+
+
+def _check_steps(name: str, named: Sequence[int], steps: Optional[int]) -> None:
+    if named and steps is None:
+        raise ValueError(f"{name} names steps, so steps must say how many there are.")
+    for step in named:
+        if isinstance(step, bool) or not isinstance(step, int):
+            raise ValueError(f"{name}: a step must be an integer, got {step!r}.")
+        if not 0 <= step < (steps or 0):
+            raise ValueError(f"{name}: step {step} is not one of the run's steps, 0 to {(steps or 0) - 1}.")
+    twice = [step for step, after in zip(sorted(named), sorted(named)[1:]) if step == after]
+    if twice:
+        raise ValueError(f"{name} names step {twice[0]} twice.")
+    if 0 in named:
+        raise ValueError(f"{name}: the first step, 0, must be computed in full; nothing can stand in for it yet.")
+
+
+def _check_region(name: str, region: Region, skip: Sequence[int]) -> None:
+    if region.order not in ORDERS or isinstance(region.order, bool):
+        raise ValueError(f"{name}.order must be 0 (reuse) or 1 (forecast), got {region.order!r}.")
+    if not 0 <= region.start < region.stop:
+        raise ValueError(
+            f"{name}: start {region.start} and stop {region.stop} name no blocks; 0 <= start < stop is allowed."
+        )
+    both = sorted(step for step in skip if step in region.reuse)
+    if both:
+        raise ValueError(f"skip and {name}.reuse both name step {both[0]}; a skipped step calls no block.")
+
+
+def _check_disjoint(regions: Sequence[Region]) -> None:
+    numbers = sorted(range(len(regions)), key=lambda number: regions[number].start)
+    for left, right in zip(numbers, numbers[1:]):
+        if regions[right].start < regions[left].stop:
+            first, second = sorted((left, right))
+            raise ValueError(f"regions[{first}] and regions[{second}] both hold block {regions[right].start}.")
+
+
+def _check_strengths(name: str, value: Any, steps: Optional[int]) -> None:
+    values = value if isinstance(value, tuple) else (value,)
+    if isinstance(value, tuple) and len(value) != steps:
+        raise ValueError(f"{name} has {len(value)} values, but the plan has {steps} steps; one each, or one number.")
+    for strength in values:
+        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0 <= strength <= 1:
+            raise ValueError(f"{name} must be a number in [0, 1], got {strength!r}.")

@@ -1,0 +1,211 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Skipped steps and the second-order correction: what goes to the unmodified `scheduler.step` in place of what came.
+
+Notation (variance-exploding, Karras et al. arXiv 2206.00364): s_k the noise level of step k, D_k the guided denoised
+prediction there, x = x0 + s z. One step of the samplers below freezes D over [s_k, s_(k+1)]:
+
+    x_(k+1) / s_(k+1)^q = x_k / s_k^q + D_k (s_(k+1)^-q - s_k^-q) + noise
+
+with q = 2 for ancestral sampling (Euler ancestral, DDPM, DDIM at eta 1) and q = 1, no noise, for the probability flow
+(Euler, DDIM at eta 0). Hence a step that is told to see D_i again continues the step from i exactly, with the merged
+noise; and whatever D should have been over steps that are past can be made good by moving x: docs/correction.md.
+"""
+
+import math
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from osaccel.clock import Clock
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.network.forwards import prediction_of, with_prediction
+from osaccel.plan import Plan
+from osaccel.sampling.levels import NoiseLevels
+from osaccel.sampling.lists import UnsupportedScheduler
+
+ANCESTRAL, FLOW = 2.0, 1.0
+
+
+class _Computed(NamedTuple):
+    """A step at which the network was called."""
+
+    step: int
+    denoised: torch.Tensor
+
+
+class StandIn(Interceptor):
+    """Feeds the scheduler at skipped steps, and corrects; keeps two denoised predictions, float32.
+
+    Args:
+        plan: its `skip` and `correction` are what is done here.
+        clock: of the generation.
+
+    Raises:
+        UnsupportedScheduler: `begin`: the scheduler's step does not freeze D, or not with these options.
+    """
+
+    def __init__(self, plan: Plan, clock: Clock):
+        self.plan, self.clock = plan, clock
+        self._skip = frozenset(plan.skip)
+        self.close()
+
+    def close(self) -> None:
+        self._newest: Optional[_Computed] = None
+        self._before: Optional[_Computed] = None
+        # How far each stand-in since the newest computed step followed the change before it, by step.
+        self._followed: List[float] = []
+        self._blank: Any = None
+
+    def begin(self, scheduler: Any) -> None:
+        self.close()
+        check_scheduler(scheduler)
+        self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
+        self.sigmas = self.levels.of_steps()
+        self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
+
+    # Around the network
+
+    def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.clock.step in self._skip:
+            return self._blank
+        output = proceed(*args, **kwargs)
+        if self._blank is None:
+            prediction = prediction_of(output)
+            # Never read: the step replaces it. It takes no memory.
+            self._blank = with_prediction(output, prediction.new_zeros(()).expand(prediction.shape))
+        return output
+
+    # Around the scheduler's step
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        step, power = self.clock.step, power_of(self.scheduler, call)
+        sigma, sample = self.sigmas[step], call.sample
+        if step not in self._skip:
+            denoised = self.levels.denoised(call.model_output, sigma, sample)
+            sample = self._corrected(sample, step, denoised, power)
+            self._before, self._newest, self._followed = self._newest, _Computed(step, denoised), []
+        followed = self._follow(step, power)
+        self._followed.append(followed)
+        if step not in self._skip and sample is call.sample and not followed:
+            return proceed(call)
+        assert self._newest is not None
+        assumed = self._newest.denoised
+        if followed and self._before is not None:
+            assumed = assumed + followed * (assumed - self._before.denoised)
+        output = self.levels.model_output(assumed, sigma, sample)
+        return proceed(call.replaced(output.to(call.model_output.dtype), sample))
+
+    def _follow(self, step: int, power: float) -> float:
+        """How far D is taken to have moved on at `step`, in units of the change before the newest computed step."""
+        strength = self.plan.correction.at(step)[0]
+        if not strength or self._newest is None or self._before is None:
+            return 0.0
+        earlier, newest = self.sigmas[self._before.step], self.sigmas[self._newest.step]
+        if self._skip:
+            return strength * (newest - self.sigmas[step]) / (earlier - newest)
+        return strength * (newest - mean_sigma(newest, self.sigmas[step + 1], power)) / (earlier - newest)
+
+    def _corrected(self, sample: torch.Tensor, step: int, denoised: torch.Tensor, power: float) -> torch.Tensor:
+        """The sample where it would be, had D moved evenly in log s from the newest computed step to this one."""
+        strength, start = self.plan.correction.at(step)[1], self._newest
+        if not strength or start is None or (start.step == 0 and self._starts_without_signal):
+            return sample
+        moved, followed = self._missed(start.step, step, power)
+        change = moved * (denoised - start.denoised)
+        if followed and self._before is not None:
+            change -= followed * (start.denoised - self._before.denoised)
+        if not moved and not followed:
+            return sample
+        return (sample.float() + (strength / self.levels.scale(self.sigmas[step])) * change).to(sample.dtype)
+
+    def _missed(self, start: int, end: int, power: float) -> Tuple[float, float]:
+        """What x lacks at `end`, in units of D_end - D_start; and what it has too much, of the change followed."""
+        sigmas = self.sigmas
+        last = sigmas[end]
+        weights = [last**power * (sigmas[k + 1] ** -power - sigmas[k] ** -power) for k in range(start, end)]
+        followed = sum(weight * share for weight, share in zip(weights, self._followed))
+        whole = math.log(sigmas[start] / last)
+        if self._skip:
+            # As the plain run would have: D at the left end of every native step.
+            return sum(
+                w * math.log(sigmas[start] / sigmas[k]) / whole for w, k in zip(weights, range(start, end))
+            ), followed
+        return sum(weights) * mean_share(whole, power), followed
+
+
+def mean_share(whole: float, power: float) -> float:
+    """The mean over an interval, by the weight of s^-power, of ln(p/s) / ln(p/t), for ln(p/t) = `whole` > 0."""
+    grown = power * whole
+    return 1 / -math.expm1(-grown) - 1 / grown
+
+
+def mean_sigma(start: float, end: float, power: float) -> float:
+    """The mean of s over [start, end], by the weight of s^-power; `start` where it ends at 0 (first order)."""
+    if end <= 0:
+        return start
+    if power == ANCESTRAL:
+        return 2 * start * end / (start + end)
+    return start * end * math.log(start / end) / (start - end)
+
+
+_POWERS = {
+    "EulerAncestralDiscreteScheduler": ANCESTRAL,
+    "DDPMScheduler": ANCESTRAL,
+    "EulerDiscreteScheduler": FLOW,
+    "DDIMScheduler": FLOW,
+}
+_TWICE = "it evaluates every interval twice, and one stand-in for two different points is none"
+_HISTORY = "it already extrapolates along earlier predictions, which a stand-in would falsify"
+_REFUSED = {
+    "HeunDiscreteScheduler": _TWICE,
+    "KDPM2DiscreteScheduler": _TWICE,
+    "KDPM2AncestralDiscreteScheduler": _TWICE,
+    "DPMSolverMultistepScheduler": _HISTORY,
+    "DPMSolverSinglestepScheduler": _HISTORY,
+    "DEISMultistepScheduler": _HISTORY,
+    "PNDMScheduler": _HISTORY,
+    "UniPCMultistepScheduler": _HISTORY,
+}
+
+
+def check_scheduler(scheduler: Any) -> None:
+    """Raise UnsupportedScheduler, with the reason, unless the scheduler's step freezes D as skipping needs it."""
+    reason = _refusal(scheduler)
+    if reason:
+        raise UnsupportedScheduler(
+            f"{type(scheduler).__name__} cannot skip or correct steps: {reason}. Allowed: {', '.join(_POWERS)}."
+        )
+
+
+def _refusal(scheduler: Any) -> Optional[str]:
+    names = [base.__name__ for base in type(scheduler).__mro__]
+    config = scheduler.config
+    for name in names:
+        if name in _REFUSED:
+            return _REFUSED[name]
+    if not any(name in _POWERS for name in names):
+        return "nothing is known of how it uses a prediction"
+    for option in ("clip_sample", "thresholding"):
+        if config.get(option):
+            return f"with {option}=True it changes the prediction; {option}=False is allowed"
+    if config.get("variance_type", "fixed_small") != "fixed_small":
+        return f"with variance_type={config['variance_type']!r} its noise does not merge; 'fixed_small' is allowed"
+    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
+        return (
+            f"prediction_type={config['prediction_type']!r} is unknown; 'epsilon', 'v_prediction', 'sample' are allowed"
+        )
+    return None
+
+
+def power_of(scheduler: Any, call: StepCall) -> float:
+    """q of a known scheduler's step, by its class and the options of this call; UnsupportedScheduler for others."""
+    power = next(_POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in _POWERS)
+    args, kwargs = call.others
+    if any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
+        eta = args[0] if args else kwargs.get("eta", 0.0)
+        if eta not in (0, 1):
+            raise UnsupportedScheduler(f"DDIM cannot skip or correct steps at eta={eta!r}: 0 and 1 are allowed.")
+        return ANCESTRAL if eta == 1 else FLOW
+    if kwargs.get("s_churn") or (args and power == FLOW and args[0]):
+        raise UnsupportedScheduler("EulerDiscreteScheduler cannot skip or correct steps with s_churn; 0 is allowed.")
+    return power

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs plans on the recorded calls, from the first step that they change, and says how far the final latents move."""
+
+import time
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+
+import numpy as np
+import torch
+
+from osaccel import formats
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.plan import Plan
+from osaccel.sampling.levels import NoiseLevels
+from osaccel.sampling.lists import UnsupportedScheduler
+from osaccel.sampling.standin import check_scheduler, power_of
+from osaccel.search.evaluation import Evaluation
+from osaccel.search.frames import frames_of, mean_psnr, psnr
+from osaccel.search.recording.replay import Abandoned, Replay
+from osaccel.search.team import Team
+
+
+class DenoisedLog(Interceptor):
+    """Keeps the guided denoised prediction of every step, flat, float32, on the host."""
+
+    def begin(self, scheduler: Any) -> None:
+        self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
+        self.sigmas, self.rows = self.levels.of_steps(), []  # type: ignore[var-annotated]
+        # q of the sampler's step; None where its steps cannot be skipped.
+        self.power: Optional[float] = None
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        if not self.rows:
+            self.power = _power(self.scheduler, call)
+        denoised = self.levels.denoised(call.model_output, self.sigmas[len(self.rows)], call.sample)
+        self.rows.append(denoised.detach().flatten().cpu())
+        return proceed(call)
+
+
+def _power(scheduler: Any, call: StepCall) -> Optional[float]:
+    try:
+        check_scheduler(scheduler)
+        return power_of(scheduler, call)
+    except UnsupportedScheduler:
+        return None
+
+
+class Measure:
+    """Evaluates plans on recorded calls.
+
+    Args:
+        replays: the calls, recorded with what the network returned.
+        team: whose shards are summed.
+        decode: also measure the PSNR of the decoded frames.
+        on_step: called after every computed step.
+    """
+
+    def __init__(
+        self, replays: Sequence[Replay], team: Team, decode: bool = False, on_step: Callable[[], None] = lambda: None
+    ):
+        self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
+        self.references = self._references()
+        self._frames: Dict[int, np.ndarray] = {}
+        self.final: Optional[torch.Tensor] = None
+
+    def _references(self) -> List[float]:
+        finals = [replay.recording.latents[-1].double() for replay in self.replays]
+        return self.team.sum(torch.stack([final.square().sum() for final in finals])).tolist()
+
+    def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
+        """Evaluate the plan whose content `job` is; `details` holds the relative error of every call."""
+        started = time.perf_counter()
+        plan = formats.parse_plan(dict(job), "the plan under test")
+        resume = first_change(plan)
+        squares, work, psnrs, curves = [], 0.0, [], []
+        for number, replay in enumerate(self.replays):
+            run = _Run(replay, self.team, self.on_step)
+            output = run.go(plan, resume, self.decode)
+            squares.append(run.square)
+            curves.append(tuple(run.curve))
+            work += replay.cache.computed_blocks if replay.cache else 0.0
+            if number == 0:
+                self.final = run.last
+            if run.square is None:
+                break
+            if self.decode:
+                psnrs.append(self._psnr(number, replay, output))
+        return self._evaluation(job, squares, work, psnrs, curves, resume, time.perf_counter() - started)
+
+    def _evaluation(
+        self, job: Any, squares: Any, work: float, psnrs: Any, curves: Any, resume: int, seconds: float
+    ) -> Evaluation:
+        is_finite = len(squares) == len(self.replays) and None not in squares
+        errors = [(s / r) ** 0.5 for s, r in zip(squares, self.references)] if is_finite else []
+        return Evaluation(
+            config=job,
+            error=(sum(squares) / sum(self.references)) ** 0.5 if is_finite else None,
+            block_forwards=work,
+            psnr=mean_psnr(psnrs) if psnrs and is_finite else None,
+            resumed_at=resume,
+            seconds=seconds,
+            curves=tuple(curves),
+            details={"errors": errors},
+        )
+
+    def _psnr(self, number: int, replay: Replay, output: Any) -> float:
+        if number not in self._frames:
+            self._frames[number] = frames_of(replay.decode())
+        return self.team.share(psnr(self._frames[number], frames_of(output)))
+
+
+def first_change(plan: Plan) -> int:
+    """The first step that is not the plain run's."""
+    steps = [*plan.skip, *plan.conditional_only]
+    steps += [step for region in plan.regions for step in range(plan.steps or 0) if step in region.reuse]
+    return min(steps, default=plan.steps or 0)
+
+
+class _Run:
+    """One call under one plan; given up when its latents are not finite."""
+
+    def __init__(self, replay: Replay, team: Team, on_step: Callable[[], None]):
+        self.replay, self.team, self.on_step = replay, team, on_step
+        self.square: Optional[float] = 0.0
+        self.curve: List[Optional[float]] = []
+        self.last: Optional[torch.Tensor] = None
+
+    def go(self, plan: Plan, resume: int, decode: bool) -> Any:
+        try:
+            return self.replay.run(plan, resume, self._watch, decode=decode)
+        except Abandoned:
+            self.square = None
+            return None
+
+    def _watch(self, step: int, latents: torch.Tensor) -> None:
+        before = self.replay.recording.latents[step].to(latents.device).double()
+        change = (latents.detach().double() - before).square().sum()
+        square, whole = self.team.sum(torch.stack([change, before.square().sum()])).tolist()
+        self.on_step()
+        if not np.isfinite(square):
+            self.curve.append(None)
+            raise Abandoned
+        self.curve.append((square / whole) ** 0.5 if whole > 0 else None)
+        self.square, self.last = square, latents.detach().cpu().clone()

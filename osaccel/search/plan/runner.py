@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OSACCEL_SEARCH=plan: records the calls, measures what windows of steps bear, chooses exactly, verifies, writes.
+
+Everything finished is in the journal beside the output, so a killed search goes on where it stopped. How it decides is
+in `gains` and `choice`; here is what it is decided on, and in which order.
+"""
+
+import logging
+import os
+import time
+from dataclasses import replace
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+
+import numpy as np
+import torch
+
+from osaccel import binding, formats
+from osaccel.generation import find_blocks
+from osaccel.plan import Plan
+from osaccel.search import frames as pictures
+from osaccel.search import outputs, recordings
+from osaccel.search.errors import SearchError
+from osaccel.search.evaluation import Evaluation, key_of
+from osaccel.search.journal import Journal
+from osaccel.search.plan import sidecar
+from osaccel.search.plan.actions import HALF, SKIP, Action, Windows, actions_for, plan_of
+from osaccel.search.plan.choice import Choice, at_error, at_work, curve
+from osaccel.search.plan.gains import REFERENCES, Probe, expected_square, gains, probes, squares
+from osaccel.search.plan.local import Record, squared_sizes
+from osaccel.search.plan.measure import DenoisedLog, Measure
+from osaccel.search.recording.replay import Call, Replay
+from osaccel.search.session import Runner, Session
+from osaccel.search.workers import Evaluate, Helper, Workers, open_journal
+from osaccel.settings import Goal
+
+logger = logging.getLogger("osaccel")
+
+SUFFIX = ".search"
+# Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
+# in; and for each further one.
+BUDGET, FURTHER = 6.0, 1.0
+
+
+class Found(NamedTuple):
+    """A goal, the choice that the knapsack made for it, and what was measured of it."""
+
+    goal: Goal
+    choice: Choice
+    plan: Plan
+    evaluation: Evaluation
+
+
+class PlanRunner(Runner):
+    """OSACCEL_SEARCH=plan."""
+
+    def __init__(self, session: Session):
+        super().__init__(session)
+        self.settings, self.team = session.settings, session.team
+        self.output = self.settings.plan_output or ""
+        self.replays: List[Replay] = []
+        self.observed: List[Dict[str, Any]] = []
+        self.num_blocks = 0
+        self.fingerprint: Dict[str, Any] = {}
+        self._journal: Optional[Journal] = None
+
+    @property
+    def journal(self) -> Journal:
+        assert self._journal is not None
+        return self._journal
+
+    # Recording
+
+    def record(self, call: Call) -> Any:
+        self.num_blocks = len(find_blocks(call.pipeline, call.target.block_path))
+        if self._journal is None:
+            self._open_journal(call)
+        number, replay = len(self.replays), Replay(call, self.settings.timesteps)
+        observed = recordings.resume(self.journal, self.team, number, replay)
+        if observed is not None:
+            self._say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
+            output = replay.decode()
+        else:
+            if self.team.is_leader:
+                # What was measured belongs to the calls it was measured on.
+                self.journal.forget("evaluations-")
+            self.team.barrier()
+            log = DenoisedLog()
+            output = replay.record(keep_outputs=True, watchers=[log])
+            observed = _observed(replay, log)
+            self._check_finite(replay)
+            recordings.keep(self.journal, self.team, number, replay, observed)
+        self.replays.append(replay)
+        self.observed.append(observed)
+        return output
+
+    def _open_journal(self, call: Call) -> None:
+        metric = "latents and frames" if self._decodes else "latents"
+        self.fingerprint = self.team.share(
+            binding.of_search(
+                call, self.num_blocks, self.settings.timesteps, self.settings.search_prompts, self.team.size, metric
+            )
+        )
+        self._journal = open_journal(self.team, self.output + SUFFIX, {"search": "plan", **self.fingerprint})
+        if self.journal.started_anew:
+            self._say("what was searched before does not fit any more, starting anew: %s", self.journal.started_anew)
+        elif self.journal.evaluations():
+            self._say("resuming: %d evaluations are finished", len(self.journal.evaluations()))
+
+    def _check_finite(self, replay: Replay) -> None:
+        final = replay.recording.latents[-1] if replay.recording.latents else torch.tensor(float("nan"))
+        if not self.team.all_agree(bool(torch.isfinite(final).all())):
+            raise SearchError("The plain generation's latents are not finite; there is nothing to compare with.")
+
+    @property
+    def _decodes(self) -> bool:
+        return any(goal.kind == "psnr" for goal in self.settings.target)
+
+    # Searching
+
+    def search(self) -> Dict[str, Any]:
+        started = time.time()
+        steps = self.replays[0].recording.steps
+        if any(replay.recording.steps != steps for replay in self.replays):
+            raise SearchError("The recorded calls have different numbers of steps; one plan cannot fit them.")
+        self.windows = Windows.of(steps)
+        self.actions = self._actions()
+        crew = Workers(self.team, self.journal)
+        crew.publish(recordings.shared(self.replays))
+        self.measure = Measure(self.replays, self.team, self._decodes)
+        self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
+        choices = self._choices(crew)
+        found = [self._reach(goal, choices, crew) for goal in self.settings.target]
+        self._conclude(found, choices, time.time() - started)
+        crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
+        return {"plan": found[0].plan}
+
+    def _actions(self) -> List[Action]:
+        guided = bool(self.team.all_agree(all(len(observed["guidance"]) for observed in self.observed)))
+        can_skip = all(observed["power"] > 0 for observed in self.observed)
+        actions = actions_for(self.windows.length, guided, can_skip)
+        if len(actions) == 1:
+            raise SearchError(
+                f"Nothing can be saved: guidance is off, and {type(self.replays[0].call.pipeline.scheduler).__name__} "
+                "cannot skip steps. Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+            )
+        return actions
+
+    def _choices(self, crew: Workers) -> List[Choice]:
+        """The curve of best choices, from local changes and measured gains."""
+        sizes = self._sizes()
+        families = [family for family in (HALF, SKIP) if REFERENCES[family] in {a.name for a in self.actions}]
+        self.probes = probes(families, self.windows)
+        by_name = {action.name: action for action in self.actions}
+        plans = [plan_of(probe.chosen(by_name, self.windows.count), self.windows) for probe in self.probes]
+        self.measured: Dict[Probe, float] = {}
+        for probe, evaluation in zip(self.probes, self._run(plans, crew)):
+            # What is not finite is not to be touched there.
+            is_finite = evaluation.error is not None
+            self.measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
+        self.gains = gains(self.measured, sizes, self.windows)
+        self.squares = squares(self.actions, sizes, self.gains)
+        return curve(self.actions, self.squares, self.windows)
+
+    def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
+        """By action: for every window and family, the squared local change relative to the final latents."""
+        reference, found = sum(self.measure.references), {}
+        for action in self.actions:
+            sizes = np.zeros((self.windows.count, 2))
+            for observed in self.observed:
+                for window, size in enumerate(squared_sizes(_record(observed), action, self.windows)):
+                    sizes[window] += size[HALF], size[SKIP]
+            total = self.team.sum(torch.from_numpy(sizes)).tolist()
+            found[action.name] = [{HALF: half / reference, SKIP: skip / reference} for half, skip in total]
+        return found
+
+    def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
+        """The plans' evaluations; what the journal knows is not run again."""
+        jobs = [formats.plan_content(plan) for plan in plans]
+        missing = [job for job in jobs if key_of(job) not in self.known]
+        for start in range(0, len(missing), self.team.workers):
+            round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
+            self.known.update((evaluation.key, evaluation) for evaluation in round_)
+            self._say(
+                "plan search: %d of about %d replays, %.2f plain generations so far",
+                len(self.known), len(self.probes) + len(self.settings.target), self.spent,
+            )  # fmt: skip
+        return [self.known[key_of(job)] for job in jobs]
+
+    @property
+    def spent(self) -> float:
+        """Network work so far, in plain generations of the recorded calls."""
+        plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
+        return 1.0 + sum(evaluation.block_forwards for evaluation in self.known.values()) / plain
+
+    def _reach(self, goal: Goal, choices: Sequence[Choice], crew: Workers) -> Found:
+        """The verified plan for a goal; one that misses its error or PSNR is followed by a milder one."""
+        choice = self._chosen(goal, choices)
+        limit = BUDGET + FURTHER * self.settings.target.index(goal)
+        while True:
+            found = self._verified(goal, choice, crew)
+            if goal.kind == "speed" or self._keeps(found) or choice is choices[-1]:
+                return found
+            milder = self.team.share(self._milder(found, choices))
+            if milder is None or self.spent + milder.work > limit:
+                self._say("%s was not reached within the budget: measured %s", goal, _said(found.evaluation))
+                return found
+            choice = milder
+
+    def _chosen(self, goal: Goal, choices: Sequence[Choice]) -> Choice:
+        wanted = goal.value if goal.kind == "error" else 10 ** (-goal.value / 20)
+        chosen = at_work(choices, 1 / goal.value) if goal.kind == "speed" else at_error(choices, wanted)
+        if chosen is None:
+            raise SearchError(
+                f"No plan reaches {goal}: at most {1 / choices[0].work:.2f}x can be reached with {self.windows.count} "
+                f"windows of {self.windows.length} steps. Ask for less, or sample more steps."
+            )
+        return self.team.share(chosen)
+
+    def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
+        plan = plan_of(choice.actions, self.windows)
+        (evaluation,) = self._run([plan], crew)
+        if evaluation.error is None:
+            raise SearchError(f"The plan for {goal} gave latents that are not finite.")
+        return Found(goal, choice, plan, evaluation)
+
+    def _keeps(self, found: Found) -> bool:
+        goal, evaluation = found.goal, found.evaluation
+        if goal.kind == "psnr":
+            return evaluation.psnr is not None and evaluation.psnr >= goal.value
+        return evaluation.error is not None and evaluation.error <= goal.value
+
+    def _milder(self, found: Found, choices: Sequence[Choice]) -> Optional[Choice]:
+        """The cheapest choice that keeps the goal if predictions err everywhere as they did here."""
+        goal, evaluation = found.goal, found.evaluation
+        assert evaluation.error is not None
+        if goal.kind == "psnr":
+            assert evaluation.psnr is not None
+            needed = evaluation.error * 10 ** ((evaluation.psnr - goal.value) / 20)
+        else:
+            needed = goal.value
+        ratio = evaluation.error / found.choice.error if found.choice.error > 0 else 1.0
+        milder = [choice for choice in choices if choice.work > found.choice.work]
+        return at_error(milder, needed / ratio) or (milder[-1] if milder else None)
+
+    # Results
+
+    def _conclude(self, found: Sequence[Found], choices: Sequence[Choice], seconds: float) -> None:
+        goals = [one.goal for one in found]
+        for number, one in enumerate(found):
+            plan = self.team.share(self._finished(one))
+            if self.team.is_first:
+                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, choices, seconds))
+                self._say(
+                    "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
+                    one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.known), self.spent,
+                    path_of(self.output, goals, number) if self.session.is_delivered else "no file",
+                )  # fmt: skip
+        self._write_frames(found[0])
+        self.team.barrier()
+
+    def _deliver(self, path: str, plan: Plan, report: Dict[str, Any]) -> None:
+        """The report first, as the page is drawn from it."""
+        beside = binding.report_path(path)
+        outputs.deliver(beside, dict(plan.measured), lambda: formats.write_json(beside, report))
+        self.session.deliver(path, formats.plan_content(plan), lambda: formats.write_plan(path, plan))
+
+    def _finished(self, found: Found) -> Plan:
+        """The plan with what it is bound to and what was measured."""
+        call = self.replays[0].call
+        bound = binding.of_call(call.pipeline, call.arguments, self.num_blocks, self.settings.timesteps)
+        bound = {**bound, "model": self.fingerprint["model"], "guidance_scale": call.arguments.get("guidance_scale")}
+        evaluation = found.evaluation
+        measured = {
+            "work": found.choice.work,
+            "error": evaluation.error,
+            "predicted_error": found.choice.error,
+            "psnr": evaluation.psnr,
+            "errors_of_calls": list(evaluation.details["errors"]),
+            "plain_generations": self.spent,
+        }
+        return replace(found.plan, made_for=bound, measured=measured)
+
+    def _write_frames(self, found: Found) -> None:
+        """Frames of the first call, plain and under the first plan, which ran last where only one was asked for."""
+        final = self.measure.final
+        if not self.team.all_agree(final is not None and len(self.settings.target) == 1) or final is None:
+            return
+        content = pictures.frames(self.replays[0], final, "plan")
+        if self.team.is_first and content is not None:
+            pictures.write_frames(self.output + ".report.npz", content)
+
+    def _say(self, message: str, *args: Any) -> None:
+        if self.team.is_first:
+            logger.info(message, *args)
+
+    # Other ranks of a script that splits its prompts
+
+    def assist(self, call: Call) -> Dict[str, Any]:
+        def prepare(journal: Journal, context: Any) -> Evaluate:
+            return Measure(recordings.adopt(journal, self.team, call, context), self.team, self._decodes)
+
+        found = Helper(self.team, self.output + SUFFIX).assist(prepare)
+        return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
+
+    def close(self, problem: Optional[str] = None) -> None:
+        if self._journal is not None:
+            if problem is not None:
+                Workers(self.team, self._journal).give_up(problem)
+            self._journal.close()
+
+
+def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
+    """The file of a goal: the first is `output` itself, the others have their goal before the ending."""
+    if number == 0:
+        return output
+    stem, ending = os.path.splitext(output)
+    return f"{stem}.{str(goals[number]).replace(':', '')}{ending}"
+
+
+def _observed(replay: Replay, log: DenoisedLog) -> Dict[str, Any]:
+    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
+    return {
+        "denoised": torch.stack(log.rows),
+        "guidance": _guidance(replay, log),
+        "sigmas": list(log.sigmas),
+        "power": 0.0 if log.power is None else log.power,
+    }
+
+
+def _guidance(replay: Replay, log: DenoisedLog) -> torch.Tensor:
+    """How far D moves with the difference of the branches, by step; empty where guidance is off.
+
+    With e = unconditional + w (conditional - unconditional), a difference that is too large by d makes the
+    unconditional output too small by d and e too large by (w - 1) d. Here w is read off outputs and predictions.
+    """
+    recording = replay.recording
+    rows = []
+    for step, forwards in enumerate(recording.outputs):
+        prediction = recording.predictions[step]
+        if len(forwards) != 1 or forwards[0].shape[0] != 2 * prediction.shape[0]:
+            return torch.zeros(0)
+        # Learned variances, where there are any, are behind the prediction's channels.
+        unconditional, conditional = (half[:, : prediction.shape[1]].float() for half in forwards[0].chunk(2))
+        difference = conditional - unconditional
+        square = difference.square().sum()
+        weight = float(((prediction.float() - unconditional) * difference).sum() / square) if square > 0 else 1.0
+        zero, sigma = torch.zeros_like(difference), log.sigmas[step]
+        rows.append(((weight - 1) * log.levels.denoised(difference, sigma, zero)).flatten())
+    return torch.stack(rows)
+
+
+def _record(observed: Dict[str, Any]) -> Record:
+    power = observed["power"] or 1.0
+    return Record(observed["denoised"], observed["guidance"], observed["sigmas"], power)
+
+
+def _said(evaluation: Evaluation) -> str:
+    psnr = "" if evaluation.psnr is None else f", {evaluation.psnr:.2f} dB"
+    return f"error {evaluation.error:.4g}{psnr}"

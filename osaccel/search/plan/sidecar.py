@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sidecar report of a plan search: everything that was predicted and measured, for whoever wants to look again."""
+
+from datetime import date
+from typing import Any, Dict, List, Sequence
+
+import numpy as np
+
+from osaccel import binding, formats
+from osaccel.search.plan.actions import HALF, SKIP
+from osaccel.search.plan.choice import Choice, curve
+
+
+def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -> Dict[str, Any]:
+    """The JSON-able report of one found plan.
+
+    Args:
+        runner: the PlanRunner; found: its Found; choices: the whole curve.
+        seconds: of the search, without the plain generations.
+    """
+    replays = runner.replays
+    prompts = [replay.call.arguments.get("prompt") for replay in replays]
+    return {
+        "kind": "plan",
+        "date": date.today().isoformat(),
+        "goal": str(found.goal),
+        "plan": formats.plan_content(found.plan),
+        "work": found.choice.work,
+        "error": found.evaluation.error,
+        "predicted_error": found.choice.error,
+        "psnr": found.evaluation.psnr,
+        "prompts": [prompt if isinstance(prompt, (str, list)) else None for prompt in prompts],
+        "fingerprint": runner.fingerprint,
+        "versions": binding.versions(),
+        "cost": {
+            "plain_generations": runner.spent,
+            "seconds": seconds + sum(replay.recording.seconds for replay in replays),
+            "plain_seconds": sum(replay.recording.seconds for replay in replays),
+            "recording_bytes": sum(replay.recording.nbytes() for replay in replays),
+        },
+        "windows": {
+            "first": runner.windows.first, "length": runner.windows.length,
+            "actions": [action.name for action in found.choice.actions],
+        },
+        "gains": {family: np.sqrt(values).tolist() for family, values in runner.gains.items()},
+        "curves": _curves(runner, choices),
+        "evaluations": [_row(evaluation) for evaluation in runner.known.values()],
+    }  # fmt: skip
+
+
+def _row(evaluation: Any) -> Dict[str, Any]:
+    content = evaluation.to_json()
+    del content["curves"]
+    return content
+
+
+def _curves(runner: Any, choices: Sequence[Choice]) -> Dict[str, List[List[float]]]:
+    """(work, predicted error) of the best choices, all families together and each alone."""
+    found = {"together": [[choice.work, choice.error] for choice in choices]}
+    for name, other in (("conditional only", SKIP), ("skipped", HALF)):
+        alone = [number for number, action in enumerate(runner.actions) if other not in action.cycle]
+        if 1 < len(alone) < len(runner.actions):
+            actions = [runner.actions[number] for number in alone]
+            best = curve(actions, runner.squares[:, alone], runner.windows)
+            found[name] = [[choice.work, choice.error] for choice in best]
+    return found

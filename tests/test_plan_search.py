@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan search: exact costs and choices, local errors that predict, budgets, targets, and what it writes."""
+
+import atexit
+import itertools
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+
+from osaccel import settings
+from osaccel.formats import SettingsError, read_plan
+from osaccel.generation import Generation
+from osaccel.search.errors import SearchError
+from osaccel.search.plan.actions import ACTIONS, HALF, PLAIN, SKIP, Windows, actions_for, plan_of, units
+from osaccel.search.plan.choice import at_error, at_work, curve
+from osaccel.search.plan.local import Record, squared_sizes
+from osaccel.search.session import Session
+from osaccel.settings import Goal, Settings
+
+STEPS = 30
+
+
+class Pipeline(tiny.UnseededPipeline):
+    """Smooth in the step, as trained models are, so that stand-ins are close."""
+
+    def predict(self, latents, t, scale):
+        return 0.2 * super().predict(latents, t, scale) + latents
+
+
+def search(tmp_path, goals=("2x",), steps=STEPS, prompts=1, pipeline=None, **arguments):
+    """Search on `prompts` calls as OSACCEL_SEARCH_THEN=continue does; the pipeline, the plan, the report."""
+    pipeline, output = pipeline or Pipeline(), str(tmp_path / "plan.json")
+    targets = settings.load({"OSACCEL_TARGET": ",".join(goals)}).target
+    asked = Settings(search="plan", plan_output=output, search_prompts=prompts, search_then="continue", target=targets)
+    session = Session(asked, tiny.TARGET)
+    torch.manual_seed(5)
+    try:
+        for number in range(prompts):
+            call = {"prompt": f"prompt {number}", "num_inference_steps": steps, "guidance_scale": 4.0, **arguments}
+            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), call)
+    finally:
+        atexit.unregister(session._complain_if_unfinished)
+    return pipeline, read_plan(output), json.loads((tmp_path / "plan.json.report.json").read_text())
+
+
+def relative(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+# Costs and choices --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [20, 25, 50, 100])
+def test_an_action_costs_what_its_plan_does(steps):
+    windows = Windows.of(steps)
+    assert windows.first >= 1 and windows.first + windows.count * windows.length == steps
+    for action in actions_for(windows.length, True, True):
+        plan = plan_of([action] * windows.count, windows)
+        spent = 2 * windows.first + sum(units(action, windows, window) for window in range(windows.count))
+        assert plan.work(7) == pytest.approx(spent / (2 * steps))
+
+
+def test_the_choice_is_the_best_of_all_there_are():
+    windows, generator = Windows(2, 6, 3), np.random.default_rng(0)
+    actions = actions_for(6, True, True)
+    squares = generator.random((3, len(actions))) ** 4
+    squares[:, 0] = 0.0
+    choices = curve(actions, squares, windows)
+    for work in (0.33, 0.41, 0.5, 0.8, 1.0):
+        best = min(
+            (sum(squares[w, n] for w, n in enumerate(numbers)), numbers)
+            for numbers in itertools.product(range(len(actions)), repeat=3)
+            if plan_of([actions[n] for n in numbers], windows).work(1) <= work + 1e-9
+        )
+        chosen = at_work(choices, work)
+        assert chosen.square == pytest.approx(best[0])
+        assert plan_of(chosen.actions, windows).work(1) == pytest.approx(chosen.work) and chosen.work <= work + 1e-9
+        assert at_error(choices, chosen.error).work <= chosen.work
+    assert choices[-1].square == 0.0 and at_work(choices, 0.0) is None
+
+
+def test_what_a_run_cannot_do_is_not_among_its_actions():
+    assert all(HALF not in action.cycle for action in actions_for(12, False, True))
+    assert all(SKIP not in action.cycle for action in actions_for(12, True, False))
+    assert actions_for(12, False, False) == [PLAIN] and len(actions_for(12, True, True)) == len(ACTIONS)
+
+
+# Local errors -------------------------------------------------------------------------------------------------------
+
+
+def test_local_errors_vanish_where_the_stand_ins_are_exact():
+    """D linear in log s between computed steps, and a difference of the branches linear in the step."""
+    windows = Windows(2, 6, 2)
+    sigmas = [float(10 * 0.7**k) for k in range(14)] + [0.0]
+    logs = torch.tensor(sigmas[:-1]).log()[:, None]
+    record = Record(logs * torch.ones(1, 5), torch.arange(14.0)[:, None] * torch.ones(1, 5), sigmas, 2.0)
+    for action in actions_for(6, True, True):
+        for sizes in squared_sizes(record, action, windows):
+            assert sizes[HALF] < 1e-8 and sizes[SKIP] < 1e-8
+    bent = record._replace(denoised=logs**2 * torch.ones(1, 5), guidance=record.guidance**2)
+    by_name = {action.name: squared_sizes(bent, action, windows) for action in actions_for(6, True, True)}
+    for window in range(2):
+        assert by_name["full"][window] == {HALF: 0.0, SKIP: 0.0}
+        assert 0 < by_name["c2"][window][HALF] < by_name["c3"][window][HALF] and by_name["c2"][window][SKIP] == 0
+        assert 0 < by_name["s2"][window][SKIP] < by_name["s3"][window][SKIP] and by_name["s2"][window][HALF] == 0
+
+
+# The whole search ---------------------------------------------------------------------------------------------------
+
+
+def test_a_search_finds_a_plan_of_the_asked_work_within_its_budget_and_measures_it_truly(tmp_path):
+    pipeline, plan, report = search(tmp_path, prompts=2)
+    assert 0.4 < plan.work(6) <= 0.5 + 1e-9 and report["cost"]["plain_generations"] <= 6.0
+    # The report's error is what sampling with the file gives, on the calls that were recorded.
+    errors, squares = [], []
+    torch.manual_seed(5)
+    for number in range(2):
+        call = {"prompt": f"prompt {number}", "num_inference_steps": STEPS, "guidance_scale": 4.0}
+        state = torch.get_rng_state()
+        plain = pipeline(**call)
+        torch.set_rng_state(state)
+        with Generation(pipeline, plan, tiny.TARGET):
+            planned = pipeline(**call)
+        errors.append(relative(planned, plain))
+        squares.append(((planned - plain).square().sum(), plain.square().sum()))
+    assert report["plan"]["measured"] == {} and plan.measured["errors_of_calls"] == pytest.approx(errors, rel=1e-3)
+    together = float((sum(square for square, _ in squares) / sum(whole for _, whole in squares)) ** 0.5)
+    assert plan.measured["error"] == pytest.approx(together, rel=1e-3)
+    assert plan.made_for["steps"] == STEPS and plan.made_for["sampler"] == "EulerAncestralDiscreteScheduler"
+
+
+def test_the_plan_is_better_than_even_patterns_of_the_same_work(tmp_path):
+    pipeline, plan, report = search(tmp_path)
+    windows = Windows.of(STEPS)
+    call = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+    torch.manual_seed(5)
+    plain = pipeline(**call)
+    even = []
+    for action in ACTIONS:
+        if windows.length % len(action.cycle) == 0:
+            rival = plan_of([action] * windows.count, windows)
+            if plan.work(6) - 0.02 <= rival.work(6):
+                torch.manual_seed(5)
+                with Generation(pipeline, rival, tiny.TARGET):
+                    even.append(
+                        (rival.work(6), relative(pipeline(num_inference_steps=STEPS, guidance_scale=4.0), plain))
+                    )
+    nearest = [error for work, error in even if work <= plan.work(6) + 0.05]
+    assert nearest and report["error"] <= 1.05 * min(nearest)
+
+
+def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
+    _, plan, report = search(tmp_path, ("1.5x", "2.5x", "error:0.05"))
+    files = {path.name for path in tmp_path.iterdir()}
+    assert {"plan.json", "plan.2.5x.json", "plan.error0.05.json"} <= files
+    fast = read_plan(str(tmp_path / "plan.2.5x.json"))
+    assert plan.work(6) <= 1 / 1.5 + 1e-9 and fast.work(6) <= 1 / 2.5 + 1e-9
+    assert fast.measured["error"] > plan.measured["error"]
+    assert read_plan(str(tmp_path / "plan.error0.05.json")).measured["error"] <= 0.05
+    works = [work for work, _ in report["curves"]["together"]]
+    assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped"}
+
+
+def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
+    with pytest.raises(SearchError, match="No plan reaches 50x: at most .*x can be reached"):
+        search(tmp_path, ("50x",))
+    sampler = Pipeline(scheduler=DPMSolverMultistepScheduler())
+    with pytest.raises(SearchError, match="guidance is off, and DPMSolverMultistepScheduler cannot skip"):
+        search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)
+
+
+def test_a_multistep_sampler_gets_conditional_only_steps(tmp_path):
+    _, plan, _ = search(tmp_path, ("1.3x",), pipeline=Pipeline(scheduler=DPMSolverMultistepScheduler()))
+    assert not plan.skip and plan.conditional_only and plan.work(6) <= 1 / 1.3 + 1e-9
+
+
+def test_without_guidance_steps_are_skipped_only(tmp_path):
+    _, plan, _ = search(tmp_path, guidance_scale=1.0)
+    assert plan.skip and not plan.conditional_only
+
+
+def test_latents_that_are_not_finite_are_refused(tmp_path):
+    pipeline = Pipeline(scheduler=EulerAncestralDiscreteScheduler())
+    with torch.no_grad():
+        pipeline.transformer.transformer_blocks[0].linear.weight.fill_(float("nan"))
+    with pytest.raises(SearchError, match="not finite"):
+        search(tmp_path, pipeline=pipeline)
+
+
+@pytest.mark.parametrize(
+    "text, goals",
+    [
+        ("2x", [Goal("speed", 2.0)]),
+        ("1.5X, 3x", [Goal("speed", 1.5), Goal("speed", 3.0)]),
+        ("psnr:40,error:0.02", [Goal("psnr", 40.0), Goal("error", 0.02)]),
+    ],
+)
+def test_targets(text, goals):
+    assert list(settings.load({"OSACCEL_TARGET": text}).target) == goals
+
+
+@pytest.mark.parametrize("text", ["2", "x", "1x", "0.5x", "psnr:", "psnr:-3", "size:2", "fast", "2x,,3x", "nanx"])
+def test_targets_that_are_none(text):
+    with pytest.raises(SettingsError, match="OSACCEL_TARGET: expected a speed-up such as 2x"):
+        settings.load({"OSACCEL_TARGET": text})

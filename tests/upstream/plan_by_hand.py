@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run by test_plan_upstream.py in the upstream's environment: a plan against the same generation worked out by hand.
+
+    python plan_by_hand.py TINY DTYPE FRAMES PLAN_JSON        (also under torchrun: then in sequence parallel)
+
+Prints one JSON line: relative distances of the final latents. What is worked out by hand knows nothing of osaccel:
+every branch of guidance runs through the transformer alone, blocks and `scheduler.step` get a few lines each.
+"""
+
+import json
+import os
+import sys
+
+import torch
+from diffusers.schedulers import EulerAncestralDiscreteScheduler
+from transformers import MT5EncoderModel, T5Tokenizer
+
+from opensora.models.causalvideovae import CausalVAEModelWrapper, ae_stride_config
+from opensora.models.diffusion.opensora.modeling_opensora import OpenSoraT2V
+
+STEPS, GUIDANCE = 8, 4.0
+BATCH_FIRST = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep")
+
+
+def in_sequence_parallel():
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def pipeline_of(tiny, dtype):
+    if in_sequence_parallel():
+        import torch.distributed as dist
+
+        from opensora.sample.pipeline_opensora_sp import OpenSoraPipeline
+        from opensora.utils.parallel_states import initialize_sequence_parallel_state
+
+        dist.init_process_group(backend="gloo", init_method="env://")
+        initialize_sequence_parallel_state(dist.get_world_size())
+    else:
+        from opensora.sample.pipeline_opensora import OpenSoraPipeline
+    vae = CausalVAEModelWrapper(os.path.join(tiny, "vae"))
+    vae.vae, vae.vae_scale_factor = vae.vae.to(dtype), ae_stride_config["CausalVAEModel_D4_4x8x8"]
+    options = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "device_map": None}
+    pipeline = OpenSoraPipeline(
+        vae=vae.eval(),
+        text_encoder=MT5EncoderModel.from_pretrained(os.path.join(tiny, "mt5"), torch_dtype=dtype).eval(),
+        tokenizer=T5Tokenizer.from_pretrained(os.path.join(tiny, "mt5")),
+        scheduler=EulerAncestralDiscreteScheduler(),
+        transformer=OpenSoraT2V.from_pretrained(os.path.join(tiny, "model"), **options).eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@torch.no_grad()
+def sample(pipeline, frames, guidance=GUIDANCE):
+    torch.manual_seed(11 + int(os.environ.get("RANK", "0")))
+    return pipeline(
+        "a dog running on the beach", num_inference_steps=STEPS, guidance_scale=guidance, num_frames=frames, height=64,
+        width=64, output_type="latent", max_sequence_length=32,
+    ).images.float()  # fmt: skip
+
+
+class ByHand:
+    """Patches a pipeline so that it does what a plan's mapping says; `calls`: block calls x share of the batch."""
+
+    def __init__(self, pipeline, plan):
+        self.pipeline, self.plan = pipeline, plan
+        self.step, self.branch, self.calls = 0, "", 0.0
+        self.forward, self.scheduler_step = pipeline.transformer.forward, pipeline.scheduler.step
+        self.stored, self.differences, self.denoised = {}, [], None
+        pipeline.transformer.forward = self.network
+
+        def step(model_output, timestep, sample, generator=None, return_dict=True):
+            return self.sampled(model_output, timestep, sample, generator=generator, return_dict=return_dict)
+
+        pipeline.scheduler.step = step
+        for index, block in enumerate(pipeline.transformer.transformer_blocks):
+            block.forward = self.block(index, block.forward)
+
+    def block(self, index, original):
+        region = next((r for r in self.plan.get("regions", []) if r["start"] <= index < r["stop"]), None)
+
+        def forward(hidden, **others):
+            if region and self.step in region["reuse"]:
+                return hidden + self.delta(region) if index == region["start"] else hidden
+            if region and index == region["start"]:
+                self.entered = hidden
+            output = original(hidden, **others)
+            self.calls += 0.5
+            if region and index == region["stop"] - 1:
+                self.stored.setdefault((region["start"], self.branch), []).append((self.step, output - self.entered))
+            return output
+
+        return forward
+
+    def delta(self, region):
+        stored = self.stored[region["start"], self.branch]
+        newest, delta = stored[-1]
+        if not region.get("order") or len(stored) < 2:
+            return delta
+        before, older = stored[-2]
+        return delta + (self.step - newest) / (newest - before) * (delta - older)
+
+    def network(self, hidden_states, **others):
+        if self.step in self.plan.get("skip", []):
+            return (torch.zeros_like(hidden_states),)
+        conditional = self.half(1, hidden_states, others)
+        if self.step in self.plan.get("conditional_only", []):
+            return (torch.cat([(conditional.float() - self.line()).to(conditional.dtype), conditional]),)
+        unconditional = self.half(0, hidden_states, others)
+        self.differences.append((self.step, conditional.float() - unconditional.float()))
+        return (torch.cat([unconditional, conditional]),)
+
+    def half(self, number, hidden_states, others):
+        self.branch = "unconditional conditional".split()[number]
+        mine = {name: value.chunk(2)[number] if name in BATCH_FIRST else value for name, value in others.items()}
+        return self.forward(hidden_states.chunk(2)[number], **mine)[0]
+
+    def line(self):
+        newest, difference = self.differences[-1]
+        if len(self.differences) < 2:
+            return difference
+        before, older = self.differences[-2]
+        return difference + (self.step - newest) / (newest - before) * (difference - older)
+
+    def sampled(self, model_output, timestep, sample, **others):
+        sigma = self.pipeline.scheduler.sigmas[self.step].item()
+        if self.step in self.plan.get("skip", []):
+            model_output = ((sample.float() - self.denoised) / sigma).to(model_output.dtype)
+        else:
+            self.denoised = sample.float() - sigma * model_output.float()
+        self.step += 1
+        return self.scheduler_step(model_output, timestep, sample, **others)
+
+
+def distance(one, other):
+    return float((one - other).norm() / other.norm())
+
+
+def main():
+    tiny, dtype, frames, plan = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
+    from osaccel.formats import parse_plan
+    from osaccel.generation import Generation
+
+    pipeline = pipeline_of(tiny, dtype)
+    plain = sample(pipeline, frames)
+    with Generation(pipeline, parse_plan({"format": plan["format"], "steps": STEPS}, "empty")):
+        empty = sample(pipeline, frames)
+    with Generation(pipeline, parse_plan(plan, "plan")) as generation:
+        planned = sample(pipeline, frames)
+        work = generation.computed_blocks
+    again = sample(pipeline, frames)
+    by_hand = ByHand(pipeline, plan)
+    expected = sample(pipeline, frames)
+    found = {
+        "empty": distance(empty, plain), "again": distance(again, plain), "changed": distance(planned, plain),
+        "off": distance(planned, expected), "work": work, "by hand": by_hand.calls,
+        "digest": float(planned.double().sum()),
+    }  # fmt: skip
+    print("FOUND " + json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    main()
