@@ -7,7 +7,8 @@
 
 `miniature` samples with the demo, `upstream` with the unmodified v1.2.0 sample_t2v_sp and the tiny checkpoints in
 CHECKOUT/../tiny on gloo ranks (both on a CPU); `steps` times single denoising steps, see benchmarks/wall_steps.py.
-Seconds are medians over videos and repeats, arms take turns, and every arm is also given as a ratio to plain.
+Seconds are medians over videos and repeats, arms take turns, and every arm is also given as a ratio to plain. The last
+column has the seconds for which the VAE part kept the rank's processor busy, which other programs on it do not prolong.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from benchmarks import wall_steps
-from benchmarks.wall_rank import PARTS
+from benchmarks.wall_rank import PARTS, PROCESSOR
 from osaccel.demo import __main__ as demo
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -135,7 +136,7 @@ def measure(script: Script, arms: Sequence[Arm], repeats: int, folder: Path) -> 
 def seconds(runs: List[Videos], rank: int) -> Dict[str, float]:
     """Median seconds of each part, and of the whole, on one rank."""
     videos = [video for run in runs for video in run[rank]]
-    parts = {part: float(np.median([video[part] for video in videos])) for part in PARTS}
+    parts = {part: float(np.median([video[part] for video in videos])) for part in (*PARTS, PROCESSOR)}
     return {**parts, "whole": float(np.median([sum(video[part] for part in PARTS) for video in videos]))}
 
 
@@ -145,7 +146,7 @@ def digests(runs: List[Videos]) -> List[List[str]]:
 
 def table(runs: Dict[str, List[Videos]], ranks: int) -> str:
     """Markdown: a row per arm and rank; seconds, and in brackets the ratio to plain on the same rank."""
-    columns = (*PARTS, "whole")
+    columns = (*PARTS, "whole", PROCESSOR)
     lines = [f"| {ranks} ranks | rank | {' | '.join(columns)} | frames |", "|---" * (len(columns) + 3) + "|"]
     plain = [seconds(runs["plain"], rank) for rank in range(ranks)]
     for name, own in runs.items():

@@ -37,7 +37,7 @@ def test_a_script_that_fails_is_an_error_with_its_output(tmp_path):
 
 def test_ratios_are_of_medians_on_the_same_rank():
     def run(*seconds):
-        return [[{**dict.fromkeys(wall.PARTS, second), "digest": "d"}] for second in seconds]
+        return [[{**dict.fromkeys((*wall.PARTS, wall.PROCESSOR), second), "digest": "d"}] for second in seconds]
 
     runs = {"plain": [run(1.0, 2.0), run(3.0, 2.0), run(2.0, 2.0)], "half": [run(1.0, 0.5)]}
     rows = wall.table(runs, 2).splitlines()

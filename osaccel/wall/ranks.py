@@ -33,7 +33,7 @@ class Ranks:
 
     def hand_out(self, tensor: torch.Tensor, owner: int) -> None:
         """Fill `tensor` on every rank with the owner's; contiguous, of equal shape, type and kind of device on all."""
-        # As bytes: gloo of torch 2.1 moves no bfloat16.
+        # As bytes: not every backend moves bfloat16.
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=self.members[owner], group=self.group)
 
     def new_alarm(self) -> "Alarm":
@@ -50,7 +50,7 @@ class Alarm:
     """
 
     def __init__(self, key: str):
-        # A private name, but the only way to the store; it is the same in torch 2.1 and in 2.13.
+        # A private name, but there is no other way to the store that init_process_group made.
         find_store = getattr(dist.distributed_c10d, "_get_default_store", None)
         self._key, self._store = key, find_store() if find_store else None
 

@@ -9,8 +9,9 @@ import time
 from typing import NamedTuple, Tuple
 
 import pytest
-from conftest import CHECKOUT, ROOT
 
+CHECKOUT = os.environ.get("OSACCEL_UPSTREAM", "")
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 LAUNCHER = ("python", "-m", "osaccel.run")
 CACHE = {"cache_block_start": 1, "cache_num_blocks": 4, "cache_step_start": 0, "cache_step_interval": 2}
 # The user's own sitecustomize notes what goes into the VAE and what comes out, before that is rounded to 8 bits, and
@@ -181,3 +182,16 @@ def test_the_named_kernel_serves_self_attention_with_a_visible_mask():
     script = os.path.join(os.path.dirname(__file__), "attention_script.py")
     done = subprocess.run([sys.executable, script], env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_benchmark_takes_a_video_apart_on_every_rank(tmp_path):
+    from benchmarks import wall
+
+    arguments = wall.parse_args(["upstream", CHECKOUT, "--frames", "33", "--width", "64", "--steps", "2"])
+    arms = [wall.Arm("plain", None), wall.Arm("tiles dealt", ("--parallel-vae", "1"))]
+    runs = wall.measure(wall.upstream(CHECKOUT, 2, arguments), arms, 1, tmp_path)
+    assert wall.digests(runs["plain"]) == wall.digests(runs["tiles dealt"])
+    for (run,) in runs.values():
+        assert [len(videos) for videos in run] == [2, 2]
+        assert all(video[part] > 0 for videos in run for video in videos for part in ("text", "denoising", "VAE"))
+        assert run[0][0]["saving"] > 0 == run[1][0]["saving"]
