@@ -5,7 +5,7 @@ matplotlib is imported when something is drawn and never shown.
 """
 
 import io
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Sequence
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
