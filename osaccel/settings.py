@@ -5,7 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
@@ -191,6 +191,13 @@ class Setting(NamedTuple):
     @property
     def option(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def group(self) -> str:
+        """What it is about: "apply", "search" or "behaviour"; as the help shows it."""
+        if self.yaml[:1] == ("search",):
+            return "search"
+        return "behaviour" if self.name in ("strict", "log", "disable") else "apply"
 
     @property
     def is_flag(self) -> bool:
@@ -500,9 +507,3 @@ def exported(options: Mapping[str, Any], environ: Mapping[str, str]) -> Dict[str
         text = "1" if value.raw is True else str(value.raw)
         variables[setting.variable] = os.path.abspath(_path(value)) if setting.is_path else text
     return variables
-
-
-def describe(table: Sequence[Setting] = TABLE) -> str:
-    """Two columns, variable and meaning, for the launcher's help."""
-    width = max(len(setting.variable) for setting in table)
-    return "\n".join(f"  {setting.variable:<{width}}  {setting.help}" for setting in table)

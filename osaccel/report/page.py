@@ -49,7 +49,8 @@ def _frames(path: str) -> Optional[Dict[str, np.ndarray]]:
         return None
     try:
         with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in ("plain", *sorted(set(content.files) - {"plain"})[:1])}
+            other = next(iter(sorted(set(content.files) - {"plain"})), "plan")
+            return {name: content[name] for name in ("plain", other)}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise SettingsError(f"{path}: cannot be read as frames: {error}. Remove it to have a page without.") from None
 
