@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The license, which setuptools takes as an SPDX expression from 77 on; Python 3.8 ends at 75. All else: pyproject.toml."""
+"""The license, an SPDX expression from setuptools 77 on, while Python 3.8 ends at 75. All else is in pyproject.toml."""
 
 import setuptools
 
