@@ -182,7 +182,7 @@ class Plan:
         for region in self.used_regions:
             how = "forecast" if region.order else "reused"
             if isinstance(region.reuse, Interval):
-                when = f"from step {region.reuse.first} on, but every {region.reuse.every}th"
+                when = f"from step {region.reuse.first} on but at 1 step in {region.reuse.every}"
             else:
                 when = f"at {len(region.reuse)} steps"
             parts.append(f"{region} {how} {when}")

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
@@ -20,7 +20,7 @@ SEARCHES = ("plan", "dit_cache", "restep", "all")
 ATTENTIONS = ("keep", "flash", "auto")
 # What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
-# The same beside a plan that skips steps: there the plain run's own video is the aim, and a predictor leads away from it.
+# The same beside a plan that skips steps: the plain run's own video is the aim, and a predictor leads away from it.
 DEFAULT_UNDER_SKIP = Correction(corrector=1.0)
 # Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
 _NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
@@ -202,6 +202,13 @@ class Setting(NamedTuple):
     @property
     def option(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def group(self) -> str:
+        """What it is about: "apply", "search" or "behaviour"; as the help shows it."""
+        if self.yaml[:1] == ("search",):
+            return "search"
+        return "behaviour" if self.name in ("strict", "log", "disable") else "apply"
 
     @property
     def is_flag(self) -> bool:
@@ -531,9 +538,3 @@ def exported(options: Mapping[str, Any], environ: Mapping[str, str]) -> Dict[str
         text = "1" if value.raw is True else str(value.raw)
         variables[setting.variable] = os.path.abspath(_path(value)) if setting.is_path else text
     return variables
-
-
-def describe(table: Sequence[Setting] = TABLE) -> str:
-    """Two columns, variable and meaning, for the launcher's help."""
-    width = max(len(setting.variable) for setting in table)
-    return "\n".join(f"  {setting.variable:<{width}}  {setting.help}" for setting in table)

@@ -231,6 +231,11 @@ def check_scheduler(scheduler: Any) -> None:
         )
 
 
+def refusal_by_name(class_name: str) -> Optional[str]:
+    """Why schedulers of this class cannot skip or correct; None where their options decide."""
+    return _REFUSED.get(class_name)
+
+
 def _refusal(scheduler: Any) -> Optional[str]:
     names = [base.__name__ for base in type(scheduler).__mro__]
     config = scheduler.config
