@@ -337,7 +337,7 @@ def test_search_costs_no_extra_forward_and_writes_every_list(tmp_path):
     assert report["fingerprint"]["steps"] == 10 and report["fingerprint"]["timesteps"]
     assert report["decisions_curve"]["10"] <= report["decisions_curve_even"]["10"]
     assert report["cost_curve_even"]["10"] > report["cost_curve_even"]["20"] > 0 == report["decisions_curve"]["20"]
-    assert set(restep_plots.plots(report)) == {"timesteps", "costs", "gaps"}
+    assert {figure.name for figure in restep_plots.figures(report)} == {"timesteps", "costs", "gaps"}
     assert all(gap <= 1 for gap in restep_plots.predicted_gaps(report, "cost_curve").values())
 
 

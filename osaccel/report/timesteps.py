@@ -85,7 +85,7 @@ def content(report: Dict[str, Any]) -> Content:
         "Sample a few of your own prompts with the list and with as many evenly spaced steps, and compare the videos. "
         "The list's length replaces the number of steps that your command asks for.",
         command("--timesteps", report),
-        _figures(report),
+        figures(report),
         [_lists(report)],
         {
             "How it was found": known(
@@ -119,7 +119,8 @@ def _lists(report: Mapping[str, Any]) -> Table:
     return Table("The lists", "From the noisiest step to the last, in [0, 1000].", ("length", "timesteps"), rows)
 
 
-def _figures(report: Mapping[str, Any]) -> List[Figure]:
+def figures(report: Mapping[str, Any]) -> List[Figure]:
+    """The pictures the report has data for."""
     found = [
         Figure(
             "timesteps", "The timesteps found against even spacing",
