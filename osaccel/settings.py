@@ -91,8 +91,11 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[Value], f
 
 def _float(raw: Any) -> float:
     """NaN for what is no number, or none that is written plainly."""
-    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
-        return math.nan
+    if isinstance(raw, str):
+        # strip() takes more off than float() does.
+        raw = raw.strip()
+        if not _NUMBER.fullmatch(raw):
+            return math.nan
     try:
         return math.nan if isinstance(raw, bool) else float(raw)
     except (TypeError, OverflowError):
