@@ -131,6 +131,7 @@ def test_the_picture_shows_halves_regions_and_skipped_steps():
     c, h, r, f, s = range(5)
     rows = plan_page.rows_of(PLAN, 8, 4)
     assert [row.height for row in rows] == [0.25, 0.5, 0.25] * 2
+    assert [row.label for row in rows[:2]] == ["conditional, block 0", "conditional, blocks 1–2"]
     assert [row.kinds for row in rows] == [
         [c, c, s, c, c, c, c, c], [c, c, s, r, c, c, c, c], [c, c, s, c, c, c, f, c],
         [c, c, s, c, h, h, c, c], [c, c, s, r, h, h, c, c], [c, c, s, c, h, h, f, c],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of a cache search: msModelSlim's four keys, what they do, and every candidate that was run."""
 
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Sequence
 
 import numpy as np
 
@@ -85,7 +85,16 @@ def _candidates(report: Mapping[str, Any]) -> Table:
     found = sorted(report["evaluations"], key=lambda e: (e["error"] is None, e["error"]))
     marked = [number for number, e in enumerate(found) if e.get("config", e) == report["chosen"]]
     rows = [_row(evaluation) for evaluation in found]
-    columns = ("blocks", "from step", "every", "speed-up in blocks", "speed-up in time", "error", "PSNR in dB")
+    columns = (
+        "blocks",
+        "from step",
+        "every",
+        "speed-up in blocks",
+        "speed-up in time",
+        "error",
+        "given up at",
+        "PSNR in dB",
+    )
     text = "All that was run; none of it is predicted. Speed-up in time is of one run on this machine."
     return Table("Candidates", text, columns, rows, marked)
 
@@ -100,13 +109,10 @@ def _row(evaluation: Mapping[str, Any]) -> Sequence[str]:
         str(interval),
         f"{evaluation['predicted_speed_up']:.2f}",
         "–" if measured is None else f"{measured:.2f}",
-        words.number(error) if error is not None else _given_up(evaluation.get("last_error")),
+        words.number(error),
+        words.number(evaluation.get("last_error") if error is None else None),
         words.number(evaluation.get("psnr")),
     )
-
-
-def _given_up(error: Optional[float]) -> str:
-    return "given up" if error is None else f"given up at {words.number(error)}"
 
 
 def pareto(points: Sequence[Sequence[float]]) -> List[Sequence[float]]:

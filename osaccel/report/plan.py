@@ -139,8 +139,8 @@ def _figures(shown: Shown) -> List[Figure]:
     return [
         Figure(
             "plan", "What every step computes",
-            f"Steps from left to right, {halves}; {words.share(shown.report['work'])} of the area is computed.",
-            lambda canvas: draw_plan(shown, canvas), (8, 2.6 + 0.25 * len(shown.plan.regions)),
+            f"Steps from left to right, {halves}; {words.share(shown.report['work'])} of the plain network work.",
+            lambda canvas: draw_plan(shown, canvas), (8, 2.2 + 0.35 * len(_bands(shown.plan, shown.blocks))),
         ),
         Figure(
             "curve", "Error against network work",
@@ -213,6 +213,10 @@ def _counts(plan: Plan, steps: range) -> str:
 # The pictures
 
 
+# A band is at least as high as its label needs.
+_LOWEST = 0.2
+
+
 class Row(NamedTuple):
     """A band of the picture: consecutive blocks of one half of the batch, and a kind for every step."""
 
@@ -227,9 +231,14 @@ def rows_of(plan: Plan, steps: int, blocks: int, is_guided: bool = True) -> List
     for half in ("conditional", "unconditional") if is_guided else ("",):
         for start, stop in _bands(plan, blocks):
             kinds = [_kind(plan, step, start, half == "unconditional") for step in range(steps)]
-            where = f"blocks {start}–{stop - 1}" if (start, stop) != (0, blocks) else "all blocks"
-            found.append(Row("\n".join(filter(None, (half, where))), (stop - start) / blocks, kinds))
+            where = "all blocks" if (start, stop) == (0, blocks) else _named(start, stop)
+            height = max((stop - start) / blocks, _LOWEST)
+            found.append(Row(", ".join(filter(None, (half, where))), height, kinds))
     return found
+
+
+def _named(start: int, stop: int) -> str:
+    return f"block {start}" if stop == start + 1 else f"blocks {start}–{stop - 1}"
 
 
 def _bands(plan: Plan, blocks: int) -> List[Tuple[int, int]]:
