@@ -35,6 +35,17 @@ def measure(bench: Bench, arm: Arm, cases: Sequence[Case]) -> Row:
     return Row(**bench.kept.value(name, lambda: _measure(bench, arm, cases)._asdict()))
 
 
+def in_parts(bench: Bench, arm: Arm, cases: Sequence[Case], size: int) -> Row:
+    """`measure` of `size` videos at a time, each part kept, so that more videos can be added later."""
+    rows = [measure(bench, arm, cases[start : start + size]) for start in range(0, len(cases), size)]
+    work, seconds = (
+        float(np.average([getattr(row, name) for row in rows], weights=[len(row.errors) for row in rows]))
+        for name in ("work", "seconds")
+    )
+    errors, decoded = (sum((getattr(row, name) for row in rows), []) for name in ("errors", "psnr"))
+    return Row(arm.name, arm.family, work, seconds, errors, decoded)
+
+
 def _measure(bench: Bench, arm: Arm, cases: Sequence[Case]) -> Row:
     samples, plain = bench.run(arm, cases), bench.plain(cases)
     work = float(np.mean([sample.computed for sample in samples])) / bench.plain_blocks
