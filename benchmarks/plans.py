@@ -7,9 +7,9 @@
 
 Every row samples the same held-out prompts from the same noise, ancestral noise included; errors are relative L2 of the
 final latents against the plain run. Network work is counted where blocks run. Whatever is tuned is tuned on calibration
-calls: the search and the masks on `--prompts` of them, thresholds on two. Intervals are 95 % bootstrap over videos, the
-same videos drawn for both sides of a comparison. What is finished is kept in the folder: an interrupted command goes
-on, several commands with different `--only` may share a folder, and rows of changed code are run anew.
+calls: the search and even patterns on `--prompts` of them, thresholds and masks on two. Intervals are 95 % bootstrap
+over videos, the same videos drawn for both sides of a comparison. What is finished is kept in the folder: an
+interrupted command goes on, commands with different `--only` may share a folder, and rows of changed code run anew.
 
 The last lines of a table say whether choices keep their place: the found plan among structured and random plans of its
 work, all on the first `--rival-videos` held-out videos.
@@ -119,7 +119,7 @@ class Comparison:
         self.bench, self.speeds, self.absent, self.only, self.rival_count = bench, list(speeds), absent, only, rivals
         self.cases = bench.model.heldout_cases(videos)
         self.calls: List[Case] = bench.model.calibration_cases(prompts, SEED)
-        self.thresholds, self.searches = Calibration(bench), Calibration(bench, prompts=prompts)
+        self.tuning, self.searches = Calibration(bench), Calibration(bench, prompts=prompts)
         self.rows: Dict[float, List[Row]] = {speed: [] for speed in speeds}
         self.left_out: Dict[float, Dict[str, str]] = {speed: {} for speed in speeds}
         self.among: Dict[float, Rivals] = {}
@@ -166,7 +166,7 @@ class Comparison:
             return [(f"{name}, searched", part(self._alone, name, speed)) for name in plan_search.FAMILIES]
         if group == "even":
             return [(f"{name}, even", part(patterns.best, self.searches, name, work)) for name in patterns.FAMILIES]
-        return [(one.name, part(self._competitor, one, group, work)) for one in GROUPS[group]]
+        return [(one.name, part(self._competitor, one, work)) for one in GROUPS[group]]
 
     def _found(self, speed: float) -> Arm:
         return self._planned(self.searched.plans[self.speeds.index(speed)], OURS)
@@ -180,10 +180,10 @@ class Comparison:
     def _planned(self, content: Any, name: str) -> Arm:
         return planned(self.bench, formats.parse_plan(content, "a found plan"), name, name)
 
-    def _competitor(self, competitor: Competitor, group: str, work: float) -> Arm:
+    def _competitor(self, competitor: Competitor, work: float) -> Arm:
         if competitor.package in self.absent:
             raise ValueError(self.absent[competitor.package])
-        return competitor.at(self.searches if group == "masks" else self.thresholds, work)
+        return competitor.at(self.tuning, work)
 
     def _among(self, speed: float) -> Rivals:
         count, videos = self.rival_count
@@ -312,7 +312,7 @@ def header(comparison: Comparison) -> List[str]:
     lines = [
         f"{bench.model.name}, {bench.steps} steps, guidance {bench.model.guidance:g}, "
         f"{len(comparison.cases)} held-out videos; searches looked at {calls} calibration calls",
-        f"mask search: {budcache.BUDGET:g} plain generations of these calls for every work",
+        f"mask search: {budcache.BUDGET:g} plain generations of {len(comparison.tuning.cases)} calls for every work",
     ]
     if comparison._searched is not None:
         lines.append(

@@ -2,8 +2,8 @@
 """A mask search in the manner of BudCache: at which steps the network runs, annealed on the final latents' error.
 
 Mask and reuse only: at a skipped step what the newest computed one gave stands in, either the network's output or the
-denoised prediction (the better of the two at even masks). The budget is its own and ten times osaccel's: 60 plain
-generations of the calibration calls for every work, plain runs included.
+denoised prediction (the better of the two at even masks). The budget is its own, ten times that of osaccel's search: 60
+plain generations of the calibration calls for every work, plain runs included.
 """
 
 import contextlib

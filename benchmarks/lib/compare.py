@@ -38,12 +38,15 @@ def measure(bench: Bench, arm: Arm, cases: Sequence[Case]) -> Row:
 def in_parts(bench: Bench, arm: Arm, cases: Sequence[Case], size: int) -> Row:
     """`measure` of `size` videos at a time, each part kept, so that more videos can be added later."""
     rows = [measure(bench, arm, cases[start : start + size]) for start in range(0, len(cases), size)]
-    work, seconds = (
-        float(np.average([getattr(row, name) for row in rows], weights=[len(row.errors) for row in rows]))
-        for name in ("work", "seconds")
+    videos = [len(row.errors) for row in rows]
+    return Row(
+        arm.name,
+        arm.family,
+        float(np.average([row.work for row in rows], weights=videos)),
+        float(np.average([row.seconds for row in rows], weights=videos)),
+        [error for row in rows for error in row.errors],
+        [value for row in rows for value in row.psnr],
     )
-    errors, decoded = (sum((getattr(row, name) for row in rows), []) for name in ("errors", "psnr"))
-    return Row(arm.name, arm.family, work, seconds, errors, decoded)
 
 
 def _measure(bench: Bench, arm: Arm, cases: Sequence[Case]) -> Row:
