@@ -9,6 +9,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 import torch
 
 from osaccel import __version__, formats
+from osaccel.messages import shown
 
 # What a configuration must share with a generation to be valid for it.
 BINDING = ("steps", "blocks", "sampler", "resolution", "timesteps")
@@ -70,21 +71,32 @@ def versions() -> Dict[str, str]:
     return found
 
 
-def recorded_of(settings: Any) -> Tuple[str, Mapping[str, Any]]:
-    """The file that is applied and what it was made for: a plan's own `made_for`, or a four-key file's sidecar."""
+def recorded_of(settings: Any) -> Tuple[str, Any]:
+    """What is applied, and what it was made for: a plan's `made_for`, or the fingerprint of a four-key file's report.
+
+    The second is a text where the report is damaged; empty where nothing is recorded.
+    """
     if settings.plan is not None:
         return settings.plan_source, settings.plan.made_for
     path = settings.cache_file
     if path is None or not os.path.exists(report_path(path)):
         return "", {}
-    report = formats.read_file(report_path(path))
-    return path, report.get("fingerprint", {}) if isinstance(report, dict) else {}
+    try:
+        report = formats.read_file(report_path(path))
+    except formats.SettingsError as error:
+        return path, f"its report is damaged: {error}"
+    recorded = report.get("fingerprint", {}) if isinstance(report, dict) else None
+    if not isinstance(recorded, dict):
+        return path, f"its report is damaged: {report_path(path)} holds no fingerprint"
+    return path, recorded
 
 
-def mismatches(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> List[str]:
-    """How a generation differs from what is recorded; what either does not say is no difference."""
+def mismatches(recorded: Any, found: Mapping[str, Any]) -> List[str]:
+    """How a generation differs from what `recorded_of` gave; what either does not say is no difference."""
+    if isinstance(recorded, str):
+        return [recorded]
     return [
-        f"{name} was {recorded[name]!r} when it was searched, is now {found[name]!r}"
+        f"{name} was {shown(recorded[name])} when it was searched, is now {shown(found[name])}"
         for name in BINDING
         if recorded.get(name) is not None and found.get(name) is not None and recorded[name] != found[name]
     ]

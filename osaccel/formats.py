@@ -1,81 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files users keep (cache configuration, timestep list), read with exact error messages and written atomically."""
 
-import difflib
+import contextlib
 import json
-import math
+import logging
 import os
+import stat
+import struct
 import tempfile
-from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig, check_cache_value
+from osaccel.messages import SettingsError, closest, kind, shown
 from osaccel.plan import FORMAT, Correction, Plan, Region, of_dit_cache
+from osaccel.reading import cannot_be_read, check_regular, read_file
 
-YAML_SUFFIXES = (".yaml", ".yml")
+logger = logging.getLogger("osaccel")
+
 # The time axis Open-Sora-Plan is trained on: a searched value x in [0, 1] stands for the timestep 1000 * x.
 NUM_TRAIN_TIMESTEPS = 1000
-
-
-class SettingsError(ValueError):
-    """A setting or file is wrong; the message names the place, the key, the value and what is allowed."""
-
-
-def closest(name: str, allowed: Iterable[str]) -> str:
-    """' Did you mean ...?' for a misspelt name, or the list of what is allowed."""
-    choices = list(allowed)
-    near = difflib.get_close_matches(name, choices, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Allowed: {', '.join(choices)}."
+MOST_TIMESTEPS = 10_000
+# Beyond every model's blocks and every run's steps: what is larger is a slip, or was made to do harm.
+LARGEST_CACHE_VALUE = 1_000_000
+# A search writes less than this beside its output before it has found something.
+_PROBE = b"\0" * (1 << 16)
+# How many calibration videos a search takes.
+FEWEST_VIDEOS, MOST_VIDEOS = 5, 20
 
 
 def check_keys(mapping: Any, allowed: Sequence[str], place: str) -> Dict[str, Any]:
     """`mapping` itself, when it is one and has only `allowed` keys."""
     if not isinstance(mapping, dict):
-        raise SettingsError(f"{place}: expected a mapping with {', '.join(allowed)}, got {_kind(mapping)}.")
+        raise SettingsError(f"{place}: expected a mapping with {', '.join(allowed)}, got {kind(mapping)}.")
     for key in mapping:
         if key not in allowed:
-            raise SettingsError(f"{place}: unknown key {key!r}. {closest(str(key), allowed)}")
+            raise SettingsError(f"{place}: unknown key {shown(key)}. {closest(str(key), allowed)}")
     return mapping
-
-
-def read_file(path: str) -> Any:
-    """The content of a JSON or YAML file (by its ending; YAML is loaded safely)."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from None
-    return _parse_yaml(path, text) if path.endswith(YAML_SUFFIXES) else _parse_json(path, text)
-
-
-def _parse_json(path: str, text: str) -> Any:
-    try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{path}: not valid JSON: {error}.") from None
-    except _DuplicateKey as error:
-        raise SettingsError(f"{path}: the key {error} stands there twice.") from None
-
-
-class _DuplicateKey(Exception):
-    """A JSON object repeats a key."""
-
-
-def _no_duplicates(pairs: List[Tuple[str, Any]]) -> Dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise _DuplicateKey(repr(key))
-    return dict(pairs)
-
-
-def _parse_yaml(path: str, text: str) -> Any:
-    # Imported here: processes that need no YAML should not pay for it.
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from None
 
 
 def parse_cache_config(content: Any, place: str) -> DitCacheConfig:
@@ -88,7 +48,9 @@ def parse_cache_config(content: Any, place: str) -> DitCacheConfig:
         try:
             check_cache_value(key, mapping[key])
         except ValueError as error:
-            raise SettingsError(f"{place}: {error}, got {mapping[key]!r} ({_kind(mapping[key])}).") from None
+            raise SettingsError(f"{place}: {error}, got {shown(mapping[key])} ({kind(mapping[key])}).") from None
+        if mapping[key] > LARGEST_CACHE_VALUE:
+            raise SettingsError(f"{place}: {key} must be at most {LARGEST_CACHE_VALUE}, got {shown(mapping[key])}.")
     return DitCacheConfig(**mapping)
 
 
@@ -99,7 +61,7 @@ def read_cache_config(path: str) -> DitCacheConfig:
 
 def write_cache_config(path: str, config: DitCacheConfig) -> None:
     """Write exactly the four keys, so that the file loads in msModelSlim too."""
-    write_json(path, config.to_dict())
+    _write_result(path, config.to_dict())
 
 
 _PLAN_KEYS = ("format", "steps", "skip", "conditional_only", "regions", "correction", "made_for", "measured")
@@ -113,7 +75,7 @@ def parse_plan(content: Any, place: str) -> Plan:
         return of_dit_cache(parse_cache_config(content, place))
     mapping = check_keys(content, _PLAN_KEYS, place)
     if mapping.get("format") != FORMAT:
-        raise SettingsError(f"{place}: format must be {FORMAT!r}, got {_shown(mapping.get('format'))}.")
+        raise SettingsError(f"{place}: format must be {FORMAT!r}, got {_described(mapping.get('format'))}.")
     steps = _whole_number(mapping, "steps", place, minimum=1)
     regions = _list(mapping, "regions", place, "a list of regions")
     try:
@@ -132,19 +94,23 @@ def parse_plan(content: Any, place: str) -> Plan:
         raise SettingsError(f"{place}: {error}") from None
 
 
+def _described(value: Any) -> str:
+    return f"{shown(value)} ({kind(value)})"
+
+
 def _whole_number(mapping: Dict[str, Any], key: str, place: str, minimum: int = 0) -> int:
     if key not in mapping:
         raise SettingsError(f"{place}: missing key {key}.")
     value = mapping[key]
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise SettingsError(f"{place}: {key} must be an integer of at least {minimum}, got {_shown(value)}.")
+        raise SettingsError(f"{place}: {key} must be an integer of at least {minimum}, got {_described(value)}.")
     return value
 
 
 def _list(mapping: Dict[str, Any], key: str, place: str, what: str) -> List[Any]:
     value = mapping.get(key, [])
     if not isinstance(value, list):
-        raise SettingsError(f"{place}: {key} must be {what}, got {_shown(value)}.")
+        raise SettingsError(f"{place}: {key} must be {what}, got {_described(value)}.")
     return value
 
 
@@ -152,7 +118,7 @@ def _steps(mapping: Dict[str, Any], key: str, place: str) -> Tuple[int, ...]:
     steps = _list(mapping, key, place, "a list of step indices")
     for step in steps:
         if isinstance(step, bool) or not isinstance(step, int):
-            raise SettingsError(f"{place}: {key}: a step must be an integer, got {_shown(step)}.")
+            raise SettingsError(f"{place}: {key}: a step must be an integer, got {_described(step)}.")
     return tuple(sorted(steps))
 
 
@@ -171,7 +137,7 @@ def _correction(content: Any, place: str) -> Correction:
 def _mapping(mapping: Dict[str, Any], key: str, place: str) -> Dict[str, Any]:
     value = mapping.get(key, {})
     if not isinstance(value, dict):
-        raise SettingsError(f"{place}: {key} must be a mapping, got {_shown(value)}.")
+        raise SettingsError(f"{place}: {key} must be a mapping, got {_described(value)}.")
     return value
 
 
@@ -205,20 +171,22 @@ def write_plan(path: str, plan: Plan) -> None:
 def parse_timesteps(content: Any, place: str) -> Tuple[float, ...]:
     """Timesteps, descending, from msModelSlim's ascending list of at least two numbers in [0, 1]."""
     if not isinstance(content, list):
-        raise SettingsError(f"{place}: expected a list of numbers in [0, 1], ascending, got {_kind(content)}.")
-    if len(content) < 2:
-        raise SettingsError(f"{place}: a list of at least two timesteps is needed, got {len(content)}.")
+        raise SettingsError(f"{place}: expected a list of numbers in [0, 1], ascending, got {kind(content)}.")
+    if not 2 <= len(content) <= MOST_TIMESTEPS:
+        wanted = "at least two" if len(content) < 2 else f"at most {MOST_TIMESTEPS}"
+        raise SettingsError(f"{place}: a list of {wanted} timesteps is needed, got {len(content)}.")
     for index, value in enumerate(content):
         _check_timestep(content, index, value, place)
+    _check_stored(content, place)
     # 1000 itself is past the last trained timestep; msModelSlim's files hold it, samplers clip it.
     return tuple(NUM_TRAIN_TIMESTEPS * float(value) for value in reversed(content))
 
 
 def _check_timestep(content: List[Any], index: int, value: Any, place: str) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise SettingsError(f"{place}: entry {index} must be a number in [0, 1], got {value!r} ({_kind(value)}).")
-    if not math.isfinite(value) or not 0 <= value <= 1:
-        raise SettingsError(f"{place}: entry {index} must be in [0, 1], got {value!r}.")
+        raise SettingsError(f"{place}: entry {index} must be a number in [0, 1], got {shown(value)} ({kind(value)}).")
+    if not 0 <= value <= 1:
+        raise SettingsError(f"{place}: entry {index} must be in [0, 1], got {shown(value)}.")
     if index and value == content[index - 1]:
         raise SettingsError(f"{place}: entries {index - 1} and {index} are the same timestep, {value!r}.")
     if index and value < content[index - 1]:
@@ -228,6 +196,22 @@ def _check_timestep(content: List[Any], index: int, value: Any, place: str) -> N
         )
 
 
+def _check_stored(content: List[Any], place: str) -> None:
+    """What osaccel.sampling.levels.checked_timesteps refuses, found before a model is loaded."""
+    last = NUM_TRAIN_TIMESTEPS - 1
+    stored = [_float32(min(NUM_TRAIN_TIMESTEPS * float(value), last)) for value in content]
+    for index in range(1, len(stored)):
+        if stored[index] == stored[index - 1]:
+            raise SettingsError(
+                f"{place}: entries {index - 1} and {index}, {content[index - 1]!r} and {content[index]!r}, are both "
+                f"the timestep {stored[index]:.10g} for a sampler, which keeps 1000 x in float32 and at most {last}."
+            )
+
+
+def _float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
 def read_timesteps(path: str) -> Tuple[float, ...]:
     """Read a `searched_schedule.txt` (msModelSlim's JSON list): timesteps, descending, in [0, 1000]."""
     return parse_timesteps(read_file(path), path)
@@ -235,7 +219,16 @@ def read_timesteps(path: str) -> Tuple[float, ...]:
 
 def write_timesteps(path: str, timesteps: Sequence[float]) -> None:
     """Write descending timesteps in [0, 1000] as msModelSlim's ascending JSON list in [0, 1]."""
-    write_json(path, [value / NUM_TRAIN_TIMESTEPS for value in reversed(timesteps)])
+    _write_result(path, [value / NUM_TRAIN_TIMESTEPS for value in reversed(timesteps)])
+
+
+def _write_result(path: str, content: Any) -> None:
+    """Write what a search found; where that fails, the hours it took are not lost: it stands in the log."""
+    try:
+        write_json(path, content)
+    except OSError as error:
+        logger.error("%s cannot be written: %s; what was found: %s", path, error.strerror, json.dumps(content))
+        raise
 
 
 def write_json(path: str, content: Any) -> None:
@@ -244,27 +237,89 @@ def write_json(path: str, content: Any) -> None:
 
 
 def write_atomically(path: str, write: Callable[[Any], Any]) -> None:
-    """Call `write(file)` on a temporary file beside `path`, then rename it."""
-    directory = os.path.dirname(os.path.abspath(path))
+    """Call `write(file)` on a temporary file beside `path`, then rename it: a crash leaves the old file or the new."""
+    # Renaming onto a link would replace the link and leave the file that its reader opens.
+    path = os.path.realpath(path)
+    directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", dir=directory)
+    handle, temporary = tempfile.mkstemp(prefix=".osaccel-", dir=directory)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             write(file)
+            file.flush()
+            os.fsync(file.fileno())
         # mkstemp makes files private; these are as readable as any other file the user writes.
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
+    _sync_directory(directory)
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", bool: "a boolean", type(None): "nothing"}
-    return names.get(type(value), f"a number of type {type(value).__name__}")
+def _sync_directory(directory: str) -> None:
+    """Let the rename outlive a power cut too, on the file systems that can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
-def _shown(value: Any) -> str:
-    return f"{value!r} ({_kind(value)})"
+def check_writable(path: str, place: str) -> None:
+    """Raise SettingsError unless `path` and its report can be written later: called before the first forward.
+
+    A file without a name is written beside them and gone at once, which finds a full disk too; no folder is made.
+    """
+    for output in (path, path + ".report.json"):
+        try:
+            _check_replaceable(output)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SettingsError(f"{place}: {output} cannot be written: {reason}.") from None
+
+
+def _check_replaceable(path: str) -> None:
+    path = os.path.realpath(path)
+    with contextlib.suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError("Is a directory" if stat.S_ISDIR(mode) else "it is not a regular file")
+    directory, names = os.path.dirname(path), [os.path.basename(path)]
+    while not os.path.lexists(directory):
+        directory, name = os.path.split(directory)
+        names.append(name)
+    for name in names:
+        # What is too long for a name shows here, and a folder that is a file.
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(os.path.join(directory, name))
+    with tempfile.TemporaryFile(dir=directory) as file:
+        file.write(_PROBE)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def find_videos(directory: str, place: str) -> List[str]:
+    """The mp4 files of a directory, sorted; SettingsError unless there are 5 to 20, all of them files with content."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if name.lower().endswith(".mp4"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError(f"{place}: {directory} is no directory of mp4 files: {reason}.") from None
+    if not FEWEST_VIDEOS <= len(names) <= MOST_VIDEOS:
+        raise SettingsError(
+            f"{place}: {directory}: found {len(names)} mp4 files, but {FEWEST_VIDEOS} to {MOST_VIDEOS} are needed."
+        )
+    paths = [os.path.join(directory, name) for name in names]
+    for path in paths:
+        try:
+            check_regular(path)
+            if os.path.getsize(path) == 0:
+                raise OSError("the file is empty")
+        except OSError as error:
+            raise cannot_be_read(f"{place}: {path}", error) from None
+    return paths

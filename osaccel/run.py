@@ -2,12 +2,13 @@
 """`python -m osaccel.run [options] [--] COMMAND...`: check every setting, then become COMMAND with osaccel inside."""
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
 from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
-from osaccel import settings
+from osaccel import log, settings
 from osaccel.formats import SettingsError
 
 BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_bootstrap")
@@ -60,38 +61,74 @@ def child_environment(options: Mapping[str, Optional[str]], environ: Mapping[str
     """`environ` with the settings as variables, and our sitecustomize first on PYTHONPATH (once)."""
     child = dict(environ)
     child.update(settings.exported(options, environ))
-    entries = [entry for entry in child.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != BOOTSTRAP]
+    given = child.get("PYTHONPATH", "")
+    # An empty entry, of `PYTHONPATH=$PYTHONPATH:/x`, is the current directory; an empty variable has no entry.
+    entries = [entry for entry in given.split(os.pathsep) if entry != BOOTSTRAP] if given else []
     child["PYTHONPATH"] = os.pathsep.join([BOOTSTRAP, *entries])
     return child
 
 
-def warn_if_python_ignores_us(command: Sequence[str]) -> None:
+def say(message: str) -> None:
+    """One line on standard error, if there is one."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"osaccel: {message}", file=sys.stderr)
+
+
+def disabling_flag(words: Sequence[str]) -> Optional[str]:
+    """The first of Python's own options -S, -E and -I among the words behind `python`, before its script."""
+    rest = iter(words)
+    for word in rest:
+        if word == "--check-hash-based-pycs":
+            next(rest, None)
+        elif not word.startswith("--"):
+            if len(word) < 2 or word[0] != "-":
+                return None
+            for place, letter in enumerate(word):
+                if letter in DISABLING_FLAGS:
+                    return letter
+                if letter in "cm":
+                    return None
+                if letter in "WX":
+                    # Its value is the rest of this word, or the next one.
+                    if place == len(word) - 1:
+                        next(rest, None)
+                    break
+    return None
+
+
+def python_options(command: Sequence[str], path: Optional[str]) -> Sequence[str]:
+    """The words behind `python`, of the command itself or of the first line of the script that it names."""
+    if os.path.basename(command[0]).startswith("python"):
+        return command[1:]
+    program = shutil.which(command[0], path=path)
+    try:
+        with open(program or os.devnull, "rb") as file:
+            line = file.readline(256) if file.read(2) == b"#!" else b""
+    except OSError:
+        return ()
+    words = os.fsdecode(line).split()
+    pythons = [place for place, word in enumerate(words) if os.path.basename(word).startswith("python")]
+    return words[pythons[0] + 1 :] if pythons else ()
+
+
+def warn_if_python_ignores_us(command: Sequence[str], path: Optional[str] = None) -> None:
     """`python -S`, `-E` and `-I` skip sitecustomize or PYTHONPATH, and with them osaccel."""
-    if not os.path.basename(command[0]).startswith("python"):
-        return
-    for word in command[1:]:
-        if not word.startswith("-") or word.startswith("--"):
-            return
-        flags = word[1:].split("m")[0].split("c")[0]
-        found = [flag for flag in DISABLING_FLAGS if flag in flags]
-        if found:
-            print(
-                f"osaccel: warning: python -{found[0]} ignores PYTHONPATH or sitecustomize, so osaccel will not be "
-                "active; leave the flag out or add `import osaccel.auto` to the script.",
-                file=sys.stderr,
-            )
-        if flags != word[1:]:
-            return
+    flag = disabling_flag(python_options(command, path))
+    if flag is not None:
+        say(
+            f"warning: python -{flag} ignores PYTHONPATH or sitecustomize, so osaccel will not be active; leave the "
+            "flag out or add `import osaccel.auto` to the script."
+        )
 
 
 def become(command: List[str], environ: Dict[str, str]) -> int:
     """Replace this process by `command`, so that signals and the exit status are its own; returns only on failure."""
     program = shutil.which(command[0], path=environ.get("PATH"))
     if program is None:
-        print(f"osaccel: error: command not found: {command[0]}", file=sys.stderr)
+        say(f"error: command not found: {command[0]}")
         return NOT_FOUND
-    sys.stdout.flush()
-    sys.stderr.flush()
+    log.flush_streams()
     if os.name == "nt":
         # There exec returns to the shell at once and the status is lost.
         import subprocess
@@ -100,7 +137,7 @@ def become(command: List[str], environ: Dict[str, str]) -> int:
     try:
         os.execve(program, command, environ)
     except OSError as error:
-        print(f"osaccel: error: cannot run {command[0]}: {error.strerror}", file=sys.stderr)
+        say(f"error: cannot run {command[0]}: {error.strerror}")
     return NOT_EXECUTABLE
 
 
@@ -113,10 +150,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     try:
         settings.load(os.environ, options)
     except SettingsError as error:
-        print(f"osaccel: error: {error}", file=sys.stderr)
+        say(f"error: {error}")
         return USAGE_ERROR
     command = as_executable(command)
-    warn_if_python_ignores_us(command)
+    warn_if_python_ignores_us(command, os.environ.get("PATH"))
     return become(command, child_environment(options, os.environ))
 
 

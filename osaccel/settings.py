@@ -1,20 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings from options, environment variables and one YAML file, checked once and then frozen; needs no torch."""
 
+import math
 import os
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from osaccel import formats
+from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.formats import SettingsError, closest
+from osaccel.messages import SettingsError, closest, shown
 from osaccel.plan import Correction, Plan, of_dit_cache
 
 PREFIX = "OSACCEL_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+# Linux's PATH_MAX.
+LONGEST_PATH = 4096
 SEARCHES = ("plan", "dit_cache", "restep", "all")
 # What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
+# Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
+_NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
+_WHOLE = re.compile(r"[1-9][0-9]{0,8}")
 # Read by the test-suite, not by the package.
 _FOREIGN_VARIABLES = ("OSACCEL_UPSTREAM",)
 
@@ -46,13 +53,13 @@ def _boolean(value: Value) -> bool:
     try:
         return words[str(value.raw).lower()]
     except KeyError:
-        raise SettingsError(f"{value.place}: expected one of {', '.join(words)}, got {value.raw!r}.") from None
+        raise SettingsError(f"{value.place}: expected one of {', '.join(words)}, got {shown(value.raw)}.") from None
 
 
 def _log_level(value: Value) -> str:
     level = str(value.raw).upper()
     if level not in LOG_LEVELS:
-        raise SettingsError(f"{value.place}: unknown log level {value.raw!r}. {closest(level, LOG_LEVELS)}")
+        raise SettingsError(f"{value.place}: unknown log level {shown(value.raw)}. {closest(level, LOG_LEVELS)}")
     return level
 
 
@@ -62,7 +69,7 @@ def _search(value: Value) -> Optional[str]:
         return None
     name = "dit_cache" if word in ("1", "true", "yes", "on") else word
     if name not in SEARCHES:
-        raise SettingsError(f"{value.place}: unknown search {value.raw!r}. {closest(name, ('1',) + SEARCHES)}")
+        raise SettingsError(f"{value.place}: unknown search {shown(value.raw)}. {closest(name, ('1',) + SEARCHES)}")
     return name
 
 
@@ -71,32 +78,40 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[Value], f
     allowed = f"a number in {'(' if above else '['}{low:g}, {high:g}]"
 
     def parse(value: Value) -> float:
-        try:
-            number = float(value.raw)
-        except (TypeError, ValueError):
-            raise SettingsError(f"{value.place}: expected {allowed}, got {value.raw!r}.") from None
+        number = _float(value.raw)
         if not low <= number <= high or (above and number == low):
-            raise SettingsError(f"{value.place}: expected {allowed}, got {value.raw!r}.")
+            raise SettingsError(f"{value.place}: expected {allowed}, got {shown(value.raw)}.")
         return number
 
     return parse
 
 
-def _whole(value: Value) -> int:
+def _float(raw: Any) -> float:
+    """NaN for what is no number, or none that is written plainly."""
+    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
+        return math.nan
     try:
-        number = int(str(value.raw))
-    except ValueError:
-        number = 0
-    if number < 1:
-        raise SettingsError(f"{value.place}: expected a whole number of at least 1, got {value.raw!r}.")
-    return number
+        return math.nan if isinstance(raw, bool) else float(raw)
+    except (TypeError, OverflowError):
+        return math.nan
+
+
+def _whole(value: Value) -> int:
+    text = str(value.raw).strip()
+    if not _WHOLE.fullmatch(text):
+        allowed = "at most 9 digits" if text[:10].isdigit() and len(text) > 9 else "at least 1"
+        raise SettingsError(f"{value.place}: expected a whole number of {allowed}, got {shown(value.raw)}.")
+    return int(text)
 
 
 def _step_counts(value: Value) -> Tuple[int, ...]:
     parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
-    counts = tuple(_whole(value._replace(raw=part)) for part in parts)
-    if min(counts) < 2:
-        raise SettingsError(f"{value.place}: a schedule needs at least 2 steps, got {value.raw!r}.")
+    counts = tuple(_whole(value._replace(raw=part)) for part in parts[: formats.NUM_TRAIN_TIMESTEPS])
+    most = formats.NUM_TRAIN_TIMESTEPS - 1
+    if not counts or min(counts) < 2 or max(counts) > most:
+        raise SettingsError(f"{value.place}: a schedule needs 2 to {most} steps, got {shown(value.raw)}.")
+    if len(set(counts)) < len(parts):
+        raise SettingsError(f"{value.place}: a number of steps stands there twice: {shown(value.raw)}.")
     return counts
 
 
@@ -110,11 +125,11 @@ def _correction(value: Value) -> Optional[Correction]:
     parts = value.raw if isinstance(value.raw, list) else word.split(",")
     allowed = "expected 1, 0, or two numbers in [0, 1], predictor,corrector"
     if len(parts) != 2:
-        raise SettingsError(f"{value.place}: {allowed}, got {value.raw!r}.")
+        raise SettingsError(f"{value.place}: {allowed}, got {shown(value.raw)}.")
     try:
         predictor, corrector = (_number(0, 1)(value._replace(raw=part)) for part in parts)
     except SettingsError:
-        raise SettingsError(f"{value.place}: {allowed}, got {value.raw!r}.") from None
+        raise SettingsError(f"{value.place}: {allowed}, got {shown(value.raw)}.") from None
     return Correction(predictor, corrector)
 
 
@@ -133,21 +148,30 @@ def _target(value: Value) -> Goal:
         return Goal(kind, _number(low, high, above=True)(value._replace(raw=number)))
     except (KeyError, SettingsError):
         raise SettingsError(
-            f"{value.place}: expected a speed-up such as 2x (above 1), psnr:40 (dB) or error:0.02, got {value.raw!r}."
+            f"{value.place}: expected a speed-up such as 2x (above 1), psnr:40 (dB) or error:0.02, got "
+            f"{shown(value.raw)}."
         ) from None
 
 
 def _search_then(value: Value) -> str:
     choices = ("exit", "continue")
     if value.raw not in choices:
-        raise SettingsError(f"{value.place}: expected one of {', '.join(choices)}, got {value.raw!r}.")
+        raise SettingsError(f"{value.place}: expected one of {', '.join(choices)}, got {shown(value.raw)}.")
     return str(value.raw)
 
 
 def _path(value: Value) -> str:
-    if not isinstance(value.raw, str):
-        raise SettingsError(f"{value.place}: expected a path, got {value.raw!r}.")
+    if not isinstance(value.raw, str) or not _is_file_name(value.raw):
+        raise SettingsError(f"{value.place}: expected a path, got {shown(value.raw)}.")
     return os.path.join(value.base, os.path.expanduser(value.raw))
+
+
+def _is_file_name(text: str) -> bool:
+    """Whether the system can be asked for a file of this name: not empty, no NUL, no lone surrogate, no megabyte."""
+    try:
+        return 0 < len(os.fsencode(text)) <= LONGEST_PATH and "\0" not in text
+    except UnicodeEncodeError:
+        return False
 
 
 class Setting(NamedTuple):
@@ -335,6 +359,8 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
     for name, output, searches in _OUTPUTS:
         if parsed.get("search") in searches:
             parsed[output] = _output(values, name)
+    if environ.get("RANK", "0") == "0":
+        _check_places(values, parsed)
     if "cache_config" in values and not parsed.get("cache_output"):
         parsed["cache"] = _cache(values["cache_config"])
         if isinstance(values["cache_config"].raw, str):
@@ -363,8 +389,27 @@ def _output(values: Mapping[str, Value], name: str) -> str:
             f"{BY_NAME[name].option}."
         )
     if not isinstance(values[name].raw, str):
-        raise SettingsError(f"{values[name].place}: a search writes to a file; give a path, got {values[name].raw!r}.")
+        raise SettingsError(
+            f"{values[name].place}: a search writes to a file; give a path, got {shown(values[name].raw)}."
+        )
     return os.path.abspath(_path(values[name]))
+
+
+def _check_places(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> None:
+    """What a search writes and reads must be there before a model is loaded; other ranks' nodes need not have it."""
+    outputs = {name: parsed[output] for name, output, _ in _OUTPUTS if parsed.get(output)}
+    if outputs and "config" in values:
+        outputs["config"] = os.path.abspath(_path(values["config"]))
+    for name, path in outputs.items():
+        same = [
+            other for other in outputs if other != name and os.path.realpath(outputs[other]) == os.path.realpath(path)
+        ]
+        if same:
+            raise SettingsError(f"{values[name].place}: {path} is the file of {values[same[0]].place} too.")
+        if name != "config":
+            formats.check_writable(path, values[name].place)
+    if parsed.get("timesteps_output") and "calibration_videos" in parsed:
+        formats.find_videos(parsed["calibration_videos"], values["calibration_videos"].place)
 
 
 def _check_variables(environ: Mapping[str, str]) -> None:
@@ -385,8 +430,8 @@ def _from_options_and_environment(environ: Mapping[str, str], options: Mapping[s
 
 
 def _from_yaml(path: str) -> Dict[str, Value]:
-    if not path.endswith(formats.YAML_SUFFIXES):
-        raise SettingsError(f"{path}: the settings file must end in {' or '.join(formats.YAML_SUFFIXES)}.")
+    if not path.lower().endswith(reading.YAML_SUFFIXES):
+        raise SettingsError(f"{path}: the settings file must end in {' or '.join(reading.YAML_SUFFIXES)}.")
     content = formats.read_file(path)
     return _collect({} if content is None else content, (), path)
 

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from osaccel.search.evaluation import Evaluation
 from osaccel.search.journal import Journal
 from osaccel.search.lock import Lock
 from osaccel.search.presence import Owner
-from osaccel.search.recording.replay import RandomState
+from osaccel.search.recording.replay import RandomState, Recording
 
 KNOWN = {"steps": 20, "model": "a", "resolution": [9, 64, 64]}
 # How many moments to kill a search at; a whole run has 40.
@@ -86,6 +87,18 @@ def assert_same(left, right):
             assert_same(one, other)
     else:
         assert left == right
+
+
+def test_a_recording_of_a_transformer_that_returns_an_object_comes_back(tmp_path):
+    """Nothing of the object's class is stored, so nothing is imported to read it; what stands for it has its sample."""
+    recording, again = Recording(), Recording()
+    recording.stand_in = SimpleNamespace(sample=torch.ones(2, dtype=torch.bfloat16))
+    recording.latents, recording.forwards = [torch.zeros(3)], 4
+    stored.write(str(tmp_path / "x.npz"), recording.content())
+    again.load(stored.read(str(tmp_path / "x.npz")))
+    output = again.stand_in_on(torch.device("cpu"))
+    assert torch.equal(output.sample, recording.stand_in.sample) and output[0] is output["sample"]
+    assert again.forwards == 4 and torch.equal(again.latents[0], torch.zeros(3))
 
 
 def test_what_has_no_plain_form_is_refused_and_the_search_goes_on(tmp_path, caplog):
@@ -269,13 +282,14 @@ def test_a_second_search_is_refused_with_the_owners_name_and_a_dead_one_taken_ov
 
 
 def test_a_search_on_another_machine_is_judged_by_its_pulse(tmp_path, monkeypatch):
+    monkeypatch.setattr(presence, "BEAT", 0.05)
     lock = Lock.take(str(tmp_path / "lock"))
     here = Owner.here()
     monkeypatch.setattr(presence, "_machine", lambda: "another machine")
     with pytest.raises(SearchError, match=f"process {here.pid} on .*, heard from 0 s ago"):
         Lock.take(str(tmp_path / "lock"))
-    long_ago = time.time() - presence.LIMIT - 5
-    os.utime(tmp_path / "lock", (long_ago, long_ago))
+    monkeypatch.setattr(presence, "LIMIT", 0.5)
+    lock._heart.stop()
     other = Lock.take(str(tmp_path / "lock"))
     with pytest.raises(SearchError, match="has taken this search over; it ends here"):
         lock.check()
@@ -298,11 +312,14 @@ def test_the_owner_touches_its_lock_and_a_search_of_the_same_process_takes_over(
     assert second.add(evaluation(3)) and second.evaluations() == [evaluation(1), evaluation(3)]
 
 
-def test_a_lock_that_cannot_be_read_is_somebodys_until_it_is_old(tmp_path):
+def test_a_lock_that_cannot_be_read_is_somebodys_until_its_pulse_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(presence, "BEAT", 0.05)
     (tmp_path / "lock").write_bytes(b"\x00\xff")
+    heart = presence.Heart(str(tmp_path / "lock"))
     with pytest.raises(SearchError, match="whose name cannot be read"):
         Lock.take(str(tmp_path / "lock"))
-    os.utime(tmp_path / "lock", (1, 1))
+    heart.stop()
+    monkeypatch.setattr(presence, "LIMIT", 0.5)
     Lock.take(str(tmp_path / "lock")).release()
     assert list(tmp_path.iterdir()) == []
 

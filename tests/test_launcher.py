@@ -112,6 +112,25 @@ def test_nested_launches_add_one_path_and_one_hook():
     assert nested.stdout.split() == ["1", "1"]
 
 
+@pytest.mark.parametrize("pythonpath", [":/nowhere", "/nowhere:", "/nowhere::/else", ":", None])
+def test_an_empty_entry_of_pythonpath_stays_the_current_directory(tmp_path, pythonpath):
+    """`PYTHONPATH=$PYTHONPATH:/x` stands in many scripts, whose command then finds its own package beside it."""
+    (tmp_path / "mine.py").write_text("")
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "sample.py").write_text("import sys, mine; print([p for p in sys.path if 'nowhere' in p])")
+    environ = dict(os.environ, PYTHONPATH=pythonpath or "")
+    command = [sys.executable, "scripts/sample.py"]
+    # Started by the installed package's path: the launcher itself must not need PYTHONPATH.
+    ours = [sys.executable, "-c", f"import sys; sys.path.insert(0, {ROOT!r}); from osaccel.run import main; main()"]
+    plain, launched, nested = (
+        subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60)
+        for words in (command, ours + command, ours + ours + command)
+    )
+    assert (plain.returncode == 0) == (pythonpath is not None)
+    assert launched.stdout == nested.stdout == plain.stdout
+    assert launched.returncode == nested.returncode == plain.returncode
+
+
 def test_the_user_s_own_sitecustomize_still_runs(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.own_sitecustomize = 'ran'\n")
     result = launch("python", "-c", ACTIVE + "; print(sys.own_sitecustomize)", PYTHONPATH=str(tmp_path))

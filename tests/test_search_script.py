@@ -4,6 +4,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -112,6 +113,28 @@ def test_sequence_parallel_ranks_decide_as_one_and_all_end(tmp_path):
     assert log.count("found {") == 1 and report(tmp_path)["fingerprint"]["ranks"] == 2
 
 
+def test_sequence_parallel_ranks_search_timesteps_and_then_the_cache(tmp_path):
+    environ = {"OSACCEL_SEARCH": "all", "OSACCEL_TARGET_STEPS": "8", "OSACCEL_TIMESTEPS": str(tmp_path / "list.txt")}
+    log = finish(start(tmp_path, mode="sp", ranks=2, steps=16, **environ))
+    assert log.count("found {") == 1 and report(tmp_path)["fingerprint"]["steps"] == 8
+    assert not list(tmp_path.glob("found.json.search*"))
+
+
+def test_a_helper_follows_the_list_that_rank_0_found(tmp_path):
+    environ = {"OSACCEL_SEARCH": "all", "OSACCEL_TARGET_STEPS": "8", "OSACCEL_TIMESTEPS": str(tmp_path / "list.txt")}
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    finish(start(alone, mode="dp", steps=16, **environ))
+    finish(start(together, mode="dp", steps=16, ranks=2, slow=0.05, **environ))
+    errors = [
+        {json.dumps(e["config"]): e["error"] for e in report(folder)["evaluations"]} for folder in (alone, together)
+    ]
+    assert {e["worker"] for e in report(together)["evaluations"]} == {0, 1}
+    shared = [config for config in errors[0] if errors[0][config] and errors[1].get(config)]
+    assert shared and all(errors[0][config] == errors[1][config] for config in shared)
+
+
 def test_sequence_parallel_ranks_go_on_with_the_same_config(tmp_path):
     log = finish(start(tmp_path, mode="sp", ranks=2, prompts=2, OSACCEL_SEARCH_THEN="continue"))
     ends = [line.split("after")[1] for line in log.splitlines() if "reached its end" in line]
@@ -134,6 +157,24 @@ def test_ranks_that_split_prompts_share_the_work_whatever_their_number_of_prompt
     found = report(tmp_path)
     assert {evaluation["worker"] for evaluation in found["evaluations"]} == {0, 1}
     assert found["cost"]["plain_generations"] <= 6
+
+
+def start_without_torchrun(tmp_path, rank, port, **environ):
+    """One of two ranks as srun starts them: nobody ends the one when the other dies."""
+    where = {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return start(tmp_path, mode="dp", slow=0.03, PID_DIR=str(tmp_path), **where, **environ)
+
+
+def test_without_torchrun_a_helper_ends_when_rank_0_dies_and_takes_the_rendezvous_with_it(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    leader, helper = (start_without_torchrun(tmp_path, rank, port) for rank in (0, 1))
+    kill_after(leader, tmp_path, 1)
+    begun = time.time()
+    log = finish(helper, status=1)
+    assert time.time() - begun < 60 and "SearchError: Rank 0" in log
+    assert "resuming: " in finish(start(tmp_path))
 
 
 def test_strict_refuses_a_config_searched_for_other_steps(tmp_path):

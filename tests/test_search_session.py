@@ -32,7 +32,7 @@ def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwarg
     try:
         for number in range(prompts):
             arguments = {"prompt": f"prompt {number}", "guidance_scale": 1.0, **kwargs}
-            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
+            session.on_call(pipeline.__call__, pipeline, (), arguments)
     finally:
         # It would end this process with an error, as it ends a script whose search is not over.
         atexit.unregister(session._complain_if_unfinished)

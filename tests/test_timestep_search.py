@@ -341,7 +341,7 @@ def test_noised_points_have_the_right_spread(tmp_path):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda path: path.write_bytes(b""), "2.mp4: the file is empty"),
+        (lambda path: path.write_bytes(b""), "2.mp4: cannot be read: the file is empty"),
         (lambda path: path.write_bytes(b"no video at all" * 50), "2.mp4: cannot be read as a video"),
         (lambda path: path.unlink(), "found 4 mp4 files, but 5 to 20 are needed"),
     ],
@@ -362,7 +362,7 @@ def test_short_and_wrongly_sized_videos_are_named(tmp_path):
         calibration.Videos(str(tmp_path), {"num_frames": 9, "height": SIZE, "width": SIZE})
     with pytest.raises(SearchError, match=r"0.mp4: is 32 x 32 \(height x width\), but the run makes 64 x 32"):
         calibration.Videos(str(tmp_path), {"num_frames": 3, "height": 64, "width": SIZE})
-    with pytest.raises(SearchError, match="not a directory"):
+    with pytest.raises(SearchError, match="is no directory of mp4 files: No such file"):
         calibration.find_videos(str(tmp_path / "none"))
 
 

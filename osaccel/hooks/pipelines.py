@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Wraps the known pipelines' `__call__`: each call runs inside a Generation; a hook itself never raises."""
 
-import atexit
 import inspect
 import logging
 import os
-import sys
 from dataclasses import replace
 from typing import Any, Callable, Optional
 
 import wrapt
 
+from osaccel import log
 from osaccel import settings as settings_module
 from osaccel.formats import SettingsError
-from osaccel.hooks import agreement
+from osaccel.hooks import agreement, silence
 from osaccel.settings import Settings
 from osaccel.targets import TARGETS, Target
 
@@ -27,19 +26,20 @@ _warned = set()  # type: ignore[var-annotated]
 
 def wrap_pipeline(module: Any) -> None:
     """Post-import hook: wrap the target class of `module`; what is wrong here is reported, never raised."""
-    _log_to_stderr()
+    log.prepare()
     target = TARGETS[module.__name__]
     pipeline_class = getattr(module, target.pipeline_class, None)
     if pipeline_class is None or "__call__" not in vars(pipeline_class):
         _warn_unrecognised(f"{module.__name__} has no class {target.pipeline_class} with a __call__ of its own")
-        atexit.register(_fail_if_strict)
         return
     if isinstance(vars(pipeline_class)["__call__"], wrapt.FunctionWrapper):
         return
     wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _caller(target))
+    agreement.announce()
     try:
         current_settings()
     except SettingsError as error:
+        silence.explained = True
         logger.error("%s", error)
 
 
@@ -59,9 +59,25 @@ def current_settings() -> Settings:
     return _settings
 
 
+def _agreed_settings(target: Target) -> Settings:
+    """The settings of this process; under sequence parallelism, those with which all ranks sample alike."""
+    global _settings
+    group = target.sequence_parallel_group()
+    if group is None or agreement.is_settled():
+        return current_settings()
+    own: agreement.Own
+    try:
+        own = current_settings()
+    except SettingsError as error:
+        own = error
+    _settings = agreement.agree(own, group)
+    return _settings
+
+
 def _caller(target: Target) -> Callable:
     def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        settings = current_settings()
+        log.prepare()
+        settings = _agreed_settings(target)
         # A pipeline that calls itself is still one generation.
         if settings.disable or not (settings.accelerates or settings.search) or id(instance) in _running:
             return wrapped(*args, **kwargs)
@@ -81,8 +97,8 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
     from osaccel.search.session import Session
 
     if _session is None:
-        agreement.check(settings, target)
         _session = Session(settings, target)
+    silence.accelerated = True
     output = _session.on_call(wrapped, pipeline, args, kwargs)
     if _session.is_over:
         # OSACCEL_SEARCH_THEN=continue: from here on as if what was found had been given.
@@ -94,7 +110,6 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
 
-    agreement.check(settings, target)
     plan = settings.generation_plan()
     if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
         plan = replace(plan, timesteps=None)
@@ -108,6 +123,7 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
             raise
         _warn_unrecognised(str(error))
         return wrapped(*args, **kwargs)
+    silence.accelerated = True
     try:
         args, kwargs = _with_steps(wrapped, args, kwargs, generation.num_inference_steps)
         output = wrapped(*args, **kwargs)
@@ -133,7 +149,7 @@ def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Set
     differences = binding.mismatches(recorded, binding.of_call(pipeline, arguments, blocks, settings.timesteps))
     if not differences:
         return
-    message = f"{source} was searched for another generation: {'; '.join(differences)}"
+    message = f"{source} may not fit this generation: {'; '.join(differences)}"
     if settings.strict:
         raise SettingsError(message + ". OSACCEL_STRICT refuses it; search again, or sample as it was searched.")
     if message not in _warned:
@@ -168,24 +184,5 @@ def _bind(function: Callable, args: tuple, kwargs: dict) -> dict:
 
 
 def _warn_unrecognised(reason: str) -> None:
+    silence.explained = True
     logger.warning("%s; the script runs unaccelerated", reason)
-
-
-def _fail_if_strict() -> None:
-    """Strict mode for an upstream that never reaches a wrapped call: the only place left to fail is the exit."""
-    if current_settings().strict:
-        logger.error("OSACCEL_STRICT is set and nothing was accelerated")
-        sys.stdout.flush()
-        os._exit(1)
-
-
-def _log_to_stderr() -> None:
-    """Scripts configure no logging, so the summary line would be lost; a configured application keeps its own way."""
-    if any(not isinstance(handler, logging.NullHandler) for handler in logger.handlers):
-        return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("[osaccel] %(message)s"))
-    logger.addHandler(handler)
-    logger.propagate = False
-    level = os.environ.get("OSACCEL_LOG", "INFO").upper()
-    logger.setLevel(level if level in settings_module.LOG_LEVELS else "INFO")

@@ -22,11 +22,11 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 
-from osaccel.search import stored
+from osaccel.search import presence, stored
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.lock import Lock, owner_of
-from osaccel.search.presence import Owner
+from osaccel.search.lock import Lock, owner_of, place
+from osaccel.search.presence import Owner, silence
 
 logger = logging.getLogger("osaccel")
 
@@ -171,31 +171,27 @@ class Journal:
 
     def claim(self, name: str, by: Optional[Owner] = None) -> bool:
         """Whether this process is the first of this run to claim `name`."""
-        text = json.dumps((by or Owner.here()).to_json())
         try:
-            handle = os.open(self._path(f"{name}.claim"), os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-        except (FileExistsError, FileNotFoundError):
-            # Another one has it, or the search is over and took the directory away.
+            return place(self._path(f"{name}.claim"), by or Owner.here())
+        except FileNotFoundError:
+            # The search is over, and took the directory away.
             return False
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        return True
 
     def claimant(self, name: str) -> Optional[Owner]:
-        """Who claimed it, or None while that cannot be told."""
+        """Who claimed it, or None when nobody did or its name cannot be read."""
         return owner_of(self._path(f"{name}.claim"))
 
-    def unclaim(self, name: str) -> None:
-        """Open to all again what a process claimed that has ended."""
-        try:
-            os.unlink(self._path(f"{name}.claim"))
-        except FileNotFoundError:
-            # Another one has seen it too.
-            pass
+    def is_left(self, name: str) -> bool:
+        """Whether it was claimed by a process that has ended; on another machine, whose pulse has stopped."""
+        path = self._path(f"{name}.claim")
+        holder = owner_of(path)
+        if holder is None:
+            return silence(path) > presence.LIMIT
+        return not holder.is_here and holder.is_gone(self.beat_path(holder))
 
-    def beat_path(self, name: str) -> str:
-        """A file to be touched by whoever has this name."""
-        return self._path(f"{name}.beat")
+    def beat_path(self, owner: Owner) -> str:
+        """The file that a helper touches while it lives."""
+        return self._path(f"{owner.token}.beat")
 
     def names(self, prefix: str = "", suffix: str = "") -> List[str]:
         """Names of the files there are, sorted."""

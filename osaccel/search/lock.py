@@ -34,14 +34,11 @@ class Lock:
         """
         owner = Owner.here()
         try:
-            mine = _written(path, owner)
+            os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+            while not place(path, owner):
+                _make_way(path)
         except OSError as error:
             raise SearchError(f"{path}: cannot be written: {error.strerror}; a search keeps its files there.") from None
-        try:
-            while not _linked(mine, path):
-                _make_way(path)
-        finally:
-            os.unlink(mine)
         return cls(path, owner)
 
     def is_held(self) -> bool:
@@ -77,27 +74,29 @@ def owner_of(path: str) -> Optional[Owner]:
         return None
 
 
-def _written(path: str, owner: Owner) -> str:
-    """A file with the owner's name, beside the lock."""
-    directory = os.path.dirname(os.path.abspath(path))
-    os.makedirs(directory, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=os.path.basename(path) + ".", suffix=".part", dir=directory)
-    with os.fdopen(handle, "wb") as file:
-        file.write(json.dumps(owner.to_json()).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    return temporary
+def place(path: str, owner: Owner) -> bool:
+    """Put a file with the owner's name at `path` unless there is one; whether it was put there."""
+    directory, name = os.path.split(os.path.abspath(path))
+    handle, temporary = tempfile.mkstemp(prefix=name + ".", suffix=".part", dir=directory)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(json.dumps(owner.to_json()).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        return _linked(temporary, path)
+    finally:
+        os.unlink(temporary)
 
 
 def _linked(mine: str, path: str) -> bool:
-    """Put the file there unless one is; in one step, so that the lock is never seen half written."""
+    """In one step, so that it is never seen half written."""
     try:
         os.link(mine, path)
         return True
     except FileExistsError:
         return False
     except OSError:
-        # No hard links here: the lock may be seen empty for a moment, which is taken for one that is held.
+        # No hard links here: it may be seen empty for a moment, which is taken for one that is held.
         return _copied(mine, path)
 
 
@@ -112,16 +111,15 @@ def _copied(mine: str, path: str) -> bool:
 
 
 def _make_way(path: str) -> None:
-    """Remove a lock whose owner has ended; SearchError when it may not have."""
+    """Remove a lock whose owner has ended; SearchError when it lives."""
     holder = owner_of(path)
-    seen = silence(path)
     if holder is None and not os.path.exists(path):
         return
-    if not _is_free(path, holder, seen):
-        whose = f"{holder}, since {_ago(holder, seen)}" if holder else "a process whose name cannot be read"
+    if not _is_free(path, holder):
+        whose = f"{holder}, since {_ago(holder)}" if holder else "a process whose name cannot be read"
         raise SearchError(
-            f"{path}: another search has this output: {whose}, heard from {seen:.0f} s ago. Two searches on one output "
-            "would mix; wait for it, end it, or give this one another output."
+            f"{path}: another search has this output: {whose}, heard from {silence(path):.0f} s ago. Two searches on "
+            "one output would mix; wait for it, end it, or give this one another output."
         )
     aside = f"{path}.{os.getpid()}.part"
     try:
@@ -137,12 +135,29 @@ def _make_way(path: str) -> None:
     os.unlink(aside)
 
 
-def _is_free(path: str, holder: Optional[Owner], seen: float) -> bool:
-    if holder is None:
-        return seen > presence.LIMIT
-    return holder.is_here or holder.is_gone(path)
+def _is_free(path: str, holder: Optional[Owner]) -> bool:
+    """Whether the owner has ended. Of one on another machine only the pulse can tell, which takes up to a minute."""
+    if holder is not None and holder.is_local:
+        return holder.is_here or holder.is_gone(path)
+    touched, has_said = _touched(path), False
+    while silence(path) <= presence.LIMIT:
+        now = _touched(path)
+        if now is None or now != touched:
+            return now is None
+        if not has_said:
+            has_said = True
+            logger.info("%s: waiting for a sign of life of %s", path, holder or "whoever has it")
+        time.sleep(min(1.0, presence.BEAT))
+    return True
 
 
-def _ago(holder: Owner, seen: float) -> str:
-    seconds = max(seen, time.time() - holder.since)
+def _touched(path: str) -> Optional[float]:
+    try:
+        return os.stat(path).st_mtime
+    except FileNotFoundError:
+        return None
+
+
+def _ago(holder: Owner) -> str:
+    seconds = max(0.0, time.time() - holder.since)
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -100,7 +100,8 @@ class Heart:
     def stop(self) -> None:
         self._stopped.set()
         if self._thread is not threading.current_thread():
-            self._thread.join()
+            # Not for long: a file system that hangs may hold it.
+            self._thread.join(1.0)
 
     def _beat(self) -> None:
         while not self._stopped.wait(BEAT):

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 import torch
 
@@ -26,6 +26,8 @@ from osaccel.search.team import Team
 logger = logging.getLogger("osaccel")
 
 POLL_SECONDS = 0.1
+# How often it is looked whether another rank has died: that may cost a file on a shared disk.
+CHECK_SECONDS = 1.0
 # How long a helper waits for the first sign of rank 0, which may still load its model.
 JOIN_SECONDS = 600.0
 _SEEN_SECONDS = 30.0
@@ -36,8 +38,19 @@ Job = Mapping[str, Any]
 Evaluate = Callable[[Job, Any], Evaluation]
 
 
-def take_lock(team: Team, directory: str) -> Optional[Lock]:
-    """The lock of a journal for this team, held by its leader; helpers are told of it, and see that rank 0 lives.
+class Held(NamedTuple):
+    """A journal's lock, held for a team by its leader; the other ranks have None."""
+
+    lock: Optional[Lock]
+
+    def release(self) -> None:
+        """Let other searches have the journal."""
+        if self.lock is not None:
+            self.lock.release()
+
+
+def take_lock(team: Team, directory: str) -> Held:
+    """Take the lock of a journal for this team, on all of its ranks; helpers are told, and see that rank 0 lives.
 
     Raises:
         SearchError: on every rank of the team, when another search has it.
@@ -46,16 +59,16 @@ def take_lock(team: Team, directory: str) -> Optional[Lock]:
     store = _store() if lock is not None and team.workers > 1 else None
     if store is not None and lock is not None:
         store.set(_TOKEN, lock.owner.token)
-    return lock
+    return Held(lock)
 
 
-def open_journal(team: Team, directory: str, fingerprint: Mapping[str, Any], lock: Optional[Lock] = None) -> Journal:
-    """The journal of a search for every rank of the team; see `Journal`.
+def open_journal(team: Team, directory: str, fingerprint: Mapping[str, Any], held: Optional[Held] = None) -> Journal:
+    """The journal of a search, for every rank of the team; see `Journal`.
 
     Args:
-        lock: the leader's, where `take_lock` was called before.
+        held: what `take_lock` gave, where it was called before.
     """
-    lock = lock or take_lock(team, directory)
+    lock = (held or take_lock(team, directory)).lock
     journal = team.led(lambda: Journal(directory, fingerprint, lock=lock))
     return journal or Journal(directory, fingerprint, is_writer=False)
 
@@ -70,7 +83,7 @@ class Workers:
 
     def __init__(self, team: Team, journal: Journal):
         self.team, self.journal = team, journal
-        self._rounds = 0
+        self._rounds, self._looked = 0, 0.0
 
     def publish(self, context: Any) -> None:
         """Say what helpers need before they can evaluate: plain values and tensors, one for each rank of the team."""
@@ -127,18 +140,17 @@ class Workers:
                 return self.team.share([known.get(key) for key in wanted])
             missing = [place for place, key in enumerate(wanted) if key not in known]
             # Decided by the leader: files may be seen at another time elsewhere.
-            for place in self.team.share([place for place in missing if self._is_left(name, place)]):
+            for place in self.team.share(self._left(name, missing)):
                 logger.warning("a rank that was evaluating a candidate has ended; rank 0 evaluates it")
                 _evaluated(self.team, self.journal, evaluate, jobs[place], shared)
             time.sleep(POLL_SECONDS)
 
-    def _is_left(self, name: str, place: int) -> bool:
-        """Whether a job was claimed by a rank that has ended."""
-        holder = self.journal.claimant(f"{name}-{place}") if self.team.is_leader else None
-        return holder is not None and not holder.is_here and holder.is_gone(self._beat_of(holder))
-
-    def _beat_of(self, holder: Owner) -> str:
-        return self.journal.beat_path(f"helper-{holder.token}")
+    def _left(self, name: str, places: Sequence[int]) -> List[int]:
+        """Those of a round's jobs that were claimed by a rank that has ended; looked for now and then."""
+        if not self.team.is_leader or time.time() - self._looked < CHECK_SECONDS:
+            return []
+        self._looked = time.time()
+        return [place for place in places if self.journal.is_left(f"{name}-{place}")]
 
     def _wait_until_seen(self) -> None:
         """The helpers read the result from the directory that is about to go."""
@@ -147,7 +159,7 @@ class Workers:
             joined = [self.journal.claimant(name[: -len(".claim")]) for name in self.journal.names("joined-", ".claim")]
             left = {name[len("left-") : -len(".claim")] for name in self.journal.names("left-", ".claim")}
             waiting = [helper for helper in joined if helper is not None and helper.token not in left]
-            if all(helper.is_gone(self._beat_of(helper)) for helper in waiting):
+            if all(helper.is_gone(self.journal.beat_path(helper)) for helper in waiting):
                 return
             time.sleep(POLL_SECONDS)
 
@@ -165,7 +177,7 @@ class Helper:
         self.me = Owner.here()
         self._begun = time.time()
         # When rank 0's lock was first found missing or dead, and the state in which it was first seen.
-        self._missed = self._touched = 0.0
+        self._missed = self._touched = self._looked = 0.0
 
     def assist(self, prepare: Callable[[Journal, Any], Evaluate]) -> Any:
         """Evaluate rank 0's jobs until it is done; returns what it found.
@@ -196,22 +208,15 @@ class Helper:
         finally:
             if heart is not None:
                 heart.stop()
-                self._leave(journal)
+                journal.claim(f"left-{self.me.token}", self.me)
 
     def _join(self, journal: Journal) -> Optional[Heart]:
         if not self.team.is_leader:
             return None
-        path = journal.beat_path(f"helper-{self.me.token}")
+        path = journal.beat_path(self.me)
         with open(path, "wb"):
             journal.claim(f"joined-{self.me.token}", self.me)
         return Heart(path)
-
-    def _leave(self, journal: Journal) -> None:
-        try:
-            journal.claim(f"left-{self.me.token}", self.me)
-        except FileNotFoundError:
-            # Rank 0 did not wait any longer, and took the directory away.
-            pass
 
     def _work(self, journal: Journal, run: str, evaluate: Evaluate) -> Any:
         seen: Set[str] = set()
@@ -283,7 +288,10 @@ class Helper:
         return None
 
     def _check(self, run: str) -> None:
-        """Raise SearchError when rank 0 has died."""
+        """Raise SearchError when rank 0 has died; looks now and then."""
+        if time.time() - self._looked < CHECK_SECONDS:
+            return
+        self._looked = time.time()
         path = lock_path(self.directory)
         holder = owner_of(path)
         if holder is not None and holder.token == run and not holder.is_gone(path):

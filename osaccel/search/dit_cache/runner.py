@@ -28,14 +28,13 @@ from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.journal import Journal
-from osaccel.search.lock import Lock
 from osaccel.search.recording import boundaries
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Runner, Session
 from osaccel.search.team import Team
-from osaccel.search.workers import Evaluate, Helper, Job, Workers
+from osaccel.search.workers import Evaluate, Held, Helper, Job, Workers
 
 logger = logging.getLogger("osaccel")
 
@@ -48,16 +47,16 @@ class CacheRunner(Runner):
 
     Args:
         timesteps: a searched list that the calls are to follow; by default the settings' own.
-        lock: of the journal, where it is held already.
+        held: the lock of the journal, where it was taken already.
     """
 
-    def __init__(self, session: Session, timesteps: Optional[Sequence[float]] = None, lock: Optional[Lock] = None):
+    def __init__(self, session: Session, timesteps: Optional[Sequence[float]] = None, held: Optional[Held] = None):
         super().__init__(session)
         settings = session.settings
         self.timesteps = timesteps if timesteps is not None else settings.timesteps
         self.output = settings.cache_output or ""
         self.goal = Goal(settings.cache_ratio, settings.min_psnr)
-        self.team, self.lock = session.team, lock
+        self.team, self.held = session.team, held
         self.replays: List[Replay] = []
         self.grams: List[torch.Tensor] = []
         self.bytes_used = 0
@@ -134,7 +133,7 @@ class CacheRunner(Runner):
         self.fingerprint = self.team.share(
             binding.of_search(call, self.num_blocks, self.timesteps, prompts, self.team.size, metric)
         )
-        self._journal = workers.open_journal(self.team, self.output + SUFFIX, self.fingerprint, self.lock)
+        self._journal = workers.open_journal(self.team, self.output + SUFFIX, self.fingerprint, self.held)
         if self.journal.started_anew:
             self._say("what was searched before does not fit any more, starting anew: %s", self.journal.started_anew)
         elif self.journal.evaluations():

@@ -25,7 +25,7 @@ from osaccel.search.journal import Journal
 from osaccel.search.plan import sidecar
 from osaccel.search.plan.actions import HALF, SKIP, Action, Windows, actions_for, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.gains import REFERENCES, Probe, gains, probes, squares
+from osaccel.search.plan.gains import REFERENCES, Probe, expected_square, gains, probes, squares
 from osaccel.search.plan.local import Record, squared_sizes
 from osaccel.search.plan.measure import DenoisedLog, Measure
 from osaccel.search.recording.replay import Call, Replay
@@ -155,7 +155,8 @@ class PlanRunner(Runner):
         self.measured: Dict[Probe, float] = {}
         for probe, evaluation in zip(self.probes, self._run(plans, crew)):
             # What is not finite is not to be touched there.
-            self.measured[probe] = np.inf if evaluation.error is None else evaluation.error**2
+            is_finite = evaluation.error is not None
+            self.measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
         self.gains = gains(self.measured, sizes, self.windows)
         self.squares = squares(self.actions, sizes, self.gains)
         return curve(self.actions, self.squares, self.windows)

@@ -5,13 +5,15 @@ Every file is read and checked before any model runs. One path (a video with one
 the pipeline's own loop evaluates the points, only the next sample is replaced.
 """
 
-import glob
-import os
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+import contextlib
+import itertools
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 
+from osaccel import formats
+from osaccel.formats import SettingsError
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, with_latents
 from osaccel.search.errors import SearchError
@@ -19,57 +21,109 @@ from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps.denoised import DenoiserLog
 
-FEWEST, MOST = 5, 20
+FEWEST, MOST = formats.FEWEST_VIDEOS, formats.MOST_VIDEOS
 EVALUATIONS = 2000
 MOST_PATHS = 4
+# Frames of one video that are kept, in bytes; a run's own are far below, unless the call does not say its size.
+MOST_BYTES = 4 << 30
 
 
 def find_videos(directory: str) -> List[str]:
     """The mp4 files of a directory, sorted; SearchError unless there are 5 to 20."""
-    if not os.path.isdir(directory):
-        raise SearchError(f"{directory}: not a directory; OSACCEL_CALIBRATION_VIDEOS names a directory of mp4 files.")
-    paths = sorted(glob.glob(os.path.join(glob.escape(directory), "*.mp4")))
-    if not FEWEST <= len(paths) <= MOST:
-        raise SearchError(f"{directory}: found {len(paths)} mp4 files, but {FEWEST} to {MOST} are needed.")
-    return paths
+    try:
+        return formats.find_videos(directory, "OSACCEL_CALIBRATION_VIDEOS")
+    except SettingsError as error:
+        raise SearchError(str(error)) from None
 
 
-def read_video(path: str) -> np.ndarray:
-    """Frames, uint8, (T, H, W, 3), by the first of decord, PyAV and imageio that is installed."""
-    if os.path.getsize(path) == 0:
-        raise SearchError(f"{path}: the file is empty.")
-    for reader in (_read_decord, _read_av, _read_imageio):
+class Opened(NamedTuple):
+    """A video of which nothing is decoded yet: `frames` are uint8, (H, W, 3); `length` is None where no header says."""
+
+    length: Optional[int]
+    height: int
+    width: int
+    frames: Iterator[np.ndarray]
+
+
+def read_video(path: str, arguments: Mapping[str, Any]) -> np.ndarray:
+    """Frames, uint8, (T, H, W, 3), by the first of decord, PyAV and imageio that is installed.
+
+    Args:
+        path: an mp4 file.
+        arguments: of the pipeline call; `num_frames`, `height` and `width`, where given, are what is read. A video of
+            another size, or too short, is refused by its header (decord: by its first frame) before it is decoded.
+    """
+    for reader in (_open_decord, _open_av, _open_imageio):
         try:
-            frames = reader(path)
+            with reader(path) as video:
+                _check(path, video, arguments)
+                return _decode(path, video, arguments.get("num_frames"))
         except ImportError:
             continue
+        except SearchError:
+            raise
         # Each reader has its own exception classes, some plain RuntimeErrors; all of them mean the same here.
         except Exception as error:
             raise SearchError(f"{path}: cannot be read as a video: {' '.join(str(error).split())[:200]}.") from None
-        if frames.ndim != 4 or len(frames) == 0:
-            raise SearchError(f"{path}: holds no frames.")
-        return frames
     raise SearchError(f"{path}: no reader for mp4 files is installed; install decord, av or imageio with ffmpeg.")
 
 
-def _read_decord(path: str) -> np.ndarray:
+def _check(path: str, video: Opened, arguments: Mapping[str, Any]) -> None:
+    count, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
+    wanted = (height or video.height, width or video.width)
+    if (video.height, video.width) != wanted:
+        raise SearchError(
+            f"{path}: is {video.height} x {video.width} (height x width), but the run makes {wanted[0]} x {wanted[1]}."
+        )
+    if count is not None and video.length is not None and video.length < count:
+        raise SearchError(f"{path}: has {video.length} frames, but the run makes {count}.")
+    size = 3 * video.height * video.width * (count or video.length or 1)
+    if size > MOST_BYTES:
+        raise SearchError(f"{path}: its frames are {size >> 20} MiB decoded; at most {MOST_BYTES >> 20} are read.")
+
+
+def _decode(path: str, video: Opened, count: Optional[int]) -> np.ndarray:
+    most = MOST_BYTES // (3 * video.height * video.width)
+    frames: List[np.ndarray] = []
+    for frame in itertools.islice(video.frames, most + 1 if count is None else count):
+        if frame.shape != (video.height, video.width, 3) or len(frames) == most:
+            raise SearchError(f"{path}: its frames are not what its header says.")
+        frames.append(frame)
+    if not frames:
+        raise SearchError(f"{path}: holds no frames.")
+    if count is not None and len(frames) < count:
+        raise SearchError(f"{path}: has {len(frames)} frames, but the run makes {count}.")
+    return np.stack(frames)
+
+
+@contextlib.contextmanager
+def _open_decord(path: str) -> Iterator[Opened]:
     import decord
 
-    reader = decord.VideoReader(path)
-    return reader.get_batch(range(len(reader))).asnumpy()
+    # Frames are decoded ahead by as many threads as there are cores, each with frames of its own.
+    reader = decord.VideoReader(path, num_threads=1)
+    height, width = reader[0].shape[:2]
+    yield Opened(len(reader), height, width, (reader[i].asnumpy() for i in range(len(reader))))
 
 
-def _read_av(path: str) -> np.ndarray:
+@contextlib.contextmanager
+def _open_av(path: str) -> Iterator[Opened]:
     import av  # type: ignore[import-not-found,unused-ignore]
 
     with av.open(path) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        stream = container.streams.video[0]
+        frames = (frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
+        yield Opened(stream.frames or None, stream.height, stream.width, frames)
 
 
-def _read_imageio(path: str) -> np.ndarray:
+@contextlib.contextmanager
+def _open_imageio(path: str) -> Iterator[Opened]:
     import imageio
 
-    return np.stack([np.asarray(frame)[..., :3] for frame in imageio.mimread(path, memtest=False)])
+    reader: Any
+    with imageio.get_reader(path, format="FFMPEG") as reader:
+        width, height = reader.get_meta_data()["size"]
+        yield Opened(None, height, width, (np.asarray(frame)[..., :3] for frame in reader.iter_data()))
 
 
 class Videos:
@@ -85,7 +139,7 @@ class Videos:
         self.paths = list(find_videos(directory) if paths is None else paths)
         self.frames: Dict[str, np.ndarray] = {}
         for path in self.paths:
-            self.frames[path] = _checked(path, read_video(path), arguments)
+            self.frames[path] = read_video(path, arguments)
 
     def encoded(self, path: str, vae: Any) -> torch.Tensor:
         """Latents (1, C, T, H, W), float32, by the pipeline's own autoencoder (its tiling included)."""
@@ -103,19 +157,6 @@ class Videos:
                     return vae.encode(pixels.to(parameter.device)).float()
                 finally:
                     inner.to(dtype)
-
-
-def _checked(path: str, frames: np.ndarray, arguments: Mapping[str, Any]) -> np.ndarray:
-    count, height, width = (arguments.get(name) for name in ("num_frames", "height", "width"))
-    if count is not None and len(frames) < count:
-        raise SearchError(f"{path}: has {len(frames)} frames, but the run makes {count}.")
-    wanted = (height or frames.shape[1], width or frames.shape[2])
-    if frames.shape[1:3] != wanted:
-        raise SearchError(
-            f"{path}: is {frames.shape[1]} x {frames.shape[2]} (height x width), but the run makes "
-            f"{wanted[0]} x {wanted[1]}."
-        )
-    return frames[: count or len(frames)]
 
 
 def number_of_paths(videos: int, steps: int) -> int:
