@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="videos sampled at a time where a method allows it (4)")
     parser.add_argument("--steps", type=int, help="of the plain run (the model's)")
     parser.add_argument("--table", action="store_true", help="run nothing, show what is kept")
+    parser.add_argument("--note", help="of the circumstances, written with the rest")
     parser.add_argument("--out", type=Path, help="also write OUT.txt, OUT.json and OUT.png")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -294,7 +295,7 @@ def main() -> None:
     bench = Bench(model, pipeline, options.steps, options.batch, options.kept, only_kept=options.table)
     rivals = (options.rivals, options.rival_videos)
     comparison = Comparison(bench, options.work, options.videos, options.prompts, absent, options.only, rivals)
-    made = {**made_by(), "sampler": options.sampler}
+    made = {**made_by(), "sampler": options.sampler, **({"note": options.note} if options.note else {})}
     print("\n".join(f"{name}: {value}" for name, value in made.items()), flush=True)
     for line in comparison.run():
         print(line, flush=True)
