@@ -103,6 +103,7 @@ class Comparison:
         bench: with the folder where everything is kept.
         speeds: 1 / network work; one search serves them all.
         videos: held-out ones; prompts: calibration calls of searches.
+        targets: the speed-ups that the one search serves, `speeds` among them.
         absent: of competitors' packages, those that are missing.
     """
 
@@ -115,6 +116,7 @@ class Comparison:
         absent: Dict[str, str],
         only: Sequence[str] = ONLY,
         rivals: Tuple[int, int] = (24, 8),
+        targets: Optional[Sequence[float]] = None,
     ):
         self.bench, self.speeds, self.absent, self.only, self.rival_count = bench, list(speeds), absent, only, rivals
         self.cases = bench.model.heldout_cases(videos)
@@ -124,12 +126,13 @@ class Comparison:
         self.left_out: Dict[float, Dict[str, str]] = {speed: {} for speed in speeds}
         self.among: Dict[float, Rivals] = {}
         self.not_run: List[str] = []
+        self.targets = list(targets or speeds)
         self._searched: Optional[Searched] = None
 
     @property
     def searched(self) -> Searched:
         if self._searched is None:
-            self._searched = plan_search.search(self.bench, self.calls, self.speeds)
+            self._searched = plan_search.search(self.bench, self.calls, self.targets)
         return self._searched
 
     def run(self) -> Iterator[str]:
@@ -169,10 +172,10 @@ class Comparison:
         return [(one.name, part(self._competitor, one, work)) for one in GROUPS[group]]
 
     def _found(self, speed: float) -> Arm:
-        return self._planned(self.searched.plans[self.speeds.index(speed)], OURS)
+        return self._planned(self.searched.plans[self.targets.index(speed)], OURS)
 
     def _alone(self, family: str, speed: float) -> Arm:
-        content = self.searched.families[family][self.speeds.index(speed)]
+        content = self.searched.families[family][self.targets.index(speed)]
         if content is None:
             raise ValueError(f"{speed:g}x is out of its reach")
         return self._planned(content, f"{family}, searched")
@@ -187,7 +190,7 @@ class Comparison:
 
     def _among(self, speed: float) -> Rivals:
         count, videos = self.rival_count
-        cases, drawn = self.cases[:videos], self.searched.rivals[self.speeds.index(speed)][:count]
+        cases, drawn = self.cases[:videos], self.searched.rivals[self.targets.index(speed)][:count]
         own = self._errors(self._found(speed), cases)
         each = [self._errors(self._planned(content, kind), cases) for kind, content in drawn]
         kinds, found = [kind for kind, _ in drawn], Rivals(len(drawn), len(cases), {}, {}, {}, {}, {})
@@ -277,6 +280,7 @@ def main() -> None:
     models.add_options(parser)
     parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
     parser.add_argument("--work", type=_numbers, default=WORKS, help="speed-ups in network work (1.3,1.6,2,3,4)")
+    parser.add_argument("--targets", type=_numbers, help="that the one search serves (those of --work)")
     parser.add_argument("--videos", type=int, default=48, help="held-out videos (48)")
     parser.add_argument("--prompts", type=int, default=4, help="calibration calls of searches (4)")
     parser.add_argument("--kept", type=Path, required=True, help="folder for everything that is finished")
@@ -294,7 +298,9 @@ def main() -> None:
     model, pipeline = models.load(options, options.sampler)
     bench = Bench(model, pipeline, options.steps, options.batch, options.kept, only_kept=options.table)
     rivals = (options.rivals, options.rival_videos)
-    comparison = Comparison(bench, options.work, options.videos, options.prompts, absent, options.only, rivals)
+    comparison = Comparison(
+        bench, options.work, options.videos, options.prompts, absent, options.only, rivals, options.targets
+    )
     made = {**made_by(), "sampler": options.sampler, **({"note": options.note} if options.note else {})}
     print("\n".join(f"{name}: {value}" for name, value in made.items()), flush=True)
     for line in comparison.run():
@@ -317,7 +323,7 @@ def header(comparison: Comparison) -> List[str]:
     ]
     if comparison._searched is not None:
         lines.append(
-            f"{OURS}: one search for {len(comparison.speeds)} works, "
+            f"{OURS}: one search for {len(comparison.targets)} works, "
             f"{comparison.searched.generations:.2f} plain generations of these calls, plain runs included"
         )
     return lines
