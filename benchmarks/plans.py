@@ -219,10 +219,11 @@ class Comparison:
         parts = []
         for speed in self.speeds:
             rows = self.rows[speed]
-            if not rows:
-                continue
             against = OURS if any(row.name == OURS for row in rows) else None
-            lines = [f"{speed:g}x: network work at most {1 / speed:.1%}", compare.table(rows, against)]
+            lines = [
+                f"{speed:g}x: network work at most {1 / speed:.1%}",
+                *([compare.table(rows, against)] if rows else []),
+            ]
             lines += [f"{name}: none; {reason}" for name, reason in self.left_out[speed].items()]
             if against and len(rows) > 1:
                 lines += verdict(rows)
