@@ -4,7 +4,9 @@
 1. Seconds of a generation with osaccel active and nothing configured / without osaccel. Both arms alternate in one
    process; the median ratio comes with a 95 % bootstrap interval.
 2. Measured speed-up of a cached transformer loop / the ideal speed-up of its configuration, with blocks of over 5 ms.
-3. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
+3. CPU time of the correction in one step on real latent sizes, beside `scheduler.step` itself and beside the upstream's
+   network on the same core.
+4. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
 """
 
 import argparse
@@ -25,9 +27,13 @@ from benchmarks.lib.own import with_plan
 from benchmarks.lib.quality import interval
 from osaccel import hooks
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.plan import of_dit_cache
+from osaccel.plan import Correction, Plan, of_dit_cache
+from osaccel.settings import DEFAULT_CORRECTION
 
 STEPS = 20
+# Latents of two videos, 93 frames of 480 x 640; the upstream's transformer on them without guidance: patches of 2 x 2,
+# weights as its authors give them for v1.2.
+LATENTS, TOKENS, WEIGHTS = (2, 4, 24, 60, 80), 2 * 24 * 30 * 40, 2.7e9
 
 
 class Block(nn.Module):
@@ -116,6 +122,42 @@ def cached_speed(repeats: int) -> Dict[str, float]:
     }  # fmt: skip
 
 
+def correction_cost(steps: int) -> Dict[str, float]:
+    """What both strengths add to `scheduler.step`: seconds of one core, and of a network step on the same core.
+
+    CPU seconds, so that other programs beside it do not count. The network's are those of its weights' multiplications
+    alone, at the rate that a large product reaches here.
+    """
+    scheduler: Any = EulerAncestralDiscreteScheduler()
+    pipeline = types.SimpleNamespace(scheduler=scheduler, transformer=nn.Module())
+    latents, outputs = torch.randn(LATENTS), [torch.randn(LATENTS) for _ in range(3)]
+    found: Dict[str, float] = {}
+    for name, used in (("plain", Correction()), ("corrected", DEFAULT_CORRECTION)):
+        times = []
+        with with_plan(pipeline, Plan(correction=used)):
+            scheduler.set_timesteps(steps)
+            scheduler.scale_model_input(latents, scheduler.timesteps[0])
+            for number, t in enumerate(scheduler.timesteps):
+                started = time.process_time()
+                scheduler.step(outputs[number % 3], t, latents)
+                times.append(time.process_time() - started)
+        # The first steps have no change to look back to, the last one is first order.
+        found[name] = float(np.median(times[3:-1]))
+    network = WEIGHTS * 2 * TOKENS / flops_per_second()
+    return {"scheduler_s": found["plain"], "added_s": found["corrected"] - found["plain"], "network_s": network}
+
+
+def flops_per_second(size: int = 1024, repeats: int = 10) -> float:
+    """Of a product of two square matrices, float32, one core."""
+    factors = torch.randn(2, size, size)
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        factors[0] @ factors[1]
+        times.append(time.process_time() - started)
+    return 2 * size**3 / min(times)
+
+
 def import_cost(repeats: int) -> float:
     code = "import time; t = time.perf_counter(); import osaccel.auto; print(1000 * (time.perf_counter() - t))"
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True) for _ in range(repeats)]
@@ -131,14 +173,21 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     ratio, low, high = idle_overhead(arguments.pairs)
     speed, cost = cached_speed(14), import_cost(9)
+    corrected = correction_cost(40)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     print(
         f"cached loop: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x = {speed['of_ideal']:.3f} of it "
         f"({speed['of_ideal_low']:.3f} to {speed['of_ideal_high']:.3f}; a block takes {speed['block_ms']:.1f} ms)"
     )
+    added, network = corrected["added_s"], corrected["network_s"]
+    print(
+        f"correction of a step on latents {LATENTS}   {1000 * added:.1f} ms of CPU time = "
+        f"{added / corrected['scheduler_s']:.2f} of scheduler.step, {added / network:.1e} of the network's"
+    )
     print(f"import osaccel.auto                            {cost:.1f} ms")
     if arguments.json:
-        found = {"made by": made_by(), "idle_ratio": [ratio, low, high], "cached": speed, "import_ms": cost}
+        found = {"made by": made_by(), "idle_ratio": [ratio, low, high], "cached": speed, "correction": corrected,
+                 "import_ms": cost}  # fmt: skip
         with open(arguments.json, "w") as file:
             json.dump(found, file, indent=2)
 

@@ -146,6 +146,8 @@ class Comparison:
 
     def _group(self, group: str, speed: float) -> Iterator[str]:
         if group == "rivals":
+            if self.searched.plans[self.targets.index(speed)] is None:
+                return
             self.among[speed] = self._among(speed)
             yield f"{speed:g}x, {self.among[speed]}"
             return
@@ -175,12 +177,11 @@ class Comparison:
         return self._planned(self.searched.plans[self.targets.index(speed)], OURS)
 
     def _alone(self, family: str, speed: float) -> Arm:
-        content = self.searched.families[family][self.targets.index(speed)]
-        if content is None:
-            raise ValueError(f"{speed:g}x is out of its reach")
-        return self._planned(content, f"{family}, searched")
+        return self._planned(self.searched.families[family][self.targets.index(speed)], f"{family}, searched")
 
     def _planned(self, content: Any, name: str) -> Arm:
+        if content is None:
+            raise ValueError("no plan of it saves as much")
         return planned(self.bench, formats.parse_plan(content, "a found plan"), name, name)
 
     def _competitor(self, competitor: Competitor, work: float) -> Arm:

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
@@ -17,8 +17,11 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 # Linux's PATH_MAX.
 LONGEST_PATH = 4096
 SEARCHES = ("plan", "dit_cache", "restep", "all")
+ATTENTIONS = ("keep", "flash", "auto")
 # What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
+# The same beside a plan that skips steps: the plain run's own video is the aim, and a predictor leads away from it.
+DEFAULT_UNDER_SKIP = Correction(corrector=1.0)
 # Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
 _NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
 _WHOLE = re.compile(r"[1-9][0-9]{0,8}")
@@ -160,6 +163,14 @@ def _search_then(value: Value) -> str:
     return str(value.raw)
 
 
+def _attention(value: Value) -> str:
+    if value.raw not in ATTENTIONS:
+        raise SettingsError(
+            f"{value.place}: unknown attention {shown(value.raw)}. {closest(str(value.raw), ATTENTIONS)}"
+        )
+    return str(value.raw)
+
+
 def _path(value: Value) -> str:
     if not isinstance(value.raw, str) or not _is_file_name(value.raw):
         raise SettingsError(f"{value.place}: expected a path, got {shown(value.raw)}.")
@@ -193,14 +204,19 @@ class Setting(NamedTuple):
         return "--" + self.name.replace("_", "-")
 
     @property
+    def group(self) -> str:
+        """What it is about: "apply", "search" or "behaviour"; as the help shows it."""
+        if self.yaml[:1] == ("search",):
+            return "search"
+        return "behaviour" if self.name in ("strict", "log", "disable") else "apply"
+
+    @property
     def is_flag(self) -> bool:
         return not self.metavar
 
 
 TABLE: Tuple[Setting, ...] = (
-    Setting(
-        "config", (), _path, "one YAML file with everything: cache:, sampling:, search:, log:", "FILE", is_path=True
-    ),
+    Setting("config", (), _path, "one YAML file: cache:, sampling:, wall:, search:, log:", "FILE", is_path=True),
     Setting(
         "plan",
         ("plan",),
@@ -231,6 +247,20 @@ TABLE: Tuple[Setting, ...] = (
         "searched timesteps: msModelSlim's searched_schedule.txt (JSON list, ascending, in [0, 1])",
         "FILE",
         is_path=True,
+    ),
+    Setting(
+        "parallel_vae",
+        ("wall", "parallel_vae"),
+        _boolean,
+        "deal the VAE's tiles over the ranks of sequence parallelism: 1 or 0 (default: with any other setting)",
+        "0|1",
+    ),
+    Setting(
+        "attention",
+        ("wall", "attention"),
+        _attention,
+        "kernel of the self-attention: keep (default, the checkpoint's own), flash, or auto (flash where it applies)",
+        "KERNEL",
     ),
     Setting(
         "search", ("search", "mode"), _search, "search instead of sampling: plan; 1 or dit_cache, restep, all", "WHAT"
@@ -295,6 +325,8 @@ class Settings:
         search: one of SEARCHES, or None; the names behind it are its parameters, see TABLE.
         cache_output, timesteps_output, plan_output: where a search writes what it finds; what lies there
             already is not applied.
+        parallel_vae: whether VAE tiles are dealt over ranks; None stands for yes in generations that differ anyway.
+        attention: one of ATTENTIONS.
         strict, disable: see TABLE.
         log: a level name of `logging`.
     """
@@ -309,6 +341,8 @@ class Settings:
     timesteps_output: Optional[str] = None
     plan_output: Optional[str] = None
     target: Tuple[Goal, ...] = (Goal("speed", 2.0),)
+    parallel_vae: Optional[bool] = None
+    attention: str = "keep"
     search_prompts: int = 1
     search_then: str = "exit"
     cache_ratio: float = 1.3
@@ -322,13 +356,17 @@ class Settings:
 
     @property
     def accelerates(self) -> bool:
-        """Whether a generation differs from the plain one."""
-        return not self.generation_plan().is_plain
+        """Whether a generation differs from the plain one, in what it computes or in how."""
+        return not self.generation_plan().is_plain or bool(self.parallel_vae) or self.attention != "keep"
 
     def generation_plan(self) -> Plan:
         """The one plan that all sources together make."""
         plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
-        return replace(plan, timesteps=self.timesteps, correction=self.correction or plan.correction)
+        correction = self.correction or plan.correction
+        # By identity: whoever names both strengths gets them.
+        if plan.skip and correction is DEFAULT_CORRECTION:
+            correction = DEFAULT_UNDER_SKIP
+        return replace(plan, timesteps=self.timesteps, correction=correction)
 
     @property
     def plan_source(self) -> str:
@@ -500,9 +538,3 @@ def exported(options: Mapping[str, Any], environ: Mapping[str, str]) -> Dict[str
         text = "1" if value.raw is True else str(value.raw)
         variables[setting.variable] = os.path.abspath(_path(value)) if setting.is_path else text
     return variables
-
-
-def describe(table: Sequence[Setting] = TABLE) -> str:
-    """Two columns, variable and meaning, for the launcher's help."""
-    width = max(len(setting.variable) for setting in table)
-    return "\n".join(f"  {setting.variable:<{width}}  {setting.help}" for setting in table)

@@ -17,6 +17,7 @@ from benchmarks.lib.kept import digest_of
 from benchmarks.lib.models import Case
 from benchmarks.lib.own import code
 from osaccel import binding, formats
+from osaccel.search.errors import SearchError
 from osaccel.search.plan.actions import HALF, SKIP, Action, Windows, plan_of, units
 from osaccel.search.plan.choice import at_work, curve
 from osaccel.search.plan.runner import PlanRunner, path_of
@@ -37,17 +38,17 @@ class Searched(NamedTuple):
     """What one search gave, JSON-able; the lists are in the targets' order.
 
     Attributes:
-        plans: contents; families: by name, with None where the family does not reach.
+        plans: contents, None where the search says that the target is out of reach; families: the same of each alone.
         rivals: for every target, [kind, content] of plans of the found plan's work.
         generations: network work in plain generations of the calls, those included, by the search's own count.
         measured: by the search, on its calls.
     """
 
-    plans: List[Dict[str, Any]]
+    plans: List[Any]
     families: Dict[str, List[Any]]
     rivals: List[List[Any]]
     generations: float
-    measured: List[Dict[str, Any]]
+    measured: List[Any]
 
 
 def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float]) -> Searched:
@@ -60,11 +61,34 @@ def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float]) -> Sear
             raise NotKept("the plan search")
         if bench.kept.folder is not None:
             (bench.kept.folder / name).mkdir(exist_ok=True)
-            return _search(bench, cases, speeds, str(bench.kept.folder / name / "plan.json"))._asdict()
+            return _farthest(bench, cases, speeds, str(bench.kept.folder / name / "plan.json"))._asdict()
         with tempfile.TemporaryDirectory() as folder:
-            return _search(bench, cases, speeds, str(Path(folder) / "plan.json"))._asdict()
+            return _farthest(bench, cases, speeds, str(Path(folder) / "plan.json"))._asdict()
 
     return Searched(**bench.kept.value(name, run))
+
+
+def _farthest(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
+    """The search for those speed-ups that it can reach; it goes on where it stopped at one that it cannot."""
+    reached = list(speeds)
+    while True:
+        try:
+            found = _search(bench, cases, reached, output)
+            break
+        except SearchError as error:
+            if not str(error).startswith("No plan reaches") or len(reached) == 1:
+                raise
+            reached.remove(max(reached))
+
+    def placed(values: List[Any]) -> List[Any]:
+        return [values[reached.index(speed)] if speed in reached else None for speed in speeds]
+
+    return found._replace(
+        plans=placed(found.plans),
+        families={name: placed(values) for name, values in found.families.items()},
+        rivals=[values or [] for values in placed(found.rivals)],
+        measured=placed(found.measured),
+    )
 
 
 def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:

@@ -109,6 +109,7 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
+    from osaccel.wall import attached
 
     plan = settings.generation_plan()
     if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
@@ -126,7 +127,8 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
     silence.accelerated = True
     try:
         args, kwargs = _with_steps(wrapped, args, kwargs, generation.num_inference_steps)
-        output = wrapped(*args, **kwargs)
+        with attached(pipeline, target.sequence_parallel_group(), settings):
+            output = wrapped(*args, **kwargs)
         say("%s", generation.summary())
         return output
     finally:

@@ -7,6 +7,7 @@ OSACCEL_UPSTREAM names an unpacked checkout of tag v1.2.0 with tiny checkpoints 
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,6 +17,7 @@ import textwrap
 
 import pytest
 
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CHECKOUT = os.environ.get("OSACCEL_UPSTREAM", "")
 TINY = os.path.join(os.path.dirname(os.path.abspath(CHECKOUT)), "tiny")
 
@@ -83,11 +85,12 @@ class Upstream:
         (self.site / "sitecustomize.py").write_text(textwrap.dedent(COUNTING_SITECUSTOMIZE))
 
     def run(
-        self, script="sample_t2v", prefix=(), sitecustomize=None, steps=8, method=METHOD, frames=5, extra=(), **environ
-    ):
-        key = json.dumps([script, prefix, sitecustomize, steps, method, frames, extra, environ])
+        self, script="sample_t2v", prefix=(), sitecustomize=None, steps=8, method=METHOD, frames=5, extra=(), ranks=2,
+        **environ,
+    ):  # fmt: skip
+        key = json.dumps([script, prefix, sitecustomize, steps, method, frames, extra, ranks, environ])
         if key not in self.runs:
-            self.runs[key] = self._run(script, prefix, sitecustomize, steps, method, frames, extra, environ)
+            self.runs[key] = self._run(script, prefix, sitecustomize, steps, method, frames, extra, ranks, environ)
         return self.runs[key]
 
     def run_file(self, name, ranks, *arguments):
@@ -97,12 +100,12 @@ class Upstream:
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
         environ = dict(os.environ, PYTHONHASHSEED="3", OMP_NUM_THREADS="1")
-        environ["PYTHONPATH"] = os.pathsep.join([CHECKOUT, os.path.dirname(os.path.dirname(here))])
+        environ["PYTHONPATH"] = os.pathsep.join([CHECKOUT, ROOT])
         command += [os.path.join(here, name), TINY, *arguments]
         ended = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
         return ended.stdout.decode()
 
-    def _run(self, script, prefix, sitecustomize, steps, method, frames, extra, variables):
+    def _run(self, script, prefix, sitecustomize, steps, method, frames, extra, ranks, variables):
         out = self.folder / str(len(self.runs))
         out.mkdir()
         site = self.site
@@ -112,18 +115,16 @@ class Upstream:
             (site / "sitecustomize.py").write_text(sitecustomize + (self.site / "sitecustomize.py").read_text())
         environ = dict(os.environ, PYTHONHASHSEED="3", UPSTREAM_SEED="5", OMP_NUM_THREADS="1", COUNT_DIR=str(out))
         environ.pop("OSACCEL_UPSTREAM")
-        # The osaccel of these tests, whichever one is installed.
-        root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-        environ.update(PYTHONPATH=os.pathsep.join([str(site), CHECKOUT, root]), **variables)
-        command = [*prefix, *self._command(script, out, steps, method, frames), *extra]
+        environ.update(PYTHONPATH=os.pathsep.join([str(site), CHECKOUT, ROOT]), **variables)
+        command = [*prefix, *self._command(script, out, steps, method, frames, ranks), *extra]
         if script != "sample_t2v":
             environ["FAKE_CUDA_ON_CPU"] = "1"
         return finish(command, environ, out, stop_after_first_round=script != "sample_t2v")
 
-    def _command(self, script, out, steps, method, frames):
+    def _command(self, script, out, steps, method, frames, ranks):
         start = [sys.executable]
         if script != "sample_t2v":
-            start += ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+            start += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
         options = {
             "model_path": f"{TINY}/model", "ae": "CausalVAEModel_D4_4x8x8", "ae_path": f"{TINY}/vae",
             "text_encoder_name": f"{TINY}/mt5", "text_prompt": f"{TINY}/prompts.txt", "save_img_path": out / "videos",
@@ -138,12 +139,10 @@ class Upstream:
 
 class Result:
     def __init__(self, status, log, out):
-        self.status, self.log = status, log
+        self.status, self.log, self.out = status, log, out
         videos = sorted((out / "videos").glob("*")) if (out / "videos").exists() else []
         # The grid of all videos repeats the single ones, and is still being written when a round ends.
-        self.videos = {
-            path.name: path.read_bytes() for path in videos if "gs7.5_s" not in path.name or "__" in path.name
-        }
+        self.videos = {path.name: path.read_bytes() for path in videos if not re.match(r"[A-Za-z0-9]+_gs", path.name)}
         self.calls = {path.name[6:]: json.loads(path.read_text()) for path in out.glob("calls_*")}
         self.summaries = [line for line in log.splitlines() if "[osaccel] generation:" in line]
 
