@@ -64,6 +64,31 @@ def wrap_method(instance: Any, name: str, function: Callable, wrapper: Callable)
     return undo
 
 
+def is_scheduler(candidate: Any) -> bool:
+    """Whether something has the two methods by which generations and steps are known."""
+    return all(callable(getattr(candidate, name, None)) for name in ("set_timesteps", "step"))
+
+
+def wrap_scheduler(
+    scheduler: Any,
+    on_set_timesteps: Callable,
+    on_step: Callable,
+    set_timesteps: Optional[Callable] = None,
+    step: Optional[Callable] = None,
+) -> Callable[[], None]:
+    """Put wrapt wrappers around a scheduler's two methods, or around what stands for them; returns what undoes it."""
+    undo = [
+        wrap_method(scheduler, "set_timesteps", set_timesteps or scheduler.set_timesteps, on_set_timesteps),
+        wrap_method(scheduler, "step", step or scheduler.step, on_step),
+    ]
+
+    def detach() -> None:
+        while undo:
+            undo.pop()()
+
+    return detach
+
+
 class Generation:
     """Context manager around one pipeline call.
 
@@ -149,7 +174,7 @@ class Generation:
 
     def _attach_scheduler(self) -> None:
         scheduler: Any = getattr(self.pipeline, "scheduler", None)
-        if not callable(getattr(scheduler, "set_timesteps", None)) or not callable(getattr(scheduler, "step", None)):
+        if not is_scheduler(scheduler):
             raise UnsupportedPipeline(f"{type(self.pipeline).__name__} has no scheduler with set_timesteps and step.")
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         if self.plan.timesteps is not None:
@@ -160,8 +185,7 @@ class Generation:
             set_timesteps = self._with_list(adapter, set_timesteps)
             step = adapter.step or step
         self._step = step_through(self.interceptors, step)
-        self._undo.append(wrap_method(scheduler, "set_timesteps", set_timesteps, self._on_set_timesteps))
-        self._undo.append(wrap_method(scheduler, "step", step, self._on_step))
+        self._undo.append(wrap_scheduler(scheduler, self._on_set_timesteps, self._on_step, set_timesteps, step))
 
     def _with_list(self, adapter: Any, original: Callable) -> Callable:
         def set_timesteps(num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
