@@ -6,14 +6,13 @@ was stored is alive, however the call ended.
 """
 
 import inspect
-import os
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
-import wrapt
 
+from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.formats import SettingsError
 from osaccel.interceptors import Interceptor, StepCall, network_through, step_through, watches_network
@@ -50,43 +49,6 @@ def find_blocks(pipeline: Any, block_path: str) -> torch.nn.ModuleList:
     if len(found) == 0:
         raise ValueError(f"ModuleList at path '{block_path}' is empty")
     return found
-
-
-def wrap_method(instance: Any, name: str, function: Callable, wrapper: Callable) -> Callable[[], None]:
-    """Put a wrapt wrapper around `function` on the instance as `name`; returns what takes it off again."""
-    previous: Dict[str, Any] = {name: instance.__dict__[name]} if name in instance.__dict__ else {}
-
-    def undo() -> None:
-        instance.__dict__.pop(name, None)
-        instance.__dict__.update(previous)
-
-    setattr(instance, name, wrapt.FunctionWrapper(function, wrapper))
-    return undo
-
-
-def is_scheduler(candidate: Any) -> bool:
-    """Whether something has the two methods by which generations and steps are known."""
-    return all(callable(getattr(candidate, name, None)) for name in ("set_timesteps", "step"))
-
-
-def wrap_scheduler(
-    scheduler: Any,
-    on_set_timesteps: Callable,
-    on_step: Callable,
-    set_timesteps: Optional[Callable] = None,
-    step: Optional[Callable] = None,
-) -> Callable[[], None]:
-    """Put wrapt wrappers around a scheduler's two methods, or around what stands for them; returns what undoes it."""
-    undo = [
-        wrap_method(scheduler, "set_timesteps", set_timesteps or scheduler.set_timesteps, on_set_timesteps),
-        wrap_method(scheduler, "step", step or scheduler.step, on_step),
-    ]
-
-    def detach() -> None:
-        while undo:
-            undo.pop()()
-
-    return detach
 
 
 class Generation:
@@ -335,11 +297,6 @@ class _StepTimes:
         if len(self._full) < 2 or len(self._full) == len(self._all):
             return None
         return len(self._all[1:]) * statistics.median(self._full[1:]) / sum(self._all[1:])
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the one that logs: rank 0 of torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _refuse_module_compile(module: Any) -> None:

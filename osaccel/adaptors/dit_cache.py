@@ -14,9 +14,10 @@ from typing import Any, Callable, List, MutableMapping, Optional, Tuple
 import numpy as np
 import torch
 
+from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.generation import find_blocks, is_scheduler, wrap_scheduler
+from osaccel.generation import find_blocks
 from osaccel.network.forwards import HiddenStates
 from osaccel.network.regions import BlockCache
 from osaccel.plan import of_dit_cache

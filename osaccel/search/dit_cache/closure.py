@@ -11,9 +11,9 @@ from typing import Any, Callable, List, NamedTuple, Optional, Protocol
 import numpy as np
 import torch
 
+from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.generation import is_scheduler, wrap_scheduler
 from osaccel.network.forwards import HiddenStates
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
