@@ -2,28 +2,33 @@
 """Timestep lists judged on an exact denoiser: a Gaussian mixture, the pipeline's loop, the real scheduler.
 
     python -m benchmarks.oracle [--videos 1024] [--mixture SEED] [--mixtures N] [--decay 3] [--scale 1] [--json FILE]
+    python -m benchmarks.oracle --corrections [--guidance 7.5] ...          the second-order correction instead of lists
 
-The latents (4, 3, 8, 8) are a mixture of 8 videos' means with power-law spectra, in cosine coefficients; guidance does
-not exist here, so the prediction is exact. All arms share one Brownian path per video, so their results are paired.
-Several mixtures have a search each; they are compared together, and the bootstrap resamples mixtures.
+The latents (4, 3, 8, 8) are a mixture of 8 videos' means with power-law spectra, in cosine coefficients, and the
+prediction is exact. All arms share one Brownian path per video, so their results are paired. Several mixtures have a
+search each; they are compared together, and the bootstrap resamples mixtures. With guidance, the prompt names two of
+the eight, and in place of data are samples of 1000 plain steps, to whose distribution fewer steps should come.
 """
 
 import argparse
 import json
 import math
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
 
+import numpy as np
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
 from benchmarks.lib import measures
-from benchmarks.lib.kept import made_by
+from benchmarks.lib.kept import Kept, made_by
 from benchmarks.lib.lists import lists_of
 from benchmarks.lib.motion import Motion, euler_ancestral
-from benchmarks.lib.own import along
+from benchmarks.lib.own import along, with_plan
+from osaccel.plan import Correction, Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.search.timesteps import lists as timesteps
 from osaccel.search.timesteps.denoised import DenoiserLog, cosine_matrix
+from osaccel.settings import DEFAULT_CORRECTION
 
 SHAPE = (4, 3, 8, 8)
 
@@ -51,16 +56,47 @@ class Mixture:
         return torch.einsum("bcpqr,pt,qh,rw->bcthw", x.reshape(-1, *SHAPE), *self.axes)
 
     def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        x, total = self.to_coefficients(x), self.variance + sigma**2
-        scaled = self.means / total
-        mean = (x @ scaled.T - 0.5 * (scaled * self.means).sum(-1)).softmax(-1) @ self.means
-        return self.from_coefficients(mean + (x - mean) * (self.variance / total))
+        return self.from_coefficients(self.expected(self.to_coefficients(x), sigma, self.means))
+
+    def expected(self, x: torch.Tensor, sigma: float, means: torch.Tensor) -> torch.Tensor:
+        """E[x0 | x] where only these means exist; in coefficients."""
+        total = self.variance + sigma**2
+        scaled = means / total
+        mean = (x @ scaled.T - 0.5 * (scaled * means).sum(-1)).softmax(-1) @ means
+        return mean + (x - mean) * (self.variance / total)
 
     def sample(self, count: int, seed: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
         chosen = torch.randint(len(self.means), (count,), generator=generator)
         noise = torch.randn(count, self.means.shape[1], generator=generator)
         return self.from_coefficients(self.means[chosen] + self.variance.sqrt() * noise)
+
+
+class Guided(Mixture):
+    """Guided towards the first two components of a mixture; `sample` is what very many plain steps give."""
+
+    NAMED, LIMIT = 2, 1000
+
+    def __init__(self, guidance: float, **options: Any):
+        super().__init__(**options)
+        self.guidance = guidance
+
+    def denoise(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
+        x = self.to_coefficients(x)
+        plain = self.expected(x, sigma, self.means)
+        named = self.expected(x, sigma, self.means[: self.NAMED])
+        return self.from_coefficients(plain + self.guidance * (named - plain))
+
+    def sample(self, count: int, seed: int) -> torch.Tensor:
+        torch.manual_seed(seed)
+        return torch.cat([Pipeline(self)(part, self.LIMIT) for part in torch.randn(count, *SHAPE).split(256)])
+
+
+class Arm(NamedTuple):
+    """Timesteps, descending, and the correction on them."""
+
+    times: List[float]
+    correction: Correction = Correction()
 
 
 class Transformer(torch.nn.Module):
@@ -94,10 +130,38 @@ class Pipeline:
         return latents
 
 
-def run(pipeline: Pipeline, times: Sequence[float], motion: Motion) -> torch.Tensor:
-    """One batch along `times`, on the given Brownian motion."""
-    with motion.patched(euler_ancestral, pipeline.transformer.levels, times), along(pipeline, times):
-        return pipeline(motion.initial(), len(times))
+def run(pipeline: Pipeline, arm: Arm, motion: Motion) -> torch.Tensor:
+    """One batch of an arm, on the given Brownian motion."""
+    plan = Plan(timesteps=tuple(arm.times), correction=arm.correction)
+    with motion.patched(euler_ancestral, pipeline.transformer.levels, arm.times), with_plan(pipeline, plan):
+        return pipeline(motion.initial(), len(arm.times))
+
+
+CORRECTIONS = {
+    "corrector": Correction(0.0, 1.0),
+    "predictor": Correction(1.0, 0.0),
+    "default": DEFAULT_CORRECTION,
+}
+
+
+def corrected_arms(statistics: timesteps.Statistics, counts: Sequence[int]) -> Dict[str, Arm]:
+    """Even and searched spacing, uncorrected and corrected; a search that knows of the correction as well."""
+    last = float(statistics.timesteps[0])
+    aware = timesteps.DEFAULTS._replace(corrector=1.0)
+    arms = {}
+    for count in sorted({100, *counts}, reverse=True):
+        even = np.linspace(last, 0, count).tolist()
+        arms[f"plain {count}"] = Arm(even)
+        if count == 100:
+            arms[f"default {count}"] = Arm(even, DEFAULT_CORRECTION)
+            continue
+        arms.update({f"{name} {count}": Arm(even, used) for name, used in CORRECTIONS.items()})
+        searched, knowing = (timesteps.wdp(statistics, [count], used)[count].tolist()
+                             for used in (timesteps.DEFAULTS, aware))  # fmt: skip
+        arms[f"searched {count}"] = Arm(searched)
+        arms[f"searched, default {count}"] = Arm(searched, DEFAULT_CORRECTION)
+        arms[f"searched for it, default {count}"] = Arm(knowing, DEFAULT_CORRECTION)
+    return arms
 
 
 def search_statistics(pipeline: Pipeline, videos: int, seed: int, steps: int = 100) -> timesteps.Statistics:
@@ -111,14 +175,14 @@ def search_statistics(pipeline: Pipeline, videos: int, seed: int, steps: int = 1
     return log.statistics()
 
 
-def sample_all(pipeline: Pipeline, lists: Dict[str, List[float]], videos: int, batch: int) -> Dict[str, torch.Tensor]:
+def sample_all(pipeline: Pipeline, arms: Dict[str, Arm], videos: int, batch: int) -> Dict[str, torch.Tensor]:
     """Final latents per arm, (videos, C, T, H, W)."""
-    finals: Dict[str, List[torch.Tensor]] = {name: [] for name in lists}
-    sigmas = [pipeline.transformer.levels.sigma(value) for values in lists.values() for value in values]
+    finals: Dict[str, List[torch.Tensor]] = {name: [] for name in arms}
+    sigmas = [pipeline.transformer.levels.sigma(value) for arm in arms.values() for value in arm.times]
     for number in range(videos // batch):
-        for name, times in lists.items():
+        for name, arm in arms.items():
             motion = Motion(sigmas, (batch, *SHAPE), seed=1000 + number)
-            finals[name].append(run(pipeline, times, motion))
+            finals[name].append(run(pipeline, arm, motion))
     return {name: torch.cat(parts) for name, parts in finals.items()}
 
 
@@ -133,24 +197,57 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=1.0, help="standard deviation of the latents")
     parser.add_argument("--calibration", type=int, default=4, help="generations a search sees")
     parser.add_argument("--variants", nargs="*", default=[], help="further wdp arms, e.g. '{\"decisions\": 0.3}'")
+    parser.add_argument("--corrections", action="store_true", help="arms with and without the correction")
+    parser.add_argument("--guidance", type=float, help="guide towards two of the eight components")
+    parser.add_argument("--work", help="directory for what is finished; must be new after the code has changed")
     parser.add_argument("--json")
     return parser.parse_args()
 
 
+# What a kept mixture depends on.
+BOUND = ("videos", "batch", "steps", "decay", "scale", "calibration", "variants", "corrections", "guidance")
+
+
+def of_mixture(seed: int, options: argparse.Namespace) -> Dict[str, Any]:
+    """One mixture: its lists, the final latents of every arm, and two sets of data."""
+    shape = {"decay": options.decay, "seed": seed, "scale": options.scale}
+    mixture = Mixture(**shape) if options.guidance is None else Guided(options.guidance, **shape)
+    pipeline = Pipeline(mixture)
+    statistics = search_statistics(pipeline, options.calibration, seed=1)
+    if options.corrections:
+        arms = corrected_arms(statistics, options.steps)
+    else:
+        arms = {name: Arm(times) for name, times in lists_of(statistics, options.steps, options.variants).items()}
+    more = 4 if options.guidance is None else 2  # there every datum costs a thousand steps
+    return {
+        "lists": {name: arm.times for name, arm in arms.items()},
+        "finals": sample_all(pipeline, arms, options.videos, options.batch),
+        "data": [mixture.sample(more * options.videos, 7), mixture.sample(options.videos, 8)],
+    }  # fmt: skip
+
+
+def goals(counts: Sequence[int]) -> List[Tuple[str, str]]:
+    """What corrected steps are meant to be as good as."""
+    wanted = ((50, 100), (25, 50), (25, 100), (15, 50))
+    names = ("default", "searched, default", "searched for it, default")
+    return [(f"{name} {count}", f"plain {rival}") for name in names for count, rival in wanted
+            if count in counts and (rival == 100 or rival in counts)]  # fmt: skip
+
+
 def main() -> None:
     options = parse()
-    lists, finals, data = [], [], []
+    kept = Kept(options.work, {name: value for name, value in vars(options).items() if name in BOUND})
+    found = []
     for seed in range(options.mixture, options.mixture + options.mixtures):
-        mixture = Mixture(decay=options.decay, seed=seed, scale=options.scale)
-        pipeline = Pipeline(mixture)
-        statistics = search_statistics(pipeline, options.calibration, seed=1)
-        lists.append(lists_of(statistics, options.steps, options.variants))
-        finals.append(sample_all(pipeline, lists[-1], options.videos, options.batch))
-        data.append([mixture.sample(4 * options.videos, 7), mixture.sample(options.videos, 8)])
-    results = {name: torch.cat([final[name] for final in finals]) for name in finals[0]}
-    real = [torch.cat(parts) for parts in zip(*data)]
+        if not kept.has(f"mixture-{seed}"):
+            kept.put(f"mixture-{seed}", of_mixture(seed, options))
+        found.append(kept.get(f"mixture-{seed}"))
+    results = {name: torch.cat([one["finals"][name] for one in found]) for name in found[0]["finals"]}
+    real = [torch.cat(parts) for parts in zip(*(one["data"] for one in found))]
     groups = options.mixtures if options.mixtures > 1 else None
-    report = measures.compare(results, real, options.steps, groups)
+    pairs = goals(options.steps) if options.corrections else []
+    report = measures.compare(results, real, options.steps, groups, pairs=pairs)
+    lists = [one["lists"] for one in found]
     report["lists"] = lists if groups else lists[0]
     report["made by"] = made_by()
     print("\n".join(f"{name}: {value}" for name, value in made_by().items()))

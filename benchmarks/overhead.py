@@ -3,11 +3,15 @@
 
 1. Seconds of a generation with osaccel active and nothing configured / without osaccel. Both arms alternate in one
    process; the median ratio comes with a 95 % bootstrap interval.
-2. Measured speed-up of a cached transformer loop / the ideal speed-up of its configuration, with blocks of over 5 ms.
-3. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
+2. Measured speed-up of a loop under a plan / its ideal speed-up, for the four keys and for a plan with every action,
+   with blocks of over 5 ms. CPU seconds of one thread, so that other programs beside it hardly count.
+3. CPU time of the correction in one step on real latent sizes, beside `scheduler.step` itself and beside the upstream's
+   network on the same core.
+4. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
 """
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -25,9 +29,15 @@ from benchmarks.lib.own import with_plan
 from benchmarks.lib.quality import interval
 from osaccel import hooks
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.plan import of_dit_cache
+from osaccel.generation import Generation
+from osaccel.plan import Correction, Plan, Region, of_dit_cache
+from osaccel.settings import DEFAULT_CORRECTION
+from osaccel.targets import Guidance, Target
 
 STEPS = 20
+# Latents of two videos, 93 frames of 480 x 640; the upstream's transformer on them without guidance: patches of 2 x 2,
+# weights as its authors give them for v1.2.
+LATENTS, TOKENS, WEIGHTS = (2, 4, 24, 60, 80), 2 * 24 * 30 * 40, 2.7e9
 
 
 class Block(nn.Module):
@@ -41,32 +51,59 @@ class Block(nn.Module):
         return hidden_states + self.mlp(hidden_states)
 
 
+class Transformer(nn.Module):
+    """Blocks, one after the other."""
+
+    def __init__(self, blocks: int, width: int):
+        super().__init__()
+        self.transformer_blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+
+    def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        for block in self.transformer_blocks:
+            hidden_states = block(hidden_states, timestep=timestep)
+        return hidden_states
+
+
+TARGET = Target(guidance=Guidance(batch_first=("hidden_states", "timestep")))
+FOUR_KEYS = DitCacheConfig(cache_block_start=1, cache_num_blocks=10, cache_step_start=2, cache_step_interval=2)
+PLANS = {
+    "four keys": of_dit_cache(FOUR_KEYS),
+    "every action": Plan(
+        steps=STEPS,
+        skip=(5, 9, 13),
+        conditional_only=(3, 6, 7, 10, 11, 14, 15, 18),
+        regions=(Region(1, 6, (4, 7, 12, 16)), Region(6, 12, (8, 11, 16, 17), 1)),
+        correction=Correction(corrector=1.0),
+    ),
+}
+
+
 class OpenSoraPipeline:
     """A denoising loop and nothing else, so that what is measured is the transformer's loop."""
 
     def __init__(self, blocks: int, width: int, tokens: int):
         torch.manual_seed(0)
-        self.transformer: Any = nn.Module()
-        self.transformer.transformer_blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.transformer: Any = Transformer(blocks, width)
         self.scheduler: Any = EulerAncestralDiscreteScheduler()
-        self.shape = (2, tokens, width)
+        self.shape = (1, tokens, width)
 
     @torch.no_grad()
     def __call__(self, num_inference_steps: int = STEPS) -> torch.Tensor:
         self.scheduler.set_timesteps(num_inference_steps)
         latents = torch.zeros(self.shape)
         for t in self.scheduler.timesteps:
-            hidden = self.scheduler.scale_model_input(latents, t)
-            for block in self.transformer.transformer_blocks:
-                hidden = block(hidden, timestep=t)
-            latents = self.scheduler.step(0.01 * hidden, t, latents, return_dict=False)[0]
+            both = self.scheduler.scale_model_input(torch.cat([latents] * 2), t)
+            without, with_text = self.transformer(both, timestep=t).chunk(2)
+            noise = 0.01 * (without + 2 * (with_text - without))
+            latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
         return latents
 
 
 def seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
+    """CPU seconds of this process."""
+    started = time.process_time()
     function()
-    return time.perf_counter() - started
+    return time.process_time() - started
 
 
 def median_ratio(first: List[float], second: List[float]) -> Tuple[float, float, float]:
@@ -94,26 +131,62 @@ def idle_overhead(pairs: int) -> Tuple[float, float, float]:
     return median_ratio(times["active"], times["plain"])
 
 
-def cached_speed(repeats: int) -> Dict[str, float]:
+def planned_speed(plan: Plan, repeats: int) -> Dict[str, float]:
+    """The speed-up of a loop under a plan over what its network work and the time outside the blocks leave."""
     pipeline = OpenSoraPipeline(12, 384, 128)
-    config = DitCacheConfig(cache_block_start=1, cache_num_blocks=10, cache_step_start=2, cache_step_interval=2)
-    plan, blocks = of_dit_cache(config), pipeline.transformer.transformer_blocks
-    ideal = 1 / plan.work(len(blocks), STEPS)
+    blocks = len(pipeline.transformer.transformer_blocks)
+    inputs = torch.zeros(2, *pipeline.shape[1:])
     with torch.no_grad():
-        block_ms = 1000 * min(seconds(lambda: blocks[0](torch.zeros(pipeline.shape))) for _ in range(10))
-    times: Dict[str, List[float]] = {"plain": [], "cached": []}
+        block_ms = 1000 * min(seconds(lambda: pipeline.transformer.transformer_blocks[0](inputs)) for _ in range(10))
+    times: Dict[str, List[float]] = {"plain": [], "planned": []}
     for repeat in range(repeats):
         for name in sorted(times, reverse=bool(repeat % 2)):
-            if name == "plain":
+            scope = Generation(pipeline, plan, TARGET) if name == "planned" else contextlib.nullcontext()
+            with scope:
                 times[name].append(seconds(pipeline))
-                continue
-            with with_plan(pipeline, plan):
-                times[name].append(seconds(pipeline))
-    measured, low, high = median_ratio(times["plain"], times["cached"])
+    outside = max(0.0, 1 - STEPS * blocks * block_ms / 1000 / float(np.median(times["plain"])))
+    ideal = 1 / (outside + (1 - outside) * plan.work(blocks, STEPS))
+    measured, low, high = median_ratio(times["plain"], times["planned"])
     return {
         "block_ms": block_ms, "ideal": ideal, "measured": measured, "of_ideal": measured / ideal,
         "of_ideal_low": low / ideal, "of_ideal_high": high / ideal,
     }  # fmt: skip
+
+
+def correction_cost(steps: int) -> Dict[str, float]:
+    """What both strengths add to `scheduler.step`: seconds of one core, and of a network step on the same core.
+
+    CPU seconds, so that other programs beside it do not count. The network's are those of its weights' multiplications
+    alone, at the rate that a large product reaches here.
+    """
+    scheduler: Any = EulerAncestralDiscreteScheduler()
+    pipeline = types.SimpleNamespace(scheduler=scheduler, transformer=nn.Module())
+    latents, outputs = torch.randn(LATENTS), [torch.randn(LATENTS) for _ in range(3)]
+    found: Dict[str, float] = {}
+    for name, used in (("plain", Correction()), ("corrected", DEFAULT_CORRECTION)):
+        times = []
+        with with_plan(pipeline, Plan(correction=used)):
+            scheduler.set_timesteps(steps)
+            scheduler.scale_model_input(latents, scheduler.timesteps[0])
+            for number, t in enumerate(scheduler.timesteps):
+                started = time.process_time()
+                scheduler.step(outputs[number % 3], t, latents)
+                times.append(time.process_time() - started)
+        # The first steps have no change to look back to, the last one is first order.
+        found[name] = float(np.median(times[3:-1]))
+    network = WEIGHTS * 2 * TOKENS / flops_per_second()
+    return {"scheduler_s": found["plain"], "added_s": found["corrected"] - found["plain"], "network_s": network}
+
+
+def flops_per_second(size: int = 1024, repeats: int = 10) -> float:
+    """Of a product of two square matrices, float32, one core."""
+    factors = torch.randn(2, size, size)
+    times = []
+    for _ in range(repeats):
+        started = time.process_time()
+        factors[0] @ factors[1]
+        times.append(time.process_time() - started)
+    return 2 * size**3 / min(times)
 
 
 def import_cost(repeats: int) -> float:
@@ -130,15 +203,24 @@ def main() -> None:
     torch.set_num_threads(1)
     print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     ratio, low, high = idle_overhead(arguments.pairs)
-    speed, cost = cached_speed(14), import_cost(9)
+    speeds = {name: planned_speed(plan, 14) for name, plan in PLANS.items()}
+    cost = import_cost(9)
+    corrected = correction_cost(40)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
+    for name, speed in speeds.items():
+        print(
+            f"{name}: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x = {speed['of_ideal']:.3f} of it "
+            f"({speed['of_ideal_low']:.3f} to {speed['of_ideal_high']:.3f}; a block takes {speed['block_ms']:.1f} ms)"
+        )
+    added, network = corrected["added_s"], corrected["network_s"]
     print(
-        f"cached loop: ideal {speed['ideal']:.3f}x, measured {speed['measured']:.3f}x = {speed['of_ideal']:.3f} of it "
-        f"({speed['of_ideal_low']:.3f} to {speed['of_ideal_high']:.3f}; a block takes {speed['block_ms']:.1f} ms)"
+        f"correction of a step on latents {LATENTS}   {1000 * added:.1f} ms of CPU time = "
+        f"{added / corrected['scheduler_s']:.2f} of scheduler.step, {added / network:.1e} of the network's"
     )
     print(f"import osaccel.auto                            {cost:.1f} ms")
     if arguments.json:
-        found = {"made by": made_by(), "idle_ratio": [ratio, low, high], "cached": speed, "import_ms": cost}
+        found = {"made by": made_by(), "idle_ratio": [ratio, low, high], "plans": speeds, "correction": corrected,
+                 "import_ms": cost}  # fmt: skip
         with open(arguments.json, "w") as file:
             json.dump(found, file, indent=2)
 

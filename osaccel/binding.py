@@ -4,6 +4,7 @@
 import hashlib
 import importlib
 import os
+from datetime import date
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -61,6 +62,15 @@ def of_search(
         "ranks": ranks,
         "metric": metric,
         "versions": versions(),
+    }
+
+
+def occasion(calls: Sequence[Any]) -> Dict[str, Any]:
+    """When and on which prompts a search ran, for its report; a call's prompt is text, a list of texts, or None."""
+    prompts = [call.arguments.get("prompt") for call in calls]
+    return {
+        "date": date.today().isoformat(),
+        "prompts": [prompt if isinstance(prompt, (str, list)) else None for prompt in prompts],
     }
 
 

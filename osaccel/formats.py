@@ -70,9 +70,15 @@ _CORRECTION_KEYS = ("predictor", "corrector")
 
 
 def parse_plan(content: Any, place: str) -> Plan:
-    """A `Plan` from the mapping of a plan file, or from msModelSlim's four keys; `place` opens every error message."""
-    if isinstance(content, dict) and "format" not in content and set(content) & set(CACHE_KEYS):
-        return of_dit_cache(parse_cache_config(content, place))
+    """A `Plan` from the mapping of a plan file, or from another tool's cache configuration.
+
+    Those are msModelSlim's four keys and MindIE-SD's eight. `place` opens every error message.
+    """
+    if isinstance(content, dict) and "format" not in content:
+        if set(content) & set(CACHE_KEYS):
+            return of_dit_cache(parse_cache_config(content, place))
+        if set(content) & {"method", "blocks_count", "steps_count"}:
+            return _of_mindie(content, place)
     mapping = check_keys(content, _PLAN_KEYS, place)
     if mapping.get("format") != FORMAT:
         raise SettingsError(f"{place}: format must be {FORMAT!r}, got {_described(mapping.get('format'))}.")
@@ -92,6 +98,34 @@ def parse_plan(content: Any, place: str) -> Plan:
         raise
     except ValueError as error:
         raise SettingsError(f"{place}: {error}") from None
+
+
+# MindIE-SD's CacheConfig, with its defaults; None where it has none.
+_MINDIE_KEYS = {
+    "blocks_count": None, "steps_count": None, "step_start": 0, "step_interval": 1, "step_end": MOST_TIMESTEPS,
+    "block_start": 0, "block_end": LARGEST_CACHE_VALUE,
+}  # fmt: skip
+
+
+def _of_mindie(content: Dict[str, Any], place: str) -> Plan:
+    """Blocks `block_start .. block_end - 1` reuse from `step_start` until `step_end`, but at every interval-th step."""
+    mapping = check_keys(content, ("method", *_MINDIE_KEYS), place)
+    if mapping.get("method") != "dit_block_cache":
+        raise SettingsError(
+            f"{place}: method must be 'dit_block_cache', got {_described(mapping.get('method'))}; a plan says "
+            "nothing of attention layers."
+        )
+    given = {**{key: value for key, value in _MINDIE_KEYS.items() if value is not None}, **mapping}
+    positive = ("blocks_count", "steps_count", "step_interval")
+    blocks, steps, first, every, end, start, stop = (
+        _whole_number(given, key, place, minimum=int(key in positive)) for key in _MINDIE_KEYS
+    )
+    if steps > MOST_TIMESTEPS:
+        raise SettingsError(f"{place}: steps_count must be at most {MOST_TIMESTEPS}, got {shown(steps)}.")
+    reuse = tuple(step for step in range(first, min(end, steps)) if (step - first) % every)
+    stop = min(stop, blocks)
+    regions = (Region(start, stop, reuse),) if reuse and start < stop else ()
+    return Plan(steps=steps, regions=regions, made_for={"steps": steps, "blocks": blocks})
 
 
 def _described(value: Any) -> str:

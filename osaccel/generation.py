@@ -21,7 +21,7 @@ from osaccel.network.forwards import HiddenStates, ReplacedForward
 from osaccel.network.halves import ConditionalOnly
 from osaccel.network.regions import BlockCache
 from osaccel.plan import Plan
-from osaccel.sampling.standin import StandIn
+from osaccel.sampling.standin import Corrected, StandIn
 from osaccel.targets import Target, target_of
 
 
@@ -103,7 +103,8 @@ class Generation:
         plan = self.plan
         found: List[Interceptor] = []
         if plan.skip or plan.correction.is_used:
-            found.append(StandIn(plan, self.clock))
+            # Without skipped steps the network is left alone.
+            found.append((StandIn if plan.skip else Corrected)(plan, self.clock))
         if plan.conditional_only:
             if self.target.guidance is None:
                 raise UnsupportedPipeline(

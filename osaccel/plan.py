@@ -53,8 +53,10 @@ class Region:
 class Correction:
     """Strengths in [0, 1] of the second-order correction, one number or one per step (docs/correction.md).
 
+    Each is the most that is done: a video whose predictions swing back gets less (`osaccel.sampling.standin`).
+
     Args:
-        predictor: how far a stand-in follows the newest change of the denoised prediction.
+        predictor: how far what stands in for the denoised prediction within a step follows its newest change.
         corrector: how much of what an interval lost is made good once its end is known.
     """
 
@@ -64,6 +66,9 @@ class Correction:
     @property
     def is_used(self) -> bool:
         return any(any(value) if isinstance(value, tuple) else value for value in (self.predictor, self.corrector))
+
+    def __str__(self) -> str:
+        return f"predictor {_extent(self.predictor)}, corrector {_extent(self.corrector)}"
 
     def at(self, step: int) -> Tuple[float, float]:
         """(predictor, corrector) at one step."""
@@ -177,13 +182,19 @@ class Plan:
         for region in self.used_regions:
             how = "forecast" if region.order else "reused"
             if isinstance(region.reuse, Interval):
-                when = f"from step {region.reuse.first} on, but every {region.reuse.every}th"
+                when = f"from step {region.reuse.first} on but at 1 step in {region.reuse.every}"
             else:
                 when = f"at {len(region.reuse)} steps"
             parts.append(f"{region} {how} {when}")
         if self.correction.is_used:
-            parts.append("corrected")
+            parts.append(f"corrected ({self.correction})")
         return ", ".join(parts) or "every step in full"
+
+
+def _extent(strength: Union[float, Tuple[float, ...]]) -> str:
+    values = strength if isinstance(strength, tuple) else (strength,)
+    low, high = min(values), max(values)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
 def of_dit_cache(config: DitCacheConfig) -> Plan:

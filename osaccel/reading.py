@@ -15,6 +15,8 @@ from osaccel.messages import SettingsError, shown
 YAML_SUFFIXES = (".yaml", ".yml")
 # In bytes. The largest files of ours are reports. PyYAML needs up to 20 microseconds a byte.
 LARGEST_JSON, LARGEST_YAML = 2 << 20, 32 << 10
+# Comments are looked for in what a person wrote.
+MOST_WITH_COMMENTS = 32 << 10
 # Converting n digits costs n squared, and Python itself refuses above 4,300.
 MOST_DIGITS = 400
 _LONG_NUMBER = re.compile(f"[0-9]{{{MOST_DIGITS + 1}}}")
@@ -72,13 +74,39 @@ def cannot_be_read(path: str, error: Exception) -> SettingsError:
 
 def _parse_json(path: str, text: str) -> Any:
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates)
+        return _loads(text)
     except json.JSONDecodeError as error:
         raise SettingsError(f"{path}: not valid JSON: {error}.") from None
     except RecursionError:
         raise SettingsError(f"{path}: not valid JSON here: nested too deeply.") from None
     except _DuplicateKey as error:
         raise SettingsError(f"{path}: the key {error} stands there twice.") from None
+
+
+def _loads(text: str) -> Any:
+    """JSON; where it is none, without the comments that msModelSlim's documentation has in its example."""
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError:
+        if len(text) > MOST_WITH_COMMENTS or not ("#" in text or "//" in text):
+            raise
+        lines = "\n".join(_without_comment(line) for line in text.split("\n"))
+        return json.loads(lines, object_pairs_hook=_no_duplicates)
+
+
+def _without_comment(line: str) -> str:
+    """The line up to `#` or `//` outside of a text; places in it stay what they are."""
+    is_text = is_escaped = False
+    for place, letter in enumerate(line):
+        if is_escaped:
+            is_escaped = False
+        elif is_text and letter == "\\":
+            is_escaped = True
+        elif letter == '"':
+            is_text = not is_text
+        elif not is_text and (letter == "#" or line.startswith("//", place)):
+            return line[:place]
+    return line
 
 
 class _DuplicateKey(Exception):

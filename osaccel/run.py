@@ -6,10 +6,10 @@ import contextlib
 import os
 import shutil
 import sys
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
-from osaccel import log, settings
-from osaccel.formats import SettingsError
+from osaccel import __version__, log, settings
+from osaccel.messages import SettingsError, closest
 
 BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_bootstrap")
 USAGE_ERROR, NOT_FOUND, NOT_EXECUTABLE = 2, 127, 126
@@ -17,28 +17,64 @@ USAGE_ERROR, NOT_FOUND, NOT_EXECUTABLE = 2, 127, 126
 DISABLING_FLAGS = "SEI"
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m osaccel.run",
+# msModelSlim's options of its example scripts, and what stands for each in front of an unmodified script.
+FORMER_OPTIONS = {
+    "--dit_cache_config": "--cache-config FILE",
+    "--schedule_timestep": "--timesteps FILE",
+    "--search_type": "--search dit_cache, or --search restep",
+    "--cache_ratio": "--cache-ratio RATIO",
+    "--cache_save_path": "--search dit_cache --cache-config FILE; the search writes FILE",
+    "--save_dir": "--search restep --timesteps FILE; the search writes FILE",
+    "--videos_path": "--calibration-videos DIR",
+    "--neighbour_type": "nothing; osaccel.ReStepAdaptor has it",
+    "--monte_carlo_iters": "nothing; osaccel.ReStepAdaptor has it",
+}
+_GROUPS = {"apply": "what is applied", "search": "search instead", "behaviour": "behaviour"}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a misspelt or former option with the one that is meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.partition("unrecognized arguments: ")[2].split()
+        name = unknown[0].partition("=")[0] if unknown else ""
+        if name in FORMER_OPTIONS:
+            message = f"{name} is msModelSlim's; here it is {FORMER_OPTIONS[name]}."
+        elif name:
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            message = f"{name}: unknown option. {closest(name, options)}"
+        say(f"error: {message}")
+        sys.exit(USAGE_ERROR)
+
+
+def make_parser(module: str, description: str) -> argparse.ArgumentParser:
+    """The settings as options, each shown once with its variable."""
+    parser = Parser(
+        prog=f"python -m {module}",
         usage="%(prog)s [options] [--] COMMAND...",
-        description="Run COMMAND with osaccel active in every Python process below it. COMMAND is what you would type "
-        "without osaccel: torchrun ..., python ..., -m module ..., script.py ..., bash script.sh ...",
-        epilog="Every option has an environment variable of the same meaning; the option wins, then the variable, then "
-        "the YAML file:\n" + settings.describe(),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description,
+        epilog="Every option has the environment variable in brackets; the option wins, then the variable, then the "
+        "YAML file.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"osaccel {__version__}")
+    groups = {name: parser.add_argument_group(title) for name, title in _GROUPS.items()}
     for setting in settings.TABLE:
+        text = f"{setting.help} [{setting.variable}]".replace("%", "%%")
         if setting.is_flag:
-            parser.add_argument(setting.option, action="store_true", default=None, help=setting.help)
+            groups[setting.group].add_argument(setting.option, action="store_true", default=None, help=text)
         else:
-            parser.add_argument(setting.option, metavar=setting.metavar, help=setting.help)
+            groups[setting.group].add_argument(setting.option, metavar=setting.metavar, help=text)
     return parser
 
 
-def split_command(arguments: Sequence[str]) -> Tuple[List[str], List[str]]:
-    """Our options, and the command behind them; `--` ends the options, so does the first word that is none of ours."""
-    takes_value = {setting.option for setting in settings.TABLE if not setting.is_flag}
+def split_command(arguments: Sequence[str], with_value: Sequence[str] = ()) -> Tuple[List[str], List[str]]:
+    """Our options, and the command behind them; `--` ends the options, so does the first word that is none of ours.
+
+    Args:
+        with_value: options besides the settings' that take a value.
+    """
+    takes_value = {setting.option for setting in settings.TABLE if not setting.is_flag} | {*with_value}
     index = 0
     while index < len(arguments):
         word = arguments[index]
@@ -143,7 +179,11 @@ def become(command: List[str], environ: Dict[str, str]) -> int:
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     ours, command = split_command(sys.argv[1:] if arguments is None else arguments)
-    parser = make_parser()
+    parser = make_parser(
+        "osaccel.run",
+        "Run COMMAND with osaccel active in every Python process below it. COMMAND is what you would type without "
+        "osaccel: torchrun ..., python ..., -m module ..., script.py ..., bash script.sh ...",
+    )
     options = vars(parser.parse_args(ours))
     if not command:
         parser.error("no COMMAND given")

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 
 from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
@@ -20,6 +20,8 @@ SEARCHES = ("plan", "dit_cache", "restep", "all")
 ATTENTIONS = ("keep", "flash", "auto")
 # What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
+# The same beside a plan that skips steps: the plain run's own video is the aim, and a predictor leads away from it.
+DEFAULT_UNDER_SKIP = Correction(corrector=1.0)
 # Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
 _NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
 _WHOLE = re.compile(r"[1-9][0-9]{0,8}")
@@ -89,8 +91,11 @@ def _number(low: float, high: float, above: bool = False) -> Callable[[Value], f
 
 def _float(raw: Any) -> float:
     """NaN for what is no number, or none that is written plainly."""
-    if isinstance(raw, str) and not _NUMBER.fullmatch(raw.strip()):
-        return math.nan
+    if isinstance(raw, str):
+        # strip() takes more off than float() does.
+        raw = raw.strip()
+        if not _NUMBER.fullmatch(raw):
+            return math.nan
     try:
         return math.nan if isinstance(raw, bool) else float(raw)
     except (TypeError, OverflowError):
@@ -200,6 +205,13 @@ class Setting(NamedTuple):
     @property
     def option(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def group(self) -> str:
+        """What it is about: "apply", "search" or "behaviour"; as the help shows it."""
+        if self.yaml[:1] == ("search",):
+            return "search"
+        return "behaviour" if self.name in ("strict", "log", "disable") else "apply"
 
     @property
     def is_flag(self) -> bool:
@@ -353,7 +365,11 @@ class Settings:
     def generation_plan(self) -> Plan:
         """The one plan that all sources together make."""
         plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
-        return replace(plan, timesteps=self.timesteps, correction=self.correction or plan.correction)
+        correction = self.correction or plan.correction
+        # By identity: whoever names both strengths gets them.
+        if plan.skip and correction is DEFAULT_CORRECTION:
+            correction = DEFAULT_UNDER_SKIP
+        return replace(plan, timesteps=self.timesteps, correction=correction)
 
     @property
     def plan_source(self) -> str:
@@ -525,9 +541,3 @@ def exported(options: Mapping[str, Any], environ: Mapping[str, str]) -> Dict[str
         text = "1" if value.raw is True else str(value.raw)
         variables[setting.variable] = os.path.abspath(_path(value)) if setting.is_path else text
     return variables
-
-
-def describe(table: Sequence[Setting] = TABLE) -> str:
-    """Two columns, variable and meaning, for the launcher's help."""
-    width = max(len(setting.variable) for setting in table)
-    return "\n".join(f"  {setting.variable:<{width}}  {setting.help}" for setting in table)

@@ -86,10 +86,11 @@ def checked(function, *arguments):
         return function(*arguments)
     except SettingsError as error:
         message = str(error)
-        assert message.isprintable() and len(message) < LONGEST_MESSAGE + 100
+        assert message.isprintable() and len(message) < LONGEST_MESSAGE + 100, len(message)
         return None
     finally:
-        assert time.thread_time() - before < 1
+        spent = time.thread_time() - before
+        assert spent < 1, f"{spent:.2f} s"
 
 
 def fuzz(share):

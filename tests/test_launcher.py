@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+import osaccel
+from osaccel import settings
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 GOOD = {"cache_block_start": 0, "cache_num_blocks": 2, "cache_step_start": 0, "cache_step_interval": 2}
 ACTIVE = "import sys; print(any(type(f).__name__ == '_PipelineFinder' for f in sys.meta_path))"
@@ -98,6 +101,34 @@ def test_no_command_and_unknown_command():
     assert launch().returncode == 2
     result = launch("no-such-program")
     assert result.returncode == 127 and "command not found: no-such-program" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        ("--cache-confg", "--cache-confg: unknown option. Did you mean '--cache-config'?"),
+        ("--timestep=x", "--timestep: unknown option. Did you mean '--timesteps'?"),
+        ("--dit_cache_config", "--dit_cache_config is msModelSlim's; here it is --cache-config FILE."),
+        ("--schedule_timestep", "here it is --timesteps FILE."),
+        ("--search_type", "here it is --search dit_cache, or --search restep."),
+        ("--cache_save_path", "here it is --search dit_cache --cache-config FILE"),
+    ],
+)
+def test_a_misspelt_or_former_option_is_answered_with_the_one_that_is_meant(option, expected):
+    result = launch(option, "file", "python", "-c", "print('ran')")
+    assert result.returncode == 2 and expected in result.stderr and result.stderr.count("\n") == 1
+    assert result.stdout == ""
+
+
+def test_version():
+    assert launch("--version").stdout == f"osaccel {osaccel.__version__}\n"
+
+
+def test_help_shows_every_setting_once():
+    text = launch("--help").stdout
+    for setting in settings.TABLE:
+        assert text.count(f"[{setting.variable}]") == 1, setting.name
+    assert text.index("what is applied") < text.index("--plan") < text.index("search instead") < text.index("--target ")
 
 
 def test_help_names_every_variable():

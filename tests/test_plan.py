@@ -46,6 +46,9 @@ PLANS = {
     ),
     "everything": EVERYTHING,
     "corrected": Plan(steps=STEPS, skip=(2, 4, 5, 8, 9, 10), correction=Correction(0.5, 0.75)),
+    "corrected by steps": Plan(
+        steps=STEPS, skip=(2, 4, 5, 8, 9, 10), correction=Correction((1.0,) * 6 + (0.0,) * 6, (0.0, 0.5, 1.0) * 4)
+    ),
 }
 
 
@@ -88,7 +91,20 @@ class WrittenOut:
         if len(computed) == 1 or not strength:
             return newest
         p, before = computed[-2]
-        return newest + strength * (sigmas[i] - sigmas[k]) / (sigmas[p] - sigmas[i]) * (newest - before)
+        far = min((sigmas[i] - sigmas[k]) / (sigmas[p] - sigmas[i]), sigmas[i] / sigmas[p])
+        return newest + strength * far * self.persistence(computed) * (newest - before)
+
+    @staticmethod
+    def persistence(computed):
+        """In [0, 1], of the newest change of D against the one before; a video at a time."""
+        if len(computed) < 3:
+            return 1.0
+        (_, oldest), (_, before), (_, newest) = computed[-3:]
+        found = []
+        for last, first in zip((newest - before).flatten(1), (before - oldest).flatten(1)):
+            r = float(last @ first) / math.sqrt(float(last @ last) * float(first @ first))
+            found.append(min(1.0, max(0.0, 2 + 4 * r)))
+        return torch.tensor(found).reshape(-1, 1, 1)
 
     def correction(self, j, denoised, computed, used, sigmas):
         strength = self.plan.correction.at(j)[1]
@@ -100,7 +116,7 @@ class WrittenOut:
             share = math.log(sigmas[i] / sigmas[k]) / math.log(sigmas[i] / sigmas[j])
             weight = 1 / sigmas[k + 1] ** 2 - 1 / sigmas[k] ** 2
             total += weight * ((1 - share) * start + share * denoised - used[k])
-        return strength * sigmas[j] ** 2 * total
+        return strength * self.persistence([*computed, (j, denoised)]) * sigmas[j] ** 2 * total
 
     def guided(self, k, latents, t):
         conditional = self.branch("conditional", k, latents, t)

@@ -134,6 +134,9 @@ def fakes(tmp_path):
         path = tmp_path / "fakes" / (name.replace(".", "/") + ".py")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
+        # Without these the diffusers that is installed, with torch, would be found before a namespace package.
+        for package in list(path.parents)[: name.count(".")]:
+            (package / "__init__.py").touch()
     config = {"cache_block_start": 0, "cache_num_blocks": 2, "cache_step_start": 0, "cache_step_interval": 2}
     (tmp_path / "cache.json").write_text(json.dumps(config))
     path = os.pathsep.join([str(tmp_path / "fakes"), ROOT])

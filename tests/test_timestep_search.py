@@ -17,6 +17,7 @@ from osaccel import formats, settings
 from osaccel.adaptors.restep import ReStepAdaptor, ReStepSearchConfig
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor
+from osaccel.plan import Correction
 from osaccel.report import timesteps as restep_plots
 from osaccel.search.errors import SearchError
 from osaccel.search.recording.replay import Call
@@ -210,6 +211,53 @@ def test_decisions_give_way_until_no_detail_is_lost():
         assert gained[0] < 0.1 <= gained[1]
 
 
+def test_without_a_correction_lists_are_what_they_were():
+    """Places on the teacher's grid, from before a search knew of corrections."""
+    even = [0, 3, *range(5, 40, 2)]
+    before = {(0, 8): [0, 6, 12, 18, 23, 29, 34, 39], (1, 8): [0, 6, 11, 16, 22, 27, 33, 39],
+              (0, 20): even, (1, 20): even}  # fmt: skip
+    for (seed, points), places in before.items():
+        given = statistics(40, seed)
+        assert timesteps.wdp(given, [points])[points].tolist() == given.timesteps[places].tolist()
+
+
+@pytest.mark.parametrize("against_teacher", [False, True])
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_with_a_correction_an_interval_costs_what_is_left(strength, against_teacher):
+    """The predictions themselves, a plain loop over every interval and every step in it."""
+    generator, size = np.random.default_rng(0), 9
+    rows, sigmas = generator.normal(size=(size, 50)).cumsum(0), np.geomspace(30, 0.1, size)
+    distances = ((rows[:, None] - rows[None]) ** 2).mean(-1)[None]
+    given = timesteps.Statistics(np.linspace(999, 0, size), sigmas, distances, np.ones(1))
+    found = timesteps.pair_costs(given, 1.5, against_teacher, strength)
+    variances = (timesteps.undecided_variances if against_teacher else timesteps.remaining_variances)(given)[0]
+
+    def left(i, j, k):
+        share = strength * math.log(sigmas[i] / sigmas[k]) / math.log(sigmas[i] / sigmas[j])
+        return ((rows[k] - (1 - share) * rows[i] - share * rows[j]) ** 2).mean()
+
+    for i, j in itertools.combinations(range(size), 2):
+        cost = 0.0
+        for k in range(i, j):
+            missed = left(i, j, k) if against_teacher else (left(i, j, k) + left(i, j, k + 1)) / 2
+            weight = ((variances[k] + variances[k + 1]) / 2) ** 1.5
+            cost += weight * (sigmas[k + 1] ** -2.0 - sigmas[k] ** -2.0) * missed
+        assert found[i, j] == pytest.approx(cost, rel=1e-9)
+    assert np.isinf(found[np.tril_indices(size)]).all()
+
+
+def test_a_search_with_a_correction_says_so_and_refuses_what_cannot_be_corrected(tmp_path):
+    pipeline, output = Pipeline(), tmp_path / "s.txt"
+    session = session_of(output, pipeline, target_steps=(6,), correction=Correction(1.0, 0.5))
+    runner = RestepRunner(session)
+    session.calls.append(call_of(pipeline, num_inference_steps=20))
+    runner.record(session.calls[-1])
+    runner.search()
+    assert formats.read_file(str(output) + ".report.json")["parameters"]["corrector"] == 0.5
+    with pytest.raises(SearchError, match="HeunDiscreteScheduler cannot skip or correct steps"):
+        RestepRunner(session).record(call_of(Pipeline(HeunDiscreteScheduler()), num_inference_steps=20))
+
+
 def test_all_of_the_teachers_steps_is_a_list_too():
     given = statistics(12)
     assert timesteps.wdp(given, [12])[12] == pytest.approx(given.timesteps)
@@ -289,7 +337,7 @@ def test_search_costs_no_extra_forward_and_writes_every_list(tmp_path):
     assert report["fingerprint"]["steps"] == 10 and report["fingerprint"]["timesteps"]
     assert report["decisions_curve"]["10"] <= report["decisions_curve_even"]["10"]
     assert report["cost_curve_even"]["10"] > report["cost_curve_even"]["20"] > 0 == report["decisions_curve"]["20"]
-    assert set(restep_plots.plots(report)) == {"timesteps", "costs", "gaps"}
+    assert {figure.name for figure in restep_plots.figures(report)} == {"timesteps", "costs", "gaps"}
     assert all(gap <= 1 for gap in restep_plots.predicted_gaps(report, "cost_curve").values())
 
 

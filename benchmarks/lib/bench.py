@@ -42,6 +42,10 @@ class Arm(NamedTuple):
     key: str = ""
 
 
+class NotKept(Exception):
+    """Something would have to be sampled, and only what is kept was asked for."""
+
+
 PLAIN = Arm(work=1.0)
 NETWORKS = ("transformer", "text_encoder", "vae")
 
@@ -64,12 +68,19 @@ class Bench:
         steps: of the plain run; None for the model's.
         batch: videos sampled at a time.
         folder: keeps plain runs, and whatever else is given a key; None for nothing kept.
+        only_kept: sample nothing; what is not kept raises NotKept.
     """
 
     def __init__(
-        self, model: Model, pipeline: Any, steps: Optional[int] = None, batch: int = 1, folder: Optional[Any] = None
+        self,
+        model: Model,
+        pipeline: Any,
+        steps: Optional[int] = None,
+        batch: int = 1,
+        folder: Optional[Any] = None,
+        only_kept: bool = False,
     ):
-        self.model, self.pipeline, self.batch = model, pipeline, batch
+        self.model, self.pipeline, self.batch, self.only_kept = model, pipeline, batch, only_kept
         self.steps = steps or model.steps
         self.num_blocks = len(pipeline.transformer.transformer_blocks)
         self.shape = model.latent_shape(pipeline)
@@ -114,6 +125,8 @@ class Bench:
             return self.pipeline.decode_latents(sample.latents)[0].numpy()
 
     def _together(self, arm: Arm, cases: Sequence[Case]) -> List[Sample]:
+        if self.only_kept:
+            raise NotKept(arm.name)
         steps = arm.steps or self.steps
         noise = Noise(self.pipeline.scheduler, self.shape, [case.seed for case in cases], self.steps, steps)
         prompts = [case.prompt for case in cases]

@@ -128,12 +128,14 @@ def compare(
     counts: Sequence[int],
     groups: Optional[int] = None,
     draws: int = 1000,
+    pairs: Sequence[Tuple[str, str]] = (),
 ) -> Dict[str, Any]:
     """All measures of all arms with 95 % bootstrap intervals, the gaps closed, and what differs clearly from plain.
 
     results: final latents per arm, group after group, at least two of each group, "plain 100" the teacher.
     data: real latents, group after group, and a second set of the arms' size for the floor.
     groups: how many prompts; None where there are none.
+    pairs: arms of any length whose losses are to be compared as well.
     """
     teacher, real = results["plain 100"], Data(data[0], groups)
     made = {name: _Arm(final, teacher, real, groups) for name, final in results.items()}
@@ -151,7 +153,18 @@ def compare(
         for name in results:
             if name.endswith(f" {count}") and not name.startswith("plain"):
                 report["against plain"][name], report["gap closed"][name] = _against(boot, name, f"plain {count}")
+    if pairs:
+        report["pairs"] = {f"{one} - {other}": _difference(boot, one, other) for one, other in pairs}
     return report
+
+
+def _difference(boot: Dict[str, List[Dict[str, float]]], one: str, other: str) -> Dict[str, List[float]]:
+    """By measure: how much more the first one loses."""
+    found = {}
+    for measure in MEASURES:
+        ours, theirs = (np.array([_loss(measure, value[measure]) for value in boot[arm]]) for arm in (one, other))
+        found[measure] = _interval(ours - theirs)
+    return found
 
 
 def _loss(measure: str, value: float) -> float:
@@ -190,6 +203,10 @@ def table(report: Dict[str, Any]) -> str:
     lines += ["", "loss minus plain's (negative is better; * clear of zero)", _row("arm", MEASURES)]
     for name, values in report["against plain"].items():
         lines.append(_row(name, [_cell(values[measure], mark=True) for measure in MEASURES]))
+    if "pairs" in report:
+        lines += ["", "loss minus that of more steps", _row("arms", MEASURES)]
+        lines += [_row(name, [_cell(values[measure], mark=True) for measure in MEASURES])
+                  for name, values in report["pairs"].items()]  # fmt: skip
     lines += ["", "gap to 100 steps closed", _row("arm", MEASURES)]
     for name, values in report["gap closed"].items():
         lines.append(_row(name, [_cell(values[measure]) for measure in MEASURES]))
@@ -197,7 +214,7 @@ def table(report: Dict[str, Any]) -> str:
 
 
 def _row(name: str, cells: Sequence[str]) -> str:
-    return f"{name:<26}" + "".join(f"{cell:>28}" for cell in cells)
+    return f"{name:<36}" + "".join(f"{cell:>28}" for cell in cells)
 
 
 def _cell(value: Sequence[float], mark: bool = False) -> str:

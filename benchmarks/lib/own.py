@@ -1,16 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """osaccel's own ways to sample, as arms and scopes: the one place of the benchmarks that opens generations."""
 
+import functools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ContextManager, Optional, Sequence
 
+import osaccel
 from benchmarks.lib.bench import Arm, Bench
+from benchmarks.lib.kept import digest_of
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor
-from osaccel.plan import Plan, Region, of_dit_cache
+from osaccel.plan import Plan, Region, for_steps, of_dit_cache
 
 MOST_INTERVAL = 8
+
+
+@functools.lru_cache(maxsize=None)
+def code(*places: str) -> str:
+    """A digest of these files and folders of osaccel, for results that are kept to be of the code at hand."""
+    root = Path(osaccel.__file__).parent
+    files = [file for place in places for file in ([root / place] if "." in place else (root / place).rglob("*.py"))]
+    return digest_of([file.read_text() for file in sorted(files)])
 
 
 def with_plan(pipeline: Any, plan: Plan) -> Generation:
@@ -36,7 +48,9 @@ def planned(bench: Bench, plan: Plan, name: str = "osaccel", family: str = "") -
     def attach(pipeline: Any) -> ContextManager:
         return with_plan(pipeline, plan)
 
-    return Arm(attach, name=name, family=family or name, work=plan.work(bench.num_blocks, bench.steps))
+    bare = replace(for_steps(plan, plan.steps or bench.steps), made_for={}, measured={})
+    key = f"plan {digest_of(repr(bare))}, code {code('network', 'sampling', 'plan.py')}"
+    return Arm(attach, name=name, family=family or name, work=plan.work(bench.num_blocks, bench.steps), key=key)
 
 
 def interval_config(budget: int, num_blocks: int, steps: int, warmup: int) -> DitCacheConfig:

@@ -226,8 +226,8 @@ class DitCacheAdaptor:
         """Find the configuration that reaches `config.cache_ratio` with the least change of the videos, and use it.
 
         Args:
-            run_pipeline_and_save_videos: called with the pipeline; returns one (T, H, W, C) array per video, the same
-                videos for the same pipeline, so it must fix its seeds.
+            run_pipeline_and_save_videos: called with the pipeline; returns one (T, H, W, C) array or tensor per video,
+                or all in one. Every call begins with the random state of the first, so it need not fix seeds.
             prompts_num, num_videos: their product is the number of videos it returns.
 
         Raises:
@@ -235,6 +235,7 @@ class DitCacheAdaptor:
                 function returns another number of videos.
         """
         from osaccel.search.dit_cache.closure import Wish, search_by_closure
+        from osaccel.search.recording.replay import RandomState
 
         config = self.search_config
         if config is None:
@@ -244,9 +245,13 @@ class DitCacheAdaptor:
         if isinstance(prompts_num, bool) or not isinstance(prompts_num, int) or prompts_num <= 0:
             raise ValueError("prompts_num must be a positive integer")
         wish = Wish(config.cache_ratio, config.num_sampling_steps or 0, config.cache_step_interval)
-        found = search_by_closure(
-            self, lambda: _checked(run_pipeline_and_save_videos(self.pipeline), prompts_num * num_videos), wish
-        )
+        state = RandomState()
+
+        def run() -> List[np.ndarray]:
+            state.restore()
+            return _checked(run_pipeline_and_save_videos(self.pipeline), prompts_num * num_videos)
+
+        found = search_by_closure(self, run, wish)
         self.dit_cache_config = found
         return found
 
@@ -324,13 +329,23 @@ class DitCacheAdaptor:
 
 
 def _checked(videos: Any, num_videos: int) -> List[np.ndarray]:
+    if isinstance(videos, (tuple, np.ndarray, torch.Tensor)):
+        # What a pipeline's output has in `images`: one video after the other.
+        videos = list(videos)
     if not isinstance(videos, list) or len(videos) != num_videos:
         found = len(videos) if hasattr(videos, "__len__") else type(videos).__name__
         raise ValueError(
             f"run_pipeline_and_save_videos must return a video list with length equal to prompts_num: "
             f"{found}!={num_videos}"
         )
-    return [np.asarray(video, dtype=np.float64) for video in videos]
+    return [_as_array(video) for video in videos]
+
+
+def _as_array(video: Any) -> np.ndarray:
+    if isinstance(video, torch.Tensor):
+        # numpy knows no bfloat16, and no device but the host.
+        video = video.detach().cpu().to(torch.float64).numpy()
+    return np.asarray(video, dtype=np.float64)
 
 
 def _check_block_path(path: Any) -> None:

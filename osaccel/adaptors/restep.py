@@ -111,6 +111,16 @@ class ReStepAdaptor:
         self.team.barrier()
         return [value / formats.NUM_TRAIN_TIMESTEPS for value in reversed(found)]
 
+    @staticmethod
+    def seed_everything(seed: int) -> None:
+        """Seed every random generator with `seed` plus this process's rank, and ask for deterministic convolutions."""
+        seed += int(os.environ.get("RANK", "0"))
+        random.seed(seed)
+        np.random.seed(seed)
+        # Seeds every device that torch knows of, too.
+        torch.manual_seed(seed)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+
     def _check_pipeline_steps(self) -> None:
         steps = getattr(getattr(self.pipeline, "args", None), "num_sampling_steps", None)
         if steps is not None and steps != self.search_config.num_sampling_steps:

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plots of a timestep search's sidecar report; matplotlib is imported when one is drawn and never shown."""
+"""The page of a timestep search: the lists, and what they are predicted to lose against even spacing."""
 
-from typing import Any, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping
 
 import numpy as np
+
+from osaccel.report import words
+from osaccel.report.content import Content, Table, command, known, made_for, prompts_of
+from osaccel.report.figures import GREY, Figure, whole_numbers
 
 # What is lost, by number of steps: for the best lists, and for even spacing under the same name with "_even".
 _CURVES = {"cost_curve": "lost detail", "decisions_curve": "changed decisions"}
@@ -14,8 +18,8 @@ def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
     for count, values in report["lists"].items():
         places = np.linspace(0, 1, len(values))
         axes.plot(places, values, marker=".", markersize=3, label=f"{count} steps, found")
-    axes.plot([0, 1], [values[0], values[-1]], color="grey", linestyle="--", label="even spacing")
-    axes.set(xlabel="part of the steps done", ylabel="timestep", title="timesteps found")
+    axes.plot([0, 1], [values[0], values[-1]], color=GREY, linestyle="--", label="even spacing")
+    axes.set(xlabel="part of the steps done", ylabel="timestep")
     axes.legend()
 
 
@@ -24,7 +28,8 @@ def plot_costs(axes: Any, report: Mapping[str, Any]) -> None:
     for name, label in (("cost_curve", "best list"), ("cost_curve_even", "even spacing")):
         curve = {int(length): cost for length, cost in report[name].items()}
         axes.plot(list(curve), list(curve.values()), marker=".", label=label)
-    axes.set(xlabel="steps", ylabel="part of the variance missing", yscale="log", title="predicted loss of detail")
+    axes.set(xlabel="steps", ylabel="part of the variance missing", yscale="log")
+    whole_numbers(axes.xaxis)
     axes.legend()
 
 
@@ -45,8 +50,9 @@ def plot_predicted_gaps(axes: Any, report: Mapping[str, Any]) -> None:
         (line,) = axes.plot(list(gaps), list(gaps.values()), label=f"{label} ({text})")
         axes.plot(searched, [gaps[count] for count in searched], "o", color=line.get_color())
         lowest = min(lowest, *gaps.values())
-    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set(xlabel="steps", ylabel="gap closed", ylim=(max(lowest, -1) - 0.05, 1.05))
+    whole_numbers(axes.xaxis)
     axes.set_title("predicted: 0 = even spacing, 1 = all the script's steps")
     axes.legend()
 
@@ -58,21 +64,85 @@ def plot_gap_closed(axes: Any, gaps: Mapping[str, Mapping[str, List[float]]]) ->
         centre = np.array([values[measure] for measure in measures])
         error = np.abs(centre[:, 1:] - centre[:, :1]).T
         axes.errorbar(np.arange(len(measures)) + 0.1 * number, centre[:, 0], error, fmt="o", label=arm)
-    axes.axhline(0, color="grey", linewidth=0.8)
-    axes.axhline(1, color="grey", linewidth=0.8, linestyle="--")
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.axhline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set_xticks(range(len(measures)), measures)
     axes.set(ylabel="gap closed", title="0 = even spacing, 1 = as good as the teacher")
     axes.legend()
 
 
-def plots(report: Mapping[str, Any]) -> Dict[str, Any]:
-    """By name, functions of (report, figure): the plots the report has data for."""
-    found: Dict[str, Any] = {
-        "timesteps": lambda report, figure: plot_timesteps(figure.subplots(), report),
-        "costs": lambda report, figure: plot_costs(figure.subplots(), report),
-    }
+def content(report: Dict[str, Any]) -> Content:
+    bound, cost = report.get("fingerprint", {}), report.get("cost", {})
+    counts = [int(count) for count in report["lists"]]
+    found = [
+        f"Found {words.times(len(counts), 'list')} ({_listed(counts)}) from generations of {report['teacher_steps']} "
+        "steps. What a list loses is predicted here, not measured.",
+    ]
+    extra = (report.get("forwards") or {}).get("extra")
+    return Content(
+        "Timestep search",
+        found,
+        "Sample a few of your own prompts with the list and with as many evenly spaced steps, and compare the videos. "
+        "The list's length replaces the number of steps that your command asks for.",
+        command("--timesteps", report),
+        figures(report),
+        [_lists(report)],
+        {
+            "How it was found": known(
+                {
+                    "method": report.get("method"),
+                    "parameters": _said(report.get("parameters") or {}),
+                    "transformer forwards beyond the script's own": extra,
+                }
+            ),
+            "What it was made for": made_for({key: value for key, value in bound.items() if key != "timesteps"}),
+            **({"What the search took": cost} if cost else {}),
+        },
+        prompts_of(report),
+        report.get("date", ""),
+        words.versions(report),
+    )
+
+
+def _listed(counts: List[int]) -> str:
+    return ", ".join(f"{count} steps" for count in counts)
+
+
+def _said(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items())
+
+
+def _lists(report: Mapping[str, Any]) -> Table:
+    rows = [
+        (f"{count} steps", ", ".join(f"{value:.5g}" for value in values)) for count, values in report["lists"].items()
+    ]
+    return Table("The lists", "From the noisiest step to the last, in [0, 1000].", ("length", "timesteps"), rows)
+
+
+def figures(report: Mapping[str, Any]) -> List[Figure]:
+    """The pictures the report has data for."""
+    found = [
+        Figure(
+            "timesteps", "The timesteps found against even spacing",
+            "Where a line is flat, the list spends more steps than even spacing does.",
+            _on_axes(plot_timesteps, report),
+        ),
+        Figure(
+            "costs", "Predicted loss by number of steps",
+            "Detail that is predicted to be lost, for the best list and for even spacing; not measured.",
+            _on_axes(plot_costs, report),
+        ),
+    ]  # fmt: skip
     if "decisions_curve" in report:
-        found["gaps"] = lambda report, figure: plot_predicted_gaps(figure.subplots(), report)
+        text = "Part of the gap between even spacing and the full number of steps; predicted, not measured."
+        found.append(Figure("gaps", "Gap closed, as predicted", text, _on_axes(plot_predicted_gaps, report)))
     if report.get("gap closed"):
-        found["measured"] = lambda report, figure: plot_gap_closed(figure.subplots(), report["gap closed"])
+        text = "Measured on held-out prompts, with intervals."
+        found.append(
+            Figure("measured", "Gap closed, as measured", text, _on_axes(plot_gap_closed, report["gap closed"]))
+        )
     return found
+
+
+def _on_axes(plot: Callable[[Any, Any], None], shown: Any) -> Callable[[Any], None]:
+    return lambda canvas: plot(canvas.subplots(), shown)

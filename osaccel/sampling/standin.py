@@ -12,7 +12,7 @@ noise; and whatever D should have been over steps that are past can be made good
 """
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -27,14 +27,23 @@ ANCESTRAL, FLOW = 2.0, 1.0
 
 
 class _Computed(NamedTuple):
-    """A step at which the network was called."""
+    """A step at which the network was called.
+
+    Attributes:
+        denoised: D there, (N, ...), float32.
+        change: D less that of the computed step `before`; None where there is none or nothing is corrected.
+        persists: of that change, see `persistence`; (N, 1, ...) or 1.
+    """
 
     step: int
     denoised: torch.Tensor
+    before: int = -1
+    change: Optional[torch.Tensor] = None
+    persists: Union[float, torch.Tensor] = 1.0
 
 
-class StandIn(Interceptor):
-    """Feeds the scheduler at skipped steps, and corrects; keeps two denoised predictions, float32.
+class Corrected(Interceptor):
+    """Corrects what goes to the scheduler; keeps a denoised prediction and its last change, float32.
 
     Args:
         plan: its `skip` and `correction` are what is done here.
@@ -51,10 +60,8 @@ class StandIn(Interceptor):
 
     def close(self) -> None:
         self._newest: Optional[_Computed] = None
-        self._before: Optional[_Computed] = None
-        # How far each stand-in since the newest computed step followed the change before it, by step.
+        # How far each stand-in since the newest computed step followed its change, by step, before `persists`.
         self._followed: List[float] = []
-        self._blank: Any = None
 
     def begin(self, scheduler: Any) -> None:
         self.close()
@@ -63,60 +70,56 @@ class StandIn(Interceptor):
         self.sigmas = self.levels.of_steps()
         self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
 
-    # Around the network
-
-    def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
-        if self.clock.step in self._skip:
-            return self._blank
-        output = proceed(*args, **kwargs)
-        if self._blank is None:
-            prediction = prediction_of(output)
-            # Never read: the step replaces it. It takes no memory.
-            self._blank = with_prediction(output, prediction.new_zeros(()).expand(prediction.shape))
-        return output
-
-    # Around the scheduler's step
-
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
         sigma, sample = self.sigmas[step], call.sample
         if step not in self._skip:
-            denoised = self.levels.denoised(call.model_output, sigma, sample)
-            sample = self._corrected(sample, step, denoised, power)
-            self._before, self._newest, self._followed = self._newest, _Computed(step, denoised), []
+            newest = self._computed(step, self.levels.denoised(call.model_output, sigma, sample))
+            sample = self._corrected(sample, newest, power)
+            self._newest, self._followed = newest, []
+        assert self._newest is not None
         followed = self._follow(step, power)
         self._followed.append(followed)
         if step not in self._skip and sample is call.sample and not followed:
             return proceed(call)
-        assert self._newest is not None
         assumed = self._newest.denoised
-        if followed and self._before is not None:
-            assumed = assumed + followed * (assumed - self._before.denoised)
+        if followed and self._newest.change is not None:
+            assumed = assumed + followed * self._newest.persists * self._newest.change
         output = self.levels.model_output(assumed, sigma, sample)
         return proceed(call.replaced(output.to(call.model_output.dtype), sample))
 
-    def _follow(self, step: int, power: float) -> float:
-        """How far D is taken to have moved on at `step`, in units of the change before the newest computed step."""
-        strength = self.plan.correction.at(step)[0]
-        if not strength or self._newest is None or self._before is None:
-            return 0.0
-        earlier, newest = self.sigmas[self._before.step], self.sigmas[self._newest.step]
-        if self._skip:
-            return strength * (newest - self.sigmas[step]) / (earlier - newest)
-        return strength * (newest - mean_sigma(newest, self.sigmas[step + 1], power)) / (earlier - newest)
+    def _computed(self, step: int, denoised: torch.Tensor) -> _Computed:
+        """What a computed step adds to what is known."""
+        last = self._newest
+        if last is None or not self.plan.correction.is_used:
+            return _Computed(step, denoised)
+        change = denoised - last.denoised
+        return _Computed(step, denoised, last.step, change, persistence(change, last.change))
 
-    def _corrected(self, sample: torch.Tensor, step: int, denoised: torch.Tensor, power: float) -> torch.Tensor:
-        """The sample where it would be, had D moved evenly in log s from the newest computed step to this one."""
-        strength, start = self.plan.correction.at(step)[1], self._newest
-        if not strength or start is None or (start.step == 0 and self._starts_without_signal):
+    def _follow(self, step: int, power: float) -> float:
+        """How far D is taken to have moved on at `step`, in units of the newest change."""
+        strength, newest = self.plan.correction.at(step)[0], self._newest
+        if not strength or newest is None or newest.change is None:
+            return 0.0
+        earlier, start = self.sigmas[newest.before], self.sigmas[newest.step]
+        if self._skip:
+            return strength * min((start - self.sigmas[step]) / (earlier - start), start / earlier)
+        return strength * reach(earlier, start, self.sigmas[step + 1], power)
+
+    def _corrected(self, sample: torch.Tensor, newest: _Computed, power: float) -> torch.Tensor:
+        """The sample where it would be, had D moved evenly in log s from the computed step before to this one."""
+        step, last = newest.step, self._newest
+        strength = self.plan.correction.at(step)[1]
+        if not strength or last is None or newest.change is None or (last.step == 0 and self._starts_without_signal):
             return sample
-        moved, followed = self._missed(start.step, step, power)
-        change = moved * (denoised - start.denoised)
-        if followed and self._before is not None:
-            change -= followed * (start.denoised - self._before.denoised)
+        moved, followed = self._missed(last.step, step, power)
         if not moved and not followed:
             return sample
-        return (sample.float() + (strength / self.levels.scale(self.sigmas[step])) * change).to(sample.dtype)
+        missed = moved * newest.change
+        if followed and last.change is not None:
+            missed = missed - followed * last.persists * last.change
+        missed = (strength / self.levels.scale(self.sigmas[step])) * newest.persists * missed
+        return (sample.float() + missed).to(sample.dtype)
 
     def _missed(self, start: int, end: int, power: float) -> Tuple[float, float]:
         """What x lacks at `end`, in units of D_end - D_start; and what it has too much, of the change followed."""
@@ -133,10 +136,61 @@ class StandIn(Interceptor):
         return sum(weights) * mean_share(whole, power), followed
 
 
+class StandIn(Corrected):
+    """Feeds the scheduler at skipped steps too, and keeps the network from being called there."""
+
+    def close(self) -> None:
+        super().close()
+        self._blank: Any = None
+
+    def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        if self.clock.step in self._skip:
+            return self._blank
+        output = proceed(*args, **kwargs)
+        if self._blank is None:
+            prediction = prediction_of(output)
+            # Never read: the step replaces it. It takes no memory.
+            self._blank = with_prediction(output, prediction.new_zeros(()).expand(prediction.shape))
+        return output
+
+
+def persistence(change: torch.Tensor, before: Optional[torch.Tensor]) -> Union[float, torch.Tensor]:
+    """How much of a correction a video's own last two changes of D allow, in [0, 1]; (N, 1, ...), no synchronisation.
+
+    Where D answers to x as D = a x, a frozen step of relative size w multiplies the deviations of x by 1 + z,
+    z = w (a - 1), and its noise makes successive changes of D correlate by r = z / 2. The exact prediction of an
+    unguided model is a martingale, r = 0; guidance towards a narrow mode makes z very negative. Corrected steps are
+    stable to z = -1/2, and from z = -1 on the plain step itself swings over: all down to r = -1/4, none from -1/2.
+    """
+    if before is None:
+        return 1.0
+    axes = tuple(range(1, change.dim()))
+    product, one, other = (
+        (a * b).sum(axes, keepdim=True) for a, b in ((change, before), (change, change), (before, before))
+    )
+    return (2.0 + 4.0 * product / (one * other).sqrt().clamp_min(1e-30)).clamp(0.0, 1.0)
+
+
 def mean_share(whole: float, power: float) -> float:
     """The mean over an interval, by the weight of s^-power, of ln(p/s) / ln(p/t), for ln(p/t) = `whole` > 0."""
     grown = power * whole
     return 1 / -math.expm1(-grown) - 1 / grown
+
+
+def reach(earlier: float, start: float, end: float, power: float) -> float:
+    """Where between p = `earlier` and s = `start` the mean of D over [s, `end`] lies beyond D_s, in units of D_s - D_p.
+
+    D is taken to be linear in s. On steps of equal ratio that is what keeps the variance of Gaussian data of any
+    width (docs/correction.md); towards the end of a run steps grow, and there it would add too much, so it goes no
+    farther than it would for a step of the ratio of the one before.
+    """
+    moved = (start - mean_sigma(start, end, power)) / (earlier - start)
+    even = (
+        (start - mean_sigma(start, start * start / earlier, power)) / (earlier - start)
+        if math.isfinite(earlier)
+        else 0.0
+    )
+    return min(moved, even)
 
 
 def mean_sigma(start: float, end: float, power: float) -> float:
@@ -175,6 +229,11 @@ def check_scheduler(scheduler: Any) -> None:
         raise UnsupportedScheduler(
             f"{type(scheduler).__name__} cannot skip or correct steps: {reason}. Allowed: {', '.join(_POWERS)}."
         )
+
+
+def refusal_by_name(class_name: str) -> Optional[str]:
+    """Why schedulers of this class cannot skip or correct; None where their options decide."""
+    return _REFUSED.get(class_name)
 
 
 def _refusal(scheduler: Any) -> Optional[str]:

@@ -45,6 +45,7 @@ def report(
         "psnr": chosen.psnr,
         "fingerprint": bound,
         "versions": binding.versions(),
+        **binding.occasion([replay.call for replay in replays]),
         "cost": {
             **_cost(search, replays),
             "seconds": seconds + plain_seconds,

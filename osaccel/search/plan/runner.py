@@ -39,6 +39,9 @@ SUFFIX = ".search"
 # Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
 # in; and for each further one.
 BUDGET, FURTHER = 6.0, 1.0
+# Windows' errors add up within some tens of per cent. A measured error so many times the predicted one is another
+# thing: a video that has turned into another.
+TURNED = 2.0
 
 
 class Found(NamedTuple):
@@ -193,22 +196,46 @@ class PlanRunner(Runner):
         return 1.0 + sum(evaluation.block_forwards for evaluation in self.known.values()) / plain
 
     def _reach(self, goal: Goal, choices: Sequence[Choice], crew: Workers) -> Found:
-        """The verified plan for a goal; one that misses its error or PSNR is followed by a milder one."""
-        choice = self._chosen(goal, choices)
+        """The verified plan for a goal; one that misses its error or PSNR is followed by a milder one.
+
+        Where a video has turned, what is done first is given up: nothing later can turn it.
+        """
+        best, choice = None, self._chosen(goal, choices)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
-        while True:
+        while choice is not None and (best is None or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
-            if goal.kind == "speed" or self._keeps(found) or choice is choices[-1]:
-                return found
-            milder = self.team.share(self._milder(found, choices))
-            if milder is None or self.spent + milder.work > limit:
-                self._say("%s was not reached within the budget: measured %s", goal, _said(found.evaluation))
-                return found
-            choice = milder
+            best = found if best is None or self._is_better(found, best) else best
+            if _has_turned(found):
+                choices = self._without_the_first(found.choice)
+                choice = self.team.share(self._within(goal, choices))
+            elif goal.kind == "speed" or self._keeps(found):
+                return best
+            else:
+                choice = self.team.share(self._milder(found, choices))
+        assert best is not None
+        if goal.kind != "speed" and not self._keeps(best):
+            self._say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
+        return best
+
+    def _is_better(self, found: Found, best: Found) -> bool:
+        assert found.evaluation.error is not None and best.evaluation.error is not None
+        return found.evaluation.error < best.evaluation.error
+
+    def _without_the_first(self, choice: Choice) -> List[Choice]:
+        """The curve when the windows up to the first that is not full stay full."""
+        first = next(window for window, action in enumerate(choice.actions) if action is not self.actions[0])
+        self.squares[: first + 1, 1:] = np.inf
+        return curve(self.actions, self.squares, self.windows)
+
+    def _within(self, goal: Goal, choices: Sequence[Choice]) -> Optional[Choice]:
+        """What is predicted to reach a goal; None where nothing is."""
+        if goal.kind == "speed":
+            return at_work(choices, 1 / goal.value)
+        # What an error of the latents is in the frames is not known before one was decoded.
+        return at_error(choices, goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
     def _chosen(self, goal: Goal, choices: Sequence[Choice]) -> Choice:
-        wanted = goal.value if goal.kind == "error" else 10 ** (-goal.value / 20)
-        chosen = at_work(choices, 1 / goal.value) if goal.kind == "speed" else at_error(choices, wanted)
+        chosen = self._within(goal, choices)
         if chosen is None:
             raise SearchError(
                 f"No plan reaches {goal}: at most {1 / choices[0].work:.2f}x can be reached with {self.windows.count} "
@@ -352,6 +379,11 @@ def _guidance(replay: Replay, log: DenoisedLog) -> torch.Tensor:
 def _record(observed: Dict[str, Any]) -> Record:
     power = observed["power"] or 1.0
     return Record(observed["denoised"], observed["guidance"], observed["sigmas"], power)
+
+
+def _has_turned(found: Found) -> bool:
+    """Whether some call's video seems to have become another one."""
+    return (found.evaluation.error or 0.0) > TURNED * found.choice.error
 
 
 def _said(evaluation: Evaluation) -> str:

@@ -41,6 +41,8 @@ class Parameters(NamedTuple):
             most is undecided.
         max_gap: the largest gap between neighbouring timesteps, in units of even spacing over the same steps. It bounds
             what an error in the logged predictions can do: no region of noise levels is left without steps.
+        corrector: 0 to 1, the strength with which the generations that will follow the list are corrected. An interval
+            then costs what is left after that.
         evenness: 0 to 1, the weight of the mean squared gap, against the two losses together. It draws the list to even
             spacing where the predictions do not say otherwise, so that lists found on other videos differ less.
     """
@@ -50,6 +52,7 @@ class Parameters(NamedTuple):
     exponent: float = 1.5
     max_gap: float = 2.0
     evenness: float = 0.6
+    corrector: float = 0.0
 
 
 DEFAULTS = Parameters()
@@ -114,18 +117,41 @@ def _falling(variances: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
     return np.minimum(falling, sigmas**2)
 
 
-def pair_costs(statistics: Statistics, exponent: float, against_teacher: bool = False) -> np.ndarray:
+def pair_costs(
+    statistics: Statistics, exponent: float, against_teacher: bool = False, corrector: float = 0.0
+) -> np.ndarray:
     """C[i][j]: the integral over lam_i .. lam_j of v^g mean |D_lam - D_i|^2; inf for j <= i.
 
     By trapezoids, or `against_teacher` with the teacher's own frozen predictions, so that its own steps cost nothing.
+
+    corrector: its strength; what stands for D_lam is then no longer D_i but moves evenly in log s towards D_j.
     """
     steps = np.diff(snr(statistics.sigmas))
     variances = undecided_variances(statistics) if against_teacher else remaining_variances(statistics)
     weights = (0.5 * (variances[:, 1:] + variances[:, :-1])) ** exponent * steps * statistics.shares[:, None]
+    if corrector:
+        return _corrected_costs(statistics, weights, against_teacher, corrector)
     missed = statistics.distances[:, :, :-1]
     if not against_teacher:
         missed = 0.5 * (missed + statistics.distances[:, :, 1:])
     return _cumulative(np.einsum("bik,bk->ik", missed, weights))
+
+
+def _corrected_costs(
+    statistics: Statistics, weights: np.ndarray, against_teacher: bool, corrector: float
+) -> np.ndarray:
+    """`pair_costs` with mean |D_k - (1 - f) D_i - f D_j|^2 in place of mean |D_k - D_i|^2; weights: (B, K - 1)."""
+    logs, size = np.log(statistics.sigmas), len(statistics.sigmas)
+    distances, costs = statistics.distances, np.full((size, size), np.inf)
+    for i in range(size - 1):
+        for j in range(i + 1, size):
+            part = slice(i, j + 1)
+            share = corrector * (logs[i] - logs[part]) / (logs[i] - logs[j])
+            missed = (1 - share) * distances[:, i, part] + share * distances[:, j, part]
+            missed = np.maximum(missed - share * (1 - share) * distances[:, i, j, None], 0.0)
+            left, right = missed[:, :-1], missed[:, 1:]
+            costs[i, j] = float(np.sum(weights[:, i:j] * (left if against_teacher else 0.5 * (left + right))))
+    return costs
 
 
 def _cumulative(integrand: np.ndarray) -> np.ndarray:
@@ -150,8 +176,9 @@ class Objective:
         clean = remaining_variances(statistics)[:, 0]
         # A band that hardly exists is not worth steps.
         relative = statistics.shares / np.maximum(clean, max(1e-3 * clean.max(), 1e-12))
-        self.detail = pair_costs(statistics._replace(shares=relative), 1.0)
-        self.decisions = pair_costs(statistics, parameters.exponent, against_teacher=True)
+        corrector = parameters.corrector
+        self.detail = pair_costs(statistics._replace(shares=relative), 1.0, corrector=corrector)
+        self.decisions = pair_costs(statistics, parameters.exponent, against_teacher=True, corrector=corrector)
         gaps = gap_costs(statistics.timesteps)
         self.gaps, self.timesteps, self.parameters = gaps, statistics.timesteps, parameters
 

@@ -11,6 +11,9 @@ import numpy as np
 from osaccel import binding, formats
 from osaccel.generation import Generation, find_blocks
 from osaccel.interceptors import Interceptor
+from osaccel.plan import Correction
+from osaccel.sampling import UnsupportedScheduler
+from osaccel.sampling.standin import check_scheduler
 from osaccel.search.errors import SearchError
 from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Call
@@ -60,12 +63,14 @@ class RestepRunner(Runner):
         assert self.log is not None
         settings, team = self.session.settings, self.session.team
         statistics = self.log.statistics(team)
-        lists = _find(statistics, settings.target_steps, "wdp", timesteps.DEFAULTS)
+        parameters = _parameters(settings.correction)
+        lists = _find(statistics, settings.target_steps, "wdp", parameters)
         # One decision: rounding may differ between the ranks' machines.
         shared = team.share([[float(value) for value in lists[count]] for count in settings.target_steps])
         if team.is_first:
-            report = make_report(statistics, dict(zip(settings.target_steps, shared)), "wdp", timesteps.DEFAULTS)
+            report = make_report(statistics, dict(zip(settings.target_steps, shared)), "wdp", parameters)
             report["forwards"] = {**self.forwards, "extra": self.forwards["search"]}
+            report.update(binding.occasion(self.session.calls))
             report["calibration"] = self._videos or f"{len(self.log.generations)} generations of the script"
             self._write(shared, report)
         # As a reader gets it back: what is bound to this list is bound to the file's.
@@ -88,6 +93,11 @@ class RestepRunner(Runner):
             )
         if not hasattr(call.pipeline.scheduler, "alphas_cumprod"):
             raise SearchError(f"{type(call.pipeline.scheduler).__name__} has no training noise schedule to search on.")
+        if self.session.settings.correction is not None:
+            try:
+                check_scheduler(call.pipeline.scheduler)
+            except UnsupportedScheduler as error:
+                raise SearchError(str(error)) from None
 
     def _log_of(self, call: Call) -> DenoiserLog:
         if self.log is None:
@@ -104,6 +114,15 @@ class RestepRunner(Runner):
 
     def _counter(self, kind: str) -> Interceptor:
         return _ForwardCounter(self.forwards, kind)
+
+
+def _parameters(correction: Optional[Correction]) -> timesteps.Parameters:
+    """The defaults, and what is known of the generations that will follow the list.
+
+    Strengths per step belong to the steps of one list, which is not known yet: their mean stands for them.
+    """
+    strength = correction.corrector if correction else 0.0
+    return timesteps.DEFAULTS._replace(corrector=float(np.mean(strength)))
 
 
 def _find(

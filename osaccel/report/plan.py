@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of a plan search: the plan as a picture, error against work, and everything that was run.
+
+What was not measured in this search is called predicted.
+"""
+
+from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from osaccel import formats
+from osaccel.plan import Plan
+from osaccel.report import figures, words
+from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent
+from osaccel.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, YELLOW, Figure
+
+# What a cell of the picture is, by its colour.
+KINDS = {
+    "computed": BLUE,
+    "conditional only: guidance is extrapolated": ORANGE,
+    "reused": YELLOW,
+    "forecast": PURPLE,
+    "skipped": GREY,
+}
+COMPUTED, HALF, REUSED, FORECAST, SKIPPED = range(len(KINDS))
+_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN}
+# A matter of words alone: from here on the page says that the prediction was off,
+_FAR = 1.5
+# and that a speed-up in time beyond the ideal one is no gain of the plan's.
+_NOISE = 1.05
+
+
+class Run(NamedTuple):
+    """One replay of the search, as it is shown.
+
+    Attributes:
+        work: of the whole generation, plain = 1.
+        first: the step it began at, those before being the plain ones; seconds: it took from there, None where unknown.
+    """
+
+    plan: Plan
+    work: float
+    error: Optional[float]
+    psnr: Optional[float]
+    first: int
+    seconds: Optional[float]
+    is_chosen: bool
+
+
+class Shown:
+    """A report with what is derived from it."""
+
+    def __init__(self, report: Mapping[str, Any]):
+        self.report, bound = report, report["fingerprint"]
+        self.plan = formats.parse_plan(dict(report["plan"]), "the report's plan")
+        self.steps = self.plan.steps or bound["steps"]
+        self.blocks = int(bound["blocks"])
+        self.guidance = bound.get("guidance_scale")
+        self.is_guided = self.guidance is None or self.guidance > 1
+        self.plain_seconds = report.get("cost", {}).get("plain_seconds")
+        self.runs = [self._run(evaluation) for evaluation in report["evaluations"]]
+
+    def _run(self, evaluation: Mapping[str, Any]) -> Run:
+        plan = formats.parse_plan(dict(evaluation["config"]), "a plan of the report")
+        work = plan.work(self.blocks, self.steps, self.is_guided)
+        first, seconds = evaluation.get("resumed_at", 0), evaluation.get("seconds") or None
+        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, seconds, plan == self.plan)
+
+    @property
+    def chosen(self) -> Optional[Run]:
+        return next((run for run in self.runs if run.is_chosen), None)
+
+    @property
+    def windows(self) -> List[range]:
+        first, length = (self.report["windows"][key] for key in ("first", "length"))
+        return [
+            range(first + n * length, first + (n + 1) * length) for n in range(len(self.report["windows"]["actions"]))
+        ]
+
+
+def content(report: Dict[str, Any]) -> Content:
+    shown = Shown(report)
+    return Content(
+        f"Plan for {report['goal']}",
+        _found(shown),
+        _following(shown),
+        command("--plan", report),
+        _figures(shown),
+        [_runs(shown), _windows(shown)],
+        {"What it was made for": made_for(report["fingerprint"]), "What the search took": spent(report["cost"])},
+        prompts_of(report),
+        report.get("date", ""),
+        words.versions(report),
+    )
+
+
+def _found(shown: Shown) -> List[str]:
+    report, calls = shown.report, len(shown.report.get("prompts") or [0])
+    psnr = "" if report.get("psnr") is None else f", PSNR of the frames {report['psnr']:.2f} dB"
+    found = [
+        f"{words.share(report['work'])} of the network work, an ideal speed-up of {1 / report['work']:.2f}x: "
+        f"{shown.plan.describe()}, of {shown.steps} steps.",
+        f"Measured on {words.times(calls, 'call')}: relative error of the final latents {words.number(report['error'])}"
+        f"{psnr}. Predicted before it was run: {words.number(report.get('predicted_error'))}.",
+    ]
+    return [*found, *_in_time(shown)]
+
+
+def _in_time(shown: Shown) -> List[str]:
+    """What was measured in seconds, and whether the saved work explains it."""
+    chosen, plain = shown.chosen, shown.plain_seconds
+    if chosen is None or chosen.seconds is None or not plain:
+        return []
+    # The steps that were not repeated are counted as the plain ones were.
+    seconds = plain * chosen.first / shown.steps + chosen.seconds
+    took = f"In time, one run each: {words.duration(plain)} plain, {words.duration(seconds)} under the plan"
+    if plain / seconds > _NOISE / shown.report["work"]:
+        return [
+            f"{took}. That is more than the saved work explains: the plain run was the first of its process, and was "
+            "recorded. The summary line that every generation logs says what your own runs gain."
+        ]
+    return [f"{took}, {plain / seconds:.2f}x, all that surrounds the network counted in."]
+
+
+def _following(shown: Shown) -> str:
+    report = shown.report
+    times = report["error"] / report["predicted_error"] if report.get("predicted_error") else 1.0
+    warning = (
+        f"The error was measured {times:.1f} times as large as predicted, so look closely. " if times > _FAR else ""
+    )
+    milder = round((1 + 1 / report["work"]) / 2, 2)
+    return (
+        f"{warning}Compare the frames below. If the planned ones are as good to you as the plain ones, run your "
+        "command with the plan. If not, search again with a milder target, such as "
+        f"OSACCEL_TARGET={milder:g}x."
+    )
+
+
+def _figures(shown: Shown) -> List[Figure]:
+    halves = "the unconditional half of the batch above the conditional one" if shown.is_guided else "one forward"
+    return [
+        Figure(
+            "plan", "What every step computes",
+            f"Steps from left to right, {halves}; {words.share(shown.report['work'])} of the plain network work.",
+            lambda canvas: draw_plan(shown, canvas), (8, 2.2 + 0.35 * len(_bands(shown.plan, shown.blocks))),
+        ),
+        Figure(
+            "curve", "Error against network work",
+            "Lines are predicted: the best choices of all families together and of each alone. Dots were measured in "
+            "this search; those near full work are the single replays that the prediction is made from.",
+            lambda canvas: draw_curve(shown, canvas),
+        ),
+    ]  # fmt: skip
+
+
+# The tables
+
+
+def _runs(shown: Shown) -> Table:
+    runs = sorted(shown.runs, key=lambda run: (run.work, run.error is None, run.error))
+    rows = [
+        (
+            said(run.plan),
+            words.share(run.work),
+            f"{1 / run.work:.2f}x",
+            str(run.first),
+            "–" if run.seconds is None else words.duration(run.seconds),
+            words.number(run.error) if run.error is not None else "not finite",
+            words.number(run.psnr),
+        )
+        for run in runs
+    ]
+    columns = ("what it was", "network work", "ideal", "run from step", "time", "error", "PSNR in dB")
+    text = "Every plan that this search ran, all measured, from the first step that the plan changes."
+    return Table("What was run", text, columns, rows, [number for number, run in enumerate(runs) if run.is_chosen])
+
+
+def said(plan: Plan) -> str:
+    """What a plan does and at which steps."""
+    parts = [f"skipped {words.spans(plan.skip)}"] if plan.skip else []
+    if plan.conditional_only:
+        parts.append(f"conditional only {words.spans(plan.conditional_only)}")
+    for region in plan.used_regions:
+        steps = [step for step in range(plan.steps or 0) if step in region.reuse]
+        parts.append(f"{region} {'forecast' if region.order else 'reused'} at {words.spans(steps)}")
+    return "; ".join(parts) or "plain"
+
+
+def _windows(shown: Shown) -> Table:
+    gains = shown.report.get("gains", {})
+    rows = [
+        (
+            f"{steps[0]}–{steps[-1]}",
+            _counts(shown.plan, steps),
+            *(words.number(values[number]) for values in gains.values()),
+        )
+        for number, steps in enumerate(shown.windows)
+    ]
+    named = {"half": "conditional only", "skip": "skipped"}
+    columns = ("steps", "the plan there", *(f"gain, {named.get(family, family)}" for family in gains))
+    text = (
+        "Gain: how much of the change that an action makes inside its window is left in the final latents, measured in "
+        "groups of windows and interpolated between them."
+    )
+    return Table("Windows of the search", text, columns, rows)
+
+
+def _counts(plan: Plan, steps: range) -> str:
+    skipped = sum(step in plan.skip for step in steps)
+    halves = sum(step in plan.conditional_only for step in steps)
+    counts = {"full": len(steps) - skipped - halves, "conditional only": halves, "skipped": skipped}
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+
+
+# The pictures
+
+
+# A band is at least as high as its label needs.
+_LOWEST = 0.2
+
+
+class Row(NamedTuple):
+    """A band of the picture: consecutive blocks of one half of the batch, and a kind for every step."""
+
+    label: str
+    height: float
+    kinds: Sequence[int]
+
+
+def rows_of(plan: Plan, steps: int, blocks: int, is_guided: bool = True) -> List[Row]:
+    """The picture's bands from the bottom up: within each half the blocks in their order."""
+    found = []
+    for half in ("conditional", "unconditional") if is_guided else ("",):
+        for start, stop in _bands(plan, blocks):
+            kinds = [_kind(plan, step, start, half == "unconditional") for step in range(steps)]
+            where = "all blocks" if (start, stop) == (0, blocks) else _named(start, stop)
+            height = max((stop - start) / blocks, _LOWEST)
+            found.append(Row(", ".join(filter(None, (half, where))), height, kinds))
+    return found
+
+
+def _named(start: int, stop: int) -> str:
+    return f"block {start}" if stop == start + 1 else f"blocks {start}–{stop - 1}"
+
+
+def _bands(plan: Plan, blocks: int) -> List[Tuple[int, int]]:
+    edges = sorted({0, blocks, *(edge for region in plan.regions for edge in (region.start, region.stop))})
+    return list(zip(edges, edges[1:]))
+
+
+def _kind(plan: Plan, step: int, block: int, is_unconditional: bool) -> int:
+    if step in plan.skip:
+        return SKIPPED
+    if is_unconditional and step in plan.conditional_only:
+        return HALF
+    for region in plan.regions:
+        if region.start <= block < region.stop and step in region.reuse:
+            return FORECAST if region.order else REUSED
+    return COMPUTED
+
+
+def draw_plan(shown: Shown, canvas: Any) -> None:
+    import numpy as np
+    from matplotlib.colors import ListedColormap
+
+    axes = canvas.subplots()
+    rows = rows_of(shown.plan, shown.steps, shown.blocks, shown.is_guided)
+    edges = np.concatenate([[0.0], np.cumsum([row.height for row in rows])])
+    kinds = np.array([row.kinds for row in rows])
+    axes.pcolormesh(
+        np.arange(shown.steps + 1) - 0.5, edges, kinds, cmap=ListedColormap(list(KINDS.values())),
+        vmin=-0.5, vmax=len(KINDS) - 0.5, edgecolors=axes.get_facecolor(), linewidth=30 / shown.steps,
+    )  # fmt: skip
+    axes.set_yticks((edges[:-1] + edges[1:]) / 2, [row.label for row in rows])
+    axes.tick_params(left=False)
+    axes.spines[:].set_visible(False)
+    figures.label_steps(axes)
+    used = {name: colour for number, (name, colour) in enumerate(KINDS.items()) if number in kinds}
+    canvas.legend(handles=figures.patches(used), loc="outside upper center", ncols=3)
+
+
+def draw_curve(shown: Shown, canvas: Any) -> None:
+    axes, report = canvas.subplots(), shown.report
+    for name, points in report["curves"].items():
+        drawn = [(100 * work, error) for work, error in points if error > 0]
+        if drawn:
+            label = f"predicted, {'all families' if name == 'together' else name + ' alone'}"
+            axes.plot(*zip(*drawn), color=_LINES.get(name), linestyle="-" if name == "together" else "--", label=label)
+    others = [run for run in shown.runs if run.error and not run.is_chosen]
+    if others:
+        works, errors = [100 * run.work for run in others], [run.error for run in others]
+        axes.scatter(works, errors, c=[_colour(run.plan) for run in others], s=22, zorder=3)
+        axes.scatter([], [], color=GREY, s=22, label="measured")
+    work, predicted = 100 * report["work"], report.get("predicted_error")
+    if predicted:
+        axes.plot([work, work], [predicted, report["error"]], color=RED, linewidth=1, linestyle=":")
+        axes.scatter([work], [predicted], facecolors="none", edgecolors=RED, label="chosen, predicted", zorder=4)
+    if report["error"]:
+        axes.scatter([work], [report["error"]], color=RED, marker="*", s=170, label="chosen, measured", zorder=5)
+    axes.set_yscale("log")
+    figures.plain_numbers(axes.yaxis)
+    axes.grid(True)
+    axes.set(xlabel="network work of the generation (%)", ylabel="relative error of the final latents")
+    top = axes.secondary_xaxis("top", functions=(_hundred_over, _hundred_over))
+    top.set_xticks([1, 1.25, 1.5, 2, 3, 4, 6])
+    top.xaxis.set_major_formatter("{x:g}x")
+    top.set_xlabel("ideal speed-up")
+    canvas.legend(loc="outside lower center", ncols=3)
+
+
+def _colour(plan: Plan) -> str:
+    """A dot's: its family's, where it is of one."""
+    if bool(plan.skip) == bool(plan.conditional_only):
+        return BLUE
+    return GREEN if plan.skip else ORANGE
+
+
+def _hundred_over(value: Any) -> Any:
+    import numpy as np
+
+    return 100 / np.maximum(np.asarray(value, float), 1e-9)

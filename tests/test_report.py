@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report pages: each kind from its own sidecar, escaped, self-contained, and rendered where there is a browser."""
+
+import html.parser
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from osaccel.formats import plan_content
+from osaccel.plan import Correction, Plan, Region
+from osaccel.report import cache as cache_page
+from osaccel.report import page as report
+from osaccel.report import plan as plan_page
+from osaccel.report import words
+
+BOUND = {"steps": 8, "blocks": 4, "sampler": "DDIM<b>", "resolution": [29, 480, 640], "guidance_scale": 7.5}
+NASTY = 'a dog\'s <script>alert("1")</script> & it'
+CHOSEN = {"cache_step_start": 1, "cache_step_interval": 2, "cache_block_start": 0, "cache_num_blocks": 2}
+PLAN = Plan(
+    steps=8, skip=(2,), conditional_only=(4, 5), regions=(Region(1, 3, (3,)), Region(3, 4, (6,), 1)),
+    correction=Correction(corrector=1.0),
+)  # fmt: skip
+
+
+def evaluation(plan, error, **more):
+    return {"config": plan_content(plan), "error": error, "resumed_at": 2, "seconds": 1.0, "psnr": None, **more}
+
+
+def of_plan():
+    probe = Plan(steps=8, conditional_only=(4, 6))
+    return {
+        "kind": "plan", "date": "2026-01-02", "goal": "2x", "plan": plan_content(PLAN), "work": PLAN.work(4),
+        "error": 0.2, "predicted_error": 0.05, "psnr": 31.0, "prompts": [NASTY, ["two", "three"], None],
+        "fingerprint": BOUND, "versions": {"osaccel": "0"}, "windows": {"first": 2, "length": 3, "actions": ["a", "b"]},
+        "cost": {"plain_generations": 5.2, "plain_seconds": 3.0, "seconds": 4000.0, "recording_bytes": 3 << 20},
+        "gains": {"skip": [0.1, 1.2]}, "curves": {"together": [[0.4, 0.1], [1.0, 0.0]], "skipped": [[0.5, 0.2]]},
+        "evaluations": [evaluation(probe, 0.01), evaluation(PLAN, 0.2, seconds=0.1), evaluation(Plan(steps=8), None)],
+    }  # fmt: skip
+
+
+def of_cache():
+    runs = [{"error": 0.1, "predicted_speed_up": 1.4, "config": CHOSEN, "measured_speed_up": 1.3},
+            {"error": None, "predicted_speed_up": 1.5, "last_error": 0.4}]  # fmt: skip
+    return {
+        "chosen": CHOSEN, "speed_up": 1.4, "error": 0.1, "cost": {"plain_generations": 3.0, "boundary_bytes": 4096},
+        "evaluations": runs, "fingerprint": BOUND, "delta_change": [[1.0] * 4] * 8, "prompts": [NASTY],
+    }  # fmt: skip
+
+
+def of_list():
+    curve = {"4": 0.5, "8": 0.1}
+    return {
+        "kind": "restep", "method": "wdp", "parameters": {"max_gap": 2.0}, "teacher_steps": 8, "fingerprint": BOUND,
+        "lists": {"4": [999.0, 700.0, 300.0, 0.0]}, "cost_curve": curve, "cost_curve_even": {"4": 0.9, "8": 0.1},
+        "prompts": [NASTY],
+    }  # fmt: skip
+
+
+CASES = {"plan": (of_plan, 3), "dit_cache": (of_cache, 4), "restep": (of_list, 2)}
+
+
+@pytest.fixture(params=CASES)
+def written(request, tmp_path):
+    """The page's path, its text, its number of pictures, and the kind."""
+    make, pictures = CASES[request.param]
+    (tmp_path / "found.json.report.json").write_text(json.dumps(make()))
+    if request.param != "restep":
+        frames = np.random.default_rng(0).integers(0, 255, (2, 3, 8, 8, 3), np.uint8)
+        name = "plan" if request.param == "plan" else "cached"
+        np.savez(str(tmp_path / "found.json.report.npz"), **{"plain": frames[0], name: frames[1]})
+    path = report.write(report.load(str(tmp_path / "found.json")))
+    return path, open(path, encoding="utf-8").read(), pictures, request.param
+
+
+class Elements(html.parser.HTMLParser):
+    """Start tags with their attributes, and that every element is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.found, self._open = [], []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self.found.append((tag, dict(attributes)))
+        if tag not in ("meta", "img", "source"):
+            self._open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+
+def test_a_page_is_whole_self_contained_and_escaped(written):
+    _, text, pictures, _ = written
+    elements = Elements(text).found
+    images = [attributes for tag, attributes in elements if tag == "img"]
+    assert len(images) == pictures and all(len(image["alt"]) > 20 for image in images)
+    loaded = [value for _, attributes in elements for key, value in attributes.items() if key in ("src", "srcset")]
+    assert all(value.startswith("data:image/png;base64,") for value in loaded) and len(loaded) == 2 * pictures
+    assert not [tag for tag, _ in elements if tag in ("script", "link", "b")]
+    assert "&lt;script&gt;" in text and "DDIM&lt;b&gt;" in text
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in elements
+    assert "prefers-color-scheme: dark" in text
+
+
+def test_a_page_says_what_to_do_next(written):
+    path, text, _, kind = written
+    option = {"plan": "--plan", "dit_cache": "--cache-config", "restep": "--timesteps"}[kind]
+    found = path[: -len(".report.html")]
+    assert f"<pre>python -m osaccel.run {option} {found} -- COMMAND...</pre>" in text
+    assert "What to do next" in text and "29 frames of 640 x 480" in text
+
+
+def test_the_plan_page_says_what_was_measured_and_what_predicted(tmp_path):
+    (tmp_path / "p.json.report.json").write_text(json.dumps(of_plan()))
+    shown = plan_page.content(report.load(str(tmp_path / "p.json")))
+    said = " ".join([*shown.found, shown.following])
+    assert "error of the final latents 0.2, PSNR of the frames 31.00 dB. Predicted before it was run: 0.05" in said
+    assert "4.0 times as large as predicted" in said and "more than the saved work explains" in said
+    runs = shown.tables[0]
+    assert len(runs.rows) == 3 and runs.rows[runs.marked[0]][0] == plan_page.said(PLAN)
+    assert "skipped 2; conditional only 4–5; blocks 1 to 2 reused at 3; blocks 3 to 3 forecast at 6" in runs.rows[0][0]
+    assert shown.facts["What the search took"]["recordings kept"] == "3.0 MiB"
+    assert shown.prompts == [NASTY, "two", "three"]
+
+
+def test_the_picture_shows_halves_regions_and_skipped_steps():
+    c, h, r, f, s = range(5)
+    rows = plan_page.rows_of(PLAN, 8, 4)
+    assert [row.height for row in rows] == [0.25, 0.5, 0.25] * 2
+    assert [row.label for row in rows[:2]] == ["conditional, block 0", "conditional, blocks 1–2"]
+    assert [row.kinds for row in rows] == [
+        [c, c, s, c, c, c, c, c], [c, c, s, r, c, c, c, c], [c, c, s, c, c, c, f, c],
+        [c, c, s, c, h, h, c, c], [c, c, s, r, h, h, c, c], [c, c, s, c, h, h, f, c],
+    ]  # fmt: skip
+    assert len(plan_page.rows_of(PLAN, 8, 4, is_guided=False)) == 3
+
+
+def test_the_map_of_a_cache(tmp_path):
+    shown = {**of_cache(), "fingerprint": {"blocks": 3}, "delta_change": [[1.0] * 3] * 4}
+    assert cache_page.compute_map(shown).tolist() == [[1, 1, 0, 1]] * 2 + [[1, 1, 1, 1]]
+    assert report.main([str(tmp_path / "missing.json")]) == 2
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "other"}', '{"kind": "plan"}', "{"])
+def test_what_is_no_report_is_refused_in_one_line(tmp_path, capsys, content):
+    (tmp_path / "x.json.report.json").write_text(content)
+    assert report.main([str(tmp_path / "x.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("osaccel: error:") and error.count("\n") == 1
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "x.json.report.json").write_text(json.dumps(of_list()))
+    monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
+    assert report.main([str(tmp_path / "x.json")]) == 2
+    assert "the report needs jinja2: pip install jinja2" in capsys.readouterr().err
+
+
+def test_numbers_in_words():
+    assert [words.size(n) for n in (512, 1536, 200 << 20, 3 << 30)] == ["512 bytes", "1.5 KiB", "200 MiB", "3.0 GiB"]
+    assert [words.duration(s) for s in (0.25, 42, 90, 3725)] == ["0.2 s", "42 s", "2 min", "1 h 2 min"]
+    assert words.spans([3, 5, 7, 9, 11]) == "3, 5, … 11" and words.spans([1, 2, 3, 7]) == "1–3, 7"
+    assert words.times(1, "step") == "1 step" and words.number(None) == "–"
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1200, 500])
+def test_a_page_renders_without_scrolling_sideways(written, width, tmp_path):
+    path, text, _, _ = written
+    # The browser's own measure of the page, put where --dump-dom shows it.
+    probe = tmp_path / "probe.html"
+    measure = "<script>onload = () => { document.title = 'wide ' + document.documentElement.scrollWidth }</script>"
+    probe.write_text(text.replace("</body>", measure + "</body>"), encoding="utf-8")
+    command = [
+        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},2000", "--dump-dom", probe.as_uri(),
+    ]  # fmt: skip
+    dumped = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    assert int(dumped.split("<title>wide ")[1].split("<")[0]) <= width

@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OSACCEL_SEARCH=plan in the unmodified v1.2.0 scripts: searched on the first prompt, applied to the second."""
+
+import json
+
+import pytest
+
+LAUNCHER = ("python", "-m", "osaccel.run")
+
+
+@pytest.mark.parametrize("script", ["sample_t2v", "sample_t2v_sp"])
+def test_a_plan_is_searched_and_applied(upstream, script, tmp_path_factory):
+    path = tmp_path_factory.mktemp("plan") / "plan.json"
+    result = upstream.run(
+        script, prefix=LAUNCHER, steps=20, OSACCEL_SEARCH="plan", OSACCEL_TARGET="1.5x", OSACCEL_PLAN=str(path),
+        OSACCEL_SEARCH_THEN="continue",
+    )  # fmt: skip
+    assert len(result.videos) == 2 and (script == "sample_t2v_sp" or result.status == 0), result.log[-3000:]
+    plan, report = json.loads(path.read_text()), json.loads((path.parent / "plan.json.report.json").read_text())
+    assert plan["steps"] == 20 and plan["made_for"]["sampler"] == "EulerAncestralDiscreteScheduler"
+    assert report["cost"]["plain_generations"] <= 6 and report["work"] <= 1 / 1.5
+    assert report["fingerprint"]["ranks"] == (1 if script == "sample_t2v" else 2)
+    assert "found a plan for 1.5x" in result.log
+    (summary,) = result.summaries
+    assert f"network work {100 * report['work']:.1f} %" in summary
+    # Both ranks called the blocks equally often, in the search and after it.
+    assert len({json.dumps(calls[:6]) for calls in result.calls.values()}) == 1
+    # The file alone gives the second prompt's video again.
+    again = upstream.run(script, prefix=LAUNCHER, steps=20, OSACCEL_PLAN=str(path))
+    assert again.summaries[1].split(" s")[0].split("measured")[0] == summary.split("measured")[0]
