@@ -174,6 +174,9 @@ def parse_args(arguments: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for mode, steps in ((small, 100), (tiny, 8)):
         mode.add_argument("--steps", type=int, default=steps)
         mode.add_argument("--repeats", type=int, default=2)
+        mode.add_argument(
+            "--arms", nargs="+", metavar="NAME", help="only these, and plain, by their names in the table"
+        )
         mode.add_argument("--json", help="also write every video's numbers to this file")
     wall_steps.add_arguments(modes.add_parser("steps"))
     return parser.parse_args(arguments)
@@ -193,6 +196,7 @@ def main() -> None:
         else:
             scripts = [upstream(arguments.checkout, ranks, arguments) for ranks in arguments.ranks]
             arms = upstream_arms(folder)
+        arms = [arm for arm in arms if not arguments.arms or arm.name in ("plain", *arguments.arms)]
         for script in scripts:
             runs = measure(script, arms, arguments.repeats, folder)
             everything[script.ranks] = runs
