@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Procedural videos of moving textures that fill the frame, with captions: seeded, unlimited, split by caption.
+
+A picture is paper with ink on it: paper + cover * (ink - paper), times a gain that changes with the light. The cover
+comes from a few plane waves (or from circular ones, for rings) that drift. A `Texture` is what a caption says; left
+open are phases, exact wavelengths and speeds, and shades. Lengths are in pixels of a 24 x 24 frame, speeds in pixels a
+frame.
+"""
+
+import functools
+import hashlib
+import itertools
+from dataclasses import dataclass
+from typing import Dict, List, Tuple
+
+import numpy as np
+
+FRAMES, SIZE = 24, 24
+# What captions are padded to; none is longer.
+CAPTION_WORDS = 14
+
+COLOURS = {
+    "coral": (0.95, 0.40, 0.33),
+    "teal": (0.08, 0.58, 0.55),
+    "amber": (0.97, 0.76, 0.18),
+    "violet": (0.52, 0.24, 0.78),
+    "ivory": (0.96, 0.94, 0.88),
+    "navy": (0.08, 0.12, 0.36),
+}
+PATTERNS = ("pillars", "ledges", "slants", "checks", "dots", "rings", "clouds")
+# Distance from ridge to ridge.
+SCALES = {"fine": (6.8, 7.6), "broad": (11.5, 13.0)}
+# Way of the drift as x, y; for rings the sign of x is outwards or inwards.
+WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+RING_WAYS = {"outwards": (1, 0), "inwards": (-1, 0)}
+PACES = {"slowly": (0.30, 0.38), "quickly": (0.95, 1.05)}
+LIGHTS = ("steady", "brightening", "dimming", "winking")
+DARKEST = 0.3  # gain at the dark end of a change of light
+
+# Share of the 256 hash buckets; the split of a prompt depends on its text alone.
+SPLITS = {"train": (0, 208), "calibration": (208, 230), "heldout": (230, 256)}
+STREAM = 20240917
+
+
+@dataclass(frozen=True)
+class Texture:
+    """The attributes a caption names; `way` and `pace` are empty where nothing moves."""
+
+    pattern: str
+    scale: str
+    ink: str
+    paper: str
+    way: str
+    pace: str
+    light: str
+
+    @property
+    def caption(self) -> str:
+        drift = f"moving {self.pace} {self.way}" if self.way else "standing still"
+        return f"{self.ink} {self.pattern} drawn {self.scale} on {self.paper} {drift} in {self.light} light"
+
+    @property
+    def split(self) -> str:
+        bucket = hashlib.sha256(self.caption.encode()).digest()[0]
+        return next(name for name, (low, high) in SPLITS.items() if low <= bucket < high)
+
+
+def ways(pattern: str) -> List[str]:
+    """The ways whose drift can be seen: stripes along their own direction look the same anywhere."""
+    if pattern == "rings":
+        return list(RING_WAYS)
+    sideways = ["left", "right"]
+    return {"pillars": sideways, "ledges": ["up", "down"], "slants": sideways}.get(pattern, list(WAYS))
+
+
+@functools.lru_cache(maxsize=None)
+def all_textures() -> Tuple[Texture, ...]:
+    palettes = list(itertools.permutations(COLOURS, 2))
+    found = []
+    for pattern in PATTERNS:
+        drifts = [("", "")] + list(itertools.product(ways(pattern), PACES))
+        for scale, (ink, paper), (way, pace), light in itertools.product(SCALES, palettes, drifts, LIGHTS):
+            found.append(Texture(pattern, scale, ink, paper, way, pace, light))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=None)
+def textures(split: str) -> Tuple[Texture, ...]:
+    """The textures of one split, in a fixed mixed order, so that a prefix of the list is a fair sample."""
+    chosen = [texture for texture in all_textures() if texture.split == split]
+    return tuple(sorted(chosen, key=lambda one: hashlib.sha256(("mix " + one.caption).encode()).hexdigest()))
+
+
+@functools.lru_cache(maxsize=None)
+def by_caption() -> Dict[str, Texture]:
+    return {texture.caption: texture for texture in all_textures()}
+
+
+def sample(split: str, index: int) -> Tuple[np.ndarray, str]:
+    """Video `index` of a split, float32 frames (T, H, W, 3) in [0, 1], and its caption; a pure function of both."""
+    rng = np.random.default_rng([STREAM, list(SPLITS).index(split), index])
+    pool = textures(split)
+    texture = pool[rng.integers(len(pool))]
+    return render(texture, rng), texture.caption
+
+
+def render(texture: Texture, rng: np.random.Generator) -> np.ndarray:
+    """Draw one video of `texture`: float32 (FRAMES, SIZE, SIZE, 3) in [0, 1]."""
+    length, speed = rng.uniform(*SCALES[texture.scale]), rng.uniform(*PACES.get(texture.pace, (0, 0)))
+    ink, paper = (np.array(COLOURS[name]) + rng.uniform(-0.03, 0.03, 3) for name in (texture.ink, texture.paper))
+    if texture.pattern == "rings":
+        height = _rings(length, speed * RING_WAYS.get(texture.way, (0, 0))[0], rng)
+    else:
+        height = _waves(texture.pattern, length, speed * np.array(WAYS.get(texture.way, (0, 0))), rng)
+    cover = 0.5 + 0.5 * np.tanh(2.5 * (height - 0.35))
+    picture = paper + cover[..., None] * (ink - paper)
+    return np.clip(picture * gain(texture.light)[:, None, None, None], 0, 1).astype(np.float32)
+
+
+def gain(light: str) -> np.ndarray:
+    """Brightness of every frame (T,); a wink is dark in the middle of the clip."""
+    time = np.linspace(0, 1, FRAMES)
+    depth = {"steady": 0 * time, "brightening": 1 - time, "dimming": time, "winking": 1 - np.abs(2 * time - 1)}[light]
+    return 1 - (1 - DARKEST) * depth
+
+
+def directions(pattern: str, rng: np.random.Generator) -> np.ndarray:
+    """Unit wave vectors (N, 2) as x, y."""
+    slant = np.sqrt(0.5)
+    fixed = {
+        "pillars": [(1, 0)],
+        "ledges": [(0, 1)],
+        "slants": [(slant, slant)],
+        "checks": [(slant, slant), (slant, -slant)],
+        "dots": [(1, 0), (0, 1)],
+    }
+    if pattern in fixed:
+        return np.array(fixed[pattern], float)
+    turns = (np.arange(9) + rng.uniform(0, 1, 9)) * np.pi / 9
+    return np.stack([np.cos(turns), np.sin(turns)], axis=1)
+
+
+def _waves(pattern: str, length: float, velocity: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Sum of drifting plane waves (T, H, W), at most about 1 high."""
+    wanted = directions(pattern, rng)
+    count = len(wanted)
+    spread = rng.uniform(0.8, 1.2, count) if pattern == "clouds" else np.ones(count)
+    vectors = wanted * (2 * np.pi / length * spread)[:, None]
+    phases = rng.uniform(0, 2 * np.pi, count)
+    # The wave's factors along time, y and x, so that only short exponentials are computed.
+    time = np.exp(1j * (phases[:, None] - (vectors @ velocity)[:, None] * np.arange(FRAMES)))
+    y, x = (np.exp(1j * vectors[:, axis, None] * np.arange(SIZE)) for axis in (1, 0))
+    plane = (y[:, :, None] * x[:, None, :]).reshape(count, -1)
+    total = (time.T @ plane).real.reshape(FRAMES, SIZE, SIZE)
+    return total / (count if count < 3 else np.sqrt(count))
+
+
+def _rings(length: float, speed: float, rng: np.random.Generator) -> np.ndarray:
+    """Circular waves (T, H, W) about the middle of the frame."""
+    grid = np.arange(SIZE) - (SIZE - 1) / 2
+    centre = rng.uniform(-1, 1, 2)
+    radius = np.hypot(grid - centre[0], grid[:, None] - centre[1])
+    return np.cos(2 * np.pi / length * (radius - speed * np.arange(FRAMES)[:, None, None]) + rng.uniform(0, 2 * np.pi))
