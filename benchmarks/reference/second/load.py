@@ -13,8 +13,8 @@ GUIDANCE = 6.0
 STEPS = 100
 
 __all__ = [
-    "CAPTION_WORDS", "CHECKPOINT", "FRAMES", "GUIDANCE", "SIZE", "STEPS", "calibration_prompts", "heldout_prompts", "judge",
-    "load_pipeline",
+    "CAPTION_WORDS", "CHECKPOINT", "FRAMES", "GUIDANCE", "SIZE", "STEPS", "calibration_prompts", "heldout_prompts",
+    "judge", "load_pipeline",
 ]  # fmt: skip
 
 

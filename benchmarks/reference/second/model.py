@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The second model's networks: a linear autoencoder, and OpenSoraT2V with an additive position embedding.
 
-The transformer is the upstream's layout with `use_rope` off: PatchEmbed adds fixed sines and cosines of row, column and
-frame to the tokens, as v1.2 does then, and no attention is turned.
+The transformer is the upstream's layout with `use_rope` off: fixed sines and cosines of row, column and frame are added
+to the tokens once, as v1.2's PatchEmbed does then, and no attention is turned.
 """
 
+import functools
 from typing import Tuple
 
 import torch
@@ -14,7 +15,6 @@ from torch import nn
 
 from benchmarks.reference.paths import DEMO  # noqa: F401  (makes the pipeline importable as `opensora`)
 from opensora.models.diffusion.opensora.modeling_opensora import OpenSoraT2V
-from opensora.models.diffusion.opensora.modules import PatchEmbed2D
 
 STRIDES = (4, 4, 4)  # pixels of a latent along frames, rows and columns
 
@@ -26,30 +26,17 @@ def waves(places: torch.Tensor, dim: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-class PlacedPatchEmbed(PatchEmbed2D):
-    """Patches to tokens (B, T, H/p * W/p, D), plus where they are: half the width for the column, half for the row,
-    and on top of both the frame."""
-
-    def __init__(self, in_channels: int, embed_dim: int, patch_size: int, frames: int, rows: int, columns: int):
-        super().__init__(in_channels, embed_dim, patch_size)
-        y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
-        place = torch.cat([waves(x, embed_dim // 2), waves(y, embed_dim // 2)], dim=1)
-        frame = waves(torch.arange(frames), embed_dim)
-        self.register_buffer("places", (frame[:, None] + place[None])[None], persistent=False)
-
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
-        tokens = super().forward(latent)
-        return tokens + self.places.to(tokens.dtype)
+@functools.lru_cache(maxsize=4)
+def place_table(frames: int, rows: int, columns: int, dim: int) -> torch.Tensor:
+    """Where every token is, (frames, rows * columns, dim): half the width tells the column, half the row, and on top
+    of both the frame."""
+    y, x = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij"))
+    place = torch.cat([waves(x, dim // 2), waves(y, dim // 2)], dim=1)
+    return waves(torch.arange(frames), dim)[:, None] + place
 
 
 class PlacedOpenSoraT2V(OpenSoraT2V):
     """OpenSoraT2V with the position in the tokens instead of in the attention."""
-
-    def __init__(self, **config):
-        super().__init__(**config)
-        frames, (height, width), patch = self.config.sample_size_t, self.config.sample_size, self.patch_size
-        sizes = (frames, height // patch, width // patch)
-        self.pos_embed = PlacedPatchEmbed(self.config.in_channels, self.inner_dim, patch, *sizes)
 
     def _check_supported(self) -> None:
         if self.config.use_rope:
@@ -57,6 +44,11 @@ class PlacedOpenSoraT2V(OpenSoraT2V):
 
     def _rope_scale_thw(self) -> None:
         return None
+
+    def _streams(self, tokens, text, masks, modulation, frames, images, shape):
+        """As the base's, of tokens (B, T, H * W, D) that carry their places."""
+        table = place_table(tokens.shape[1], shape["height"], shape["width"], tokens.shape[-1])
+        return super()._streams(tokens + table.to(tokens), text, masks, modulation, frames, images, shape)
 
 
 class LinearAutoencoder(ModelMixin, ConfigMixin):
