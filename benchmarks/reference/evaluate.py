@@ -28,15 +28,16 @@ def wilson(share: float, n: int) -> Tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
-def sample_videos(
-    pipeline, prompts, steps: int, guidance: float, seed: int, batch: int = 8, words: int = CAPTION_WORDS
-) -> np.ndarray:
-    """Videos (N, T, H, W, 3); each prompt has its own noise stream, so a batch's size does not matter."""
+def sample_videos(pipeline, prompts, steps: int, guidance: float, seed: int, batch: int = 8, **sizes) -> np.ndarray:
+    """Videos (N, T, H, W, 3); each prompt has its own noise stream, so a batch's size does not matter.
+
+    `sizes` are further arguments of the call, for a model other than the miniature.
+    """
     videos = []
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": CAPTION_WORDS, **sizes}
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         noise = [torch.Generator().manual_seed(seed + start + item) for item in range(len(part))]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": words}
         videos.append(pipeline(part, generator=noise, **options).images.numpy())
     return np.concatenate(videos)
 

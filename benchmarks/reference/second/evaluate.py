@@ -17,8 +17,10 @@ import torch
 from ..evaluate import contact_sheet, report, sample_videos, sampling_options
 from ..train import to_tensor
 from . import data
-from .load import CAPTION_WORDS, GUIDANCE, calibration_prompts, heldout_prompts, judge, load_pipeline
+from .load import CAPTION_WORDS, FRAMES, GUIDANCE, SIZE, calibration_prompts, heldout_prompts, judge, load_pipeline
 from .paths import CHECKPOINT
+
+SIZES = {"num_frames": FRAMES, "height": SIZE, "width": SIZE, "max_sequence_length": CAPTION_WORDS}
 
 
 def rendered(pipeline, prompts: List[str], seed: int) -> np.ndarray:
@@ -51,7 +53,7 @@ def main() -> None:
     truth = rendered(pipeline, prompts, args.seed)
     ceiling = np.mean([verdict["valid"] for verdict in verdicts_of(truth, prompts)])
     began = time.time()
-    videos = sample_videos(pipeline, prompts, args.steps, args.guidance, args.seed, words=CAPTION_WORDS)
+    videos = sample_videos(pipeline, prompts, args.steps, args.guidance, args.seed, **SIZES)
     report(args, prompts, verdicts_of(videos, prompts), time.time() - began)
     print(f"rendered videos after the autoencoder: valid {ceiling:.1%}; {looks(truth)}; samples: {looks(videos)}")
     imageio.imwrite(args.out / "contact_sheet.png", contact_sheet(videos))

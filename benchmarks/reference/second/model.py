@@ -20,8 +20,8 @@ STRIDES = (4, 4, 4)  # pixels of a latent along frames, rows and columns
 
 
 def waves(places: torch.Tensor, dim: int) -> torch.Tensor:
-    """Sines and cosines (N, dim) of places (N,), from one turn in about 6 places to one in 60000."""
-    frequency = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    """Sines and cosines (N, dim) of places (N,), from one turn in 6 places to one in 600: there are few places."""
+    frequency = 100.0 ** (-torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     angles = places.float()[:, None] * frequency
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
@@ -106,6 +106,14 @@ class AutoencoderWrapper(nn.Module):
     def __init__(self, vae: LinearAutoencoder):
         super().__init__()
         self.vae, self.vae_scale_factor = vae.eval(), list(STRIDES)
+
+    @property
+    def device(self) -> torch.device:
+        return self.vae.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vae.dtype
 
     @torch.no_grad()
     def encode(self, video: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..loop import Loop, learning_rate
+from ..loop import Loop
 from ..train import Examples, initialise, to_tensor
 from . import data
 from .model import LinearAutoencoder, make_transformer
@@ -30,12 +30,13 @@ class Config:
     channels: int = 20  # fewer lose the fine quick patterns of two similar colours
     fitted: int = 1500  # videos the autoencoder is fitted to
     videos: int = 48000
-    steps: int = 6000
-    batch: int = 64
+    steps: int = 7000
+    decay_from: float = 0.7  # part of the steps after which the learning rate falls
+    batch: int = 32
     # The floor of the signal's share in the weight of an error, as for the miniature.
     floor: float = 0.003
-    rate: float = 2e-3
-    warmup: int = 300
+    rate: float = 1e-3  # at 2e-3 this width diverges
+    warmup: int = 400
     decay: float = 0.999
     bf16: bool = True
     compiled: bool = True  # the blocks, by torch.compile; needs a C++ compiler
@@ -47,7 +48,10 @@ class Config:
     save_every: int = 250
 
     def rate_at(self, step: int) -> float:
-        return learning_rate(self.rate, step, self.steps, self.warmup)
+        """Warm-up, a long constant stretch, then a straight fall to 2 %: how long it is can be settled on the way."""
+        begin = round(self.decay_from * self.steps)
+        falling = max(0.0, (step - begin) / (self.steps - begin))
+        return self.rate * min(1.0, (step + 1) / self.warmup) * (1 - 0.98 * falling)
 
 
 def tiny() -> Config:
