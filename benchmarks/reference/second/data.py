@@ -19,21 +19,22 @@ FRAMES, SIZE = 24, 24
 # What captions are padded to; none is longer.
 CAPTION_WORDS = 14
 
+# In one plane of the colour space, spanned by grey and by orange against blue, so that few latent channels hold them.
 COLOURS = {
-    "coral": (0.95, 0.40, 0.33),
-    "teal": (0.08, 0.58, 0.55),
-    "amber": (0.97, 0.76, 0.18),
-    "violet": (0.52, 0.24, 0.78),
-    "ivory": (0.96, 0.94, 0.88),
-    "navy": (0.08, 0.12, 0.36),
+    "orange": (0.97, 0.59, 0.13),
+    "azure": (0.15, 0.51, 0.95),
+    "ivory": (0.97, 0.95, 0.92),
+    "rust": (0.52, 0.32, 0.06),
+    "navy": (0.05, 0.28, 0.55),
+    "charcoal": (0.06, 0.06, 0.06),
 }
 PATTERNS = ("pillars", "ledges", "slants", "checks", "dots", "rings", "clouds")
 # Distance from ridge to ridge.
-SCALES = {"fine": (6.8, 7.6), "broad": (11.5, 13.0)}
+SCALES = {"fine": (7.6, 8.4), "broad": (12.0, 14.0)}
 # Way of the drift as x, y; for rings the sign of x is outwards or inwards.
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 RING_WAYS = {"outwards": (1, 0), "inwards": (-1, 0)}
-PACES = {"slowly": (0.30, 0.38), "quickly": (0.95, 1.05)}
+PACES = {"slowly": (0.28, 0.38), "quickly": (0.62, 0.72)}
 LIGHTS = ("steady", "brightening", "dimming", "winking")
 DARKEST = 0.3  # gain at the dark end of a change of light
 
@@ -107,12 +108,12 @@ def sample(split: str, index: int) -> Tuple[np.ndarray, str]:
 def render(texture: Texture, rng: np.random.Generator) -> np.ndarray:
     """Draw one video of `texture`: float32 (FRAMES, SIZE, SIZE, 3) in [0, 1]."""
     length, speed = rng.uniform(*SCALES[texture.scale]), rng.uniform(*PACES.get(texture.pace, (0, 0)))
-    ink, paper = (np.array(COLOURS[name]) + rng.uniform(-0.03, 0.03, 3) for name in (texture.ink, texture.paper))
+    ink, paper = (np.array(COLOURS[name]) + rng.uniform(-0.02, 0.02, 3) for name in (texture.ink, texture.paper))
     if texture.pattern == "rings":
         height = _rings(length, speed * RING_WAYS.get(texture.way, (0, 0))[0], rng)
     else:
         height = _waves(texture.pattern, length, speed * np.array(WAYS.get(texture.way, (0, 0))), rng)
-    cover = 0.5 + 0.5 * np.tanh(2.5 * (height - 0.35))
+    cover = 0.5 + 0.5 * np.tanh(1.8 * (height - 0.35))
     picture = paper + cover[..., None] * (ink - paper)
     return np.clip(picture * gain(texture.light)[:, None, None, None], 0, 1).astype(np.float32)
 

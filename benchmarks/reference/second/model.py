@@ -52,25 +52,28 @@ class PlacedOpenSoraT2V(OpenSoraT2V):
 
 
 class LinearAutoencoder(ModelMixin, ConfigMixin):
-    """Blocks of 4 x 4 x 4 pixels to and from their first principal components, each scaled to unit deviation.
+    """Blocks of 4 x 4 x 4 pixels to and from their first principal components, scaled to unit deviation over all.
+
+    The components' variances are brought half-way (by a square root) towards each other: as in a trained autoencoder's
+    latents no channel is negligible, yet what fills the picture stands out of the noise first.
 
     Videos (B, 3, T, H, W) in [-1, 1], latents (B, channels, T / 4, H / 4, W / 4).
     """
 
     @register_to_config
-    def __init__(self, channels: int = 20):
+    def __init__(self, channels: int = 8):
         super().__init__()
         t, h, w = STRIDES
         self.register_buffer("mean", torch.zeros(3 * t * h * w))
         self.register_buffer("basis", torch.zeros(channels, 3 * t * h * w))
-        self.register_buffer("deviation", torch.ones(channels))
+        self.register_buffer("divisor", torch.ones(channels))
 
     def encode(self, video: torch.Tensor) -> torch.Tensor:
-        latents = (blocks(video) - self.mean) @ self.basis.t() / self.deviation
+        latents = (blocks(video) - self.mean) @ self.basis.t() / self.divisor
         return latents.movedim(-1, 1)
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
-        return unblocks((latents.movedim(1, -1) * self.deviation) @ self.basis + self.mean)
+        return unblocks((latents.movedim(1, -1) * self.divisor) @ self.basis + self.mean)
 
     @torch.no_grad()
     def fit(self, videos: torch.Tensor) -> None:
@@ -82,7 +85,8 @@ class LinearAutoencoder(ModelMixin, ConfigMixin):
         largest = kept.gather(1, kept.abs().argmax(1, keepdim=True))
         self.mean.copy_(rows.mean(0))
         self.basis.copy_(kept * largest.sign())
-        self.deviation.copy_(values.flip(0)[: self.config.channels].sqrt())
+        deviations = values.flip(0)[: self.config.channels].sqrt()
+        self.divisor.copy_((deviations * deviations.mean()).sqrt())
 
 
 def blocks(video: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ import numpy as np
 
 from .data import COLOURS, LIGHTS, PATTERNS, RING_WAYS, SCALES, SIZE, WAYS, Texture, by_caption, directions, gain, ways
 
-LAG = 3  # frames between which drift is measured: 1 pixel at the slow pace, 3 at the quick one
-STEPS = {"slowly": 1, "quickly": 3}
+LAG = 3  # frames between which drift is measured: 1 pixel at the slow pace, 2 at the quick one
+STEPS = {"slowly": 1, "quickly": 2}
 CLOUDED = 0.5  # share of a picture's energy in the best regular waves, below which it is clouds
-CLOUD_EDGE = 0.132  # cycles a pixel: training clouds have 0.148 to 0.186 (fine), 0.094 to 0.118 (broad)
+CLOUD_EDGE = 0.123  # cycles a pixel: training clouds have 0.130 to 0.164 (fine), 0.085 to 0.117 (broad)
 ATTRIBUTES = ("pattern", "scale", "ink", "paper", "way", "pace", "light")
 
 

@@ -27,22 +27,22 @@ class Config:
     """Sizes and lengths; `tiny` is for the tests."""
 
     seed: int = 7
-    channels: int = 20  # fewer lose the fine quick patterns of two similar colours
+    channels: int = 8
     fitted: int = 1500  # videos the autoencoder is fitted to
     videos: int = 48000
-    steps: int = 7000
+    steps: int = 8000
     decay_from: float = 0.7  # part of the steps after which the learning rate falls
     batch: int = 32
     # The floor of the signal's share in the weight of an error, as for the miniature.
     floor: float = 0.003
-    rate: float = 1e-3  # at 2e-3 this width diverges
+    rate: float = 1.5e-3
     warmup: int = 400
     decay: float = 0.999
     bf16: bool = True
     compiled: bool = True  # the blocks, by torch.compile; needs a C++ compiler
     layers: int = 8
     heads: int = 4
-    head_dim: int = 40
+    head_dim: int = 32
     text_dim: int = 64
     caption_dropout: float = 0.1
     save_every: int = 250
