@@ -45,12 +45,12 @@ def _judged(frames, caption):
 
 
 def test_readout_tells_every_wrong_attribute():
-    caption = "azure dots drawn fine on ivory moving slowly left in dimming light"
+    caption = "azure dots drawn fine set half on ivory moving slowly left in dimming light"
     frames = data.render(data.by_caption()[caption], np.random.default_rng(1))
     changes = {
         "pattern": ("dots", "checks"), "scale": ("fine", "broad"), "ink": ("azure", "orange"),
-        "paper": ("ivory", "navy"), "pace": ("slowly", "quickly"), "way": ("left", "right"),
-        "light": ("dimming", "winking"),
+        "paper": ("ivory", "navy"), "set": ("half", "quarter"), "pace": ("slowly", "quickly"),
+        "way": ("left", "right"), "light": ("dimming", "winking"),
     }  # fmt: skip
     assert _judged(frames, caption)["valid"]
     for name, change in changes.items():
@@ -65,7 +65,7 @@ def test_autoencoder_gives_latents_of_unit_deviation():
     latents = autoencoder.encode(videos)
     assert latents.shape == (40, 8, 6, 6, 6)
     assert abs(latents.std() - 1) < 0.01 and latents.transpose(0, 1).flatten(1).std(1).min() > 0.5
-    assert (autoencoder.decode(latents) - videos).pow(2).mean() < 0.04 * videos.var()
+    assert (autoencoder.decode(latents) - videos).pow(2).mean() < 0.06 * videos.var()
 
 
 def test_training_resumes_exactly(tmp_path):

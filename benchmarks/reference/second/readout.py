@@ -10,13 +10,29 @@ from typing import Dict, List, Tuple
 
 import numpy as np
 
-from .data import COLOURS, LIGHTS, PATTERNS, RING_WAYS, SCALES, SIZE, WAYS, Texture, by_caption, directions, gain, ways
+from .data import (
+    COLOURS,
+    GRID,
+    LIGHTS,
+    PACES,
+    PATTERNS,
+    RING_WAYS,
+    SCALES,
+    SETS,
+    SIZE,
+    TIMES,
+    WAYS,
+    Texture,
+    by_caption,
+    directions,
+    gain,
+    ways,
+)
 
 LAG = 3  # frames between which drift is measured: 1 pixel at the slow pace, 2 at the quick one
-STEPS = {"slowly": 1, "quickly": 2}
 CLOUDED = 0.5  # share of a picture's energy in the best regular waves, below which it is clouds
 CLOUD_EDGE = 0.123  # cycles a pixel: training clouds have 0.130 to 0.164 (fine), 0.085 to 0.117 (broad)
-ATTRIBUTES = ("pattern", "scale", "ink", "paper", "way", "pace", "light")
+ATTRIBUTES = ("pattern", "scale", "set", "ink", "paper", "way", "pace", "light")
 
 
 def judge(frames: np.ndarray, caption: str) -> Dict[str, bool]:
@@ -35,7 +51,8 @@ def read(frames: np.ndarray) -> Texture:
     height = cover - cover.mean((1, 2), keepdims=True)
     pattern, scale = read_pattern(height)
     way, pace = read_drift(height, pattern)
-    return Texture(pattern, scale, ink, paper, way, pace, light)
+    phase = "" if pattern == "clouds" else read_set(height, pattern, scale, way, pace)
+    return Texture(pattern, scale, phase, ink, paper, way, pace, light)
 
 
 def read_light(pictures: np.ndarray) -> str:
@@ -66,28 +83,23 @@ def read_palette(lit: np.ndarray) -> Tuple[str, str, np.ndarray]:
 
 
 @functools.lru_cache(maxsize=None)
-def filters(pattern: str, scale: str) -> List[List[np.ndarray]]:
-    """For some wavelengths and centres, orthonormal sines and cosines (pixels, 2) of each of the pattern's waves."""
-    low, high = SCALES[scale]
-    lengths = np.linspace(low, high, 4)
+def filters(pattern: str, scale: str) -> List[np.ndarray]:
+    """The pattern's waves at rest, complex (pixels, ), of mean 0."""
+    number = 2 * np.pi / SCALES[scale]
     if pattern == "rings":
-        centres = itertools.product((-0.8, 0, 0.8), repeat=2)
-        return [
-            [_wave(2 * np.pi / length * _radius(*centre))] for length, centre in itertools.product(lengths, centres)
-        ]
-    y, x = np.mgrid[:SIZE, :SIZE]
-    vectors = directions(pattern, np.random.default_rng(0))
-    return [[_wave(2 * np.pi / length * (vector[0] * x + vector[1] * y)) for vector in vectors] for length in lengths]
+        phases = [number * np.hypot(GRID, GRID[:, None])]
+    else:
+        x, y = np.meshgrid(GRID, GRID)
+        vectors = directions(pattern, np.random.default_rng(0))
+        phases = [number * (vector[0] * x + vector[1] * y) for vector in vectors]
+    waves = [np.exp(1j * phase).ravel() for phase in phases]
+    return [wave - wave.mean() for wave in waves]
 
 
-def _wave(phase: np.ndarray) -> np.ndarray:
-    parts = np.stack([np.cos(phase).ravel(), np.sin(phase).ravel()], axis=1)
-    return np.linalg.qr(parts - parts.mean(0))[0]
-
-
-def _radius(x: float, y: float) -> np.ndarray:
-    grid = np.arange(SIZE) - (SIZE - 1) / 2
-    return np.hypot(grid - x, grid[:, None] - y)
+def _energy(pixels: np.ndarray, wave: np.ndarray) -> float:
+    """Energy of pixels (T, H * W) in the sine and the cosine of a wave."""
+    basis = np.linalg.qr(np.stack([wave.real, wave.imag], axis=1))[0]
+    return float(np.sum((pixels @ basis) ** 2))
 
 
 def read_pattern(height: np.ndarray) -> Tuple[str, str]:
@@ -96,12 +108,9 @@ def read_pattern(height: np.ndarray) -> Tuple[str, str]:
     energy = np.sum(pixels**2) + 1e-9
 
     def share(pattern, scale):
-        best = 0.0
-        for waves in filters(pattern, scale):
-            parts = [np.sum((pixels @ wave) ** 2) / energy for wave in waves]
-            # Two crossing waves are of equal strength; counting the weaker twice tells them from a single one.
-            best = max(best, len(parts) * min(parts))
-        return best
+        parts = [_energy(pixels, wave) / energy for wave in filters(pattern, scale)]
+        # Two crossing waves are of equal strength; counting the weaker twice tells them from a single one.
+        return len(parts) * min(parts)
 
     regular = [(name, scale) for name in PATTERNS if name != "clouds" for scale in SCALES]
     found = max(regular, key=lambda pair: share(*pair))
@@ -123,14 +132,30 @@ def read_drift(height: np.ndarray, pattern: str) -> Tuple[str, str]:
     else:
         vectors = {way: WAYS[way] for way in ways(pattern)}
     found = [(_shifted_error(height, 0, 0), ("", ""))]
-    for (way, (x, y)), (pace, step) in itertools.product(vectors.items(), STEPS.items()):
+    for (way, (x, y)), (pace, speed) in itertools.product(vectors.items(), PACES.items()):
+        step = round(LAG * speed)
         found.append((_shifted_error(height, x * step, y * step), (way, pace)))
     return min(found)[1]
 
 
+def read_set(height: np.ndarray, pattern: str, scale: str, way: str, pace: str) -> str:
+    """The set nearest to the waves' phase in the middle of the clip, their drift taken back."""
+    pixels, speed = height.reshape(len(height), -1), PACES.get(pace, 0.0)
+    if pattern == "rings":
+        along = [RING_WAYS.get(way, (0, 0))[0]]
+    else:
+        along = directions(pattern, np.random.default_rng(0)) @ np.array(WAYS.get(way, (0, 0)))
+    total = 0.0
+    for wave, part in zip(filters(pattern, scale), along):
+        drift = np.exp(2j * np.pi / SCALES[scale] * part * speed * TIMES)
+        seen = np.sum(drift * (pixels @ wave.conj()))
+        total += seen / (abs(seen) + 1e-9)
+    return max(SETS, key=lambda name: (total * np.exp(-2j * np.pi * SETS[name])).real)
+
+
 def _profile(height: np.ndarray) -> np.ndarray:
     """Mean height (T, 1, radii) on circles about the middle."""
-    bins = _radius(0, 0).astype(int).ravel()
+    bins = np.hypot(GRID, GRID[:, None]).astype(int).ravel()
     kept = bins < SIZE // 2
     counts = np.bincount(bins[kept])
     rows = [np.bincount(bins[kept], frame.ravel()[kept]) / counts for frame in height]

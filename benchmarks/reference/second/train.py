@@ -29,14 +29,14 @@ class Config:
     seed: int = 7
     channels: int = 8
     fitted: int = 1500  # videos the autoencoder is fitted to
-    videos: int = 48000
-    steps: int = 8000
+    videos: int = 32000
+    steps: int = 4000
     decay_from: float = 0.7  # part of the steps after which the learning rate falls
     batch: int = 32
     # The floor of the signal's share in the weight of an error, as for the miniature.
     floor: float = 0.003
     rate: float = 1.5e-3
-    warmup: int = 400
+    warmup: int = 250
     decay: float = 0.999
     bf16: bool = True
     compiled: bool = True  # the blocks, by torch.compile; needs a C++ compiler
