@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Procedural videos of moving textures that fill the frame, with captions: seeded, unlimited, split by caption.
 
-A picture is paper with ink on it: paper + cover * (ink - paper), times a gain that changes with the light. The cover
-comes from a few plane waves (or from circular ones, for rings) that drift. A `Texture` is what a caption says; left
-open are the shades, the exact phases, and of clouds all but the scale. Lengths are in pixels of a 24 x 24 frame, speeds
-in pixels a frame.
+A picture is paper with ink on it: paper + cover * (ink - paper), under a light that changes with time and falls from a
+side. The cover comes from one or two plane waves that drift, 8 pixels from ridge to ridge along rows or columns. A
+`Texture` is what a caption says; left open are the shades and the exact phases. Lengths are in pixels of a 24 x 24
+frame, speeds in pixels a frame.
 """
 
 import functools
 import hashlib
 import itertools
 from dataclasses import dataclass
-from typing import Dict, List, Optional, Tuple
+from typing import Dict, List, Tuple
 
 import numpy as np
 
-FRAMES, SIZE = 24, 24
+FRAMES, SIZE = 16, 24
 # What captions are padded to; none is longer.
 CAPTION_WORDS = 15
 
@@ -28,18 +28,24 @@ COLOURS = {
     "navy": (0.05, 0.28, 0.55),
     "charcoal": (0.06, 0.06, 0.06),
 }
-PATTERNS = ("pillars", "ledges", "slants", "checks", "dots", "rings", "clouds")
-# Distance from ridge to ridge.
-SCALES = {"fine": 8.0, "broad": 12.0}
+# Wave vectors as x, y, in turns per PERIOD.
+PATTERNS = {
+    "pillars": [(1, 0)],
+    "ledges": [(0, 1)],
+    "slants": [(1, 1)],
+    "slopes": [(1, -1)],
+    "checks": [(1, 1), (1, -1)],
+    "dots": [(1, 0), (0, 1)],
+}
+PERIOD = 8
 # Turns of the waves' phase in the middle of the clip, at the middle of the frame; a ridge is there at none.
 SETS = {"whole": 0.0, "quarter": 0.25, "half": 0.5, "counter": 0.75}
 LOOSE = 0.08  # turns by which a phase may differ from its set
-# Way of the drift as x, y; for rings the sign of x is outwards or inwards.
 WAYS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-RING_WAYS = {"outwards": (1, 0), "inwards": (-1, 0)}
-PACES = {"slowly": 1 / 3, "quickly": 2 / 3}
-LIGHTS = ("steady", "brightening", "dimming", "winking")
-DARKEST = 0.3  # gain at the dark end of a change of light
+PACES = {"slowly": 0.25, "quickly": 0.5}
+LIGHTS = ("steady", "brightening", "dimming")
+SIDES = ("everywhere", "above", "left")
+DARKEST = 0.4  # light at the dark end of its change, and at the far side
 
 # Share of the 256 hash buckets; the split of a prompt depends on its text alone.
 SPLITS = {"train": (0, 208), "calibration": (208, 230), "heldout": (230, 256)}
@@ -48,22 +54,22 @@ STREAM = 20240917
 
 @dataclass(frozen=True)
 class Texture:
-    """The attributes a caption names; `way` and `pace` are empty where nothing moves, `set` is for clouds."""
+    """The attributes a caption names; `way` and `pace` are empty where nothing moves."""
 
     pattern: str
-    scale: str
     set: str
     ink: str
     paper: str
     way: str
     pace: str
     light: str
+    side: str
 
     @property
     def caption(self) -> str:
         drift = f"moving {self.pace} {self.way}" if self.way else "standing still"
-        drawn = f"{self.ink} {self.pattern} drawn {self.scale}" + (f" set {self.set}" if self.set else "")
-        return f"{drawn} on {self.paper} {drift} in {self.light} light"
+        drawn = f"{self.ink} {self.pattern} set {self.set} on {self.paper}"
+        return f"{drawn} {drift} in {self.light} light from {self.side}"
 
     @property
     def split(self) -> str:
@@ -73,10 +79,9 @@ class Texture:
 
 def ways(pattern: str) -> List[str]:
     """The ways whose drift can be seen: stripes along their own direction look the same anywhere."""
-    if pattern == "rings":
-        return list(RING_WAYS)
     sideways = ["left", "right"]
-    return {"pillars": sideways, "ledges": ["up", "down"], "slants": sideways}.get(pattern, list(WAYS))
+    seen = {"pillars": sideways, "ledges": ["up", "down"], "slants": sideways, "slopes": sideways}
+    return seen.get(pattern, list(WAYS))
 
 
 @functools.lru_cache(maxsize=None)
@@ -85,10 +90,9 @@ def all_textures() -> Tuple[Texture, ...]:
     found = []
     for pattern in PATTERNS:
         drifts = [("", "")] + list(itertools.product(ways(pattern), PACES))
-        sets = [""] if pattern == "clouds" else list(SETS)
-        for values in itertools.product(SCALES, sets, palettes, drifts, LIGHTS):
-            scale, phase, (ink, paper), (way, pace), light = values
-            found.append(Texture(pattern, scale, phase, ink, paper, way, pace, light))
+        for values in itertools.product(SETS, palettes, drifts, LIGHTS, SIDES):
+            phase, (ink, paper), (way, pace), light, side = values
+            found.append(Texture(pattern, phase, ink, paper, way, pace, light, side))
     return tuple(found)
 
 
@@ -121,67 +125,42 @@ def sample(split: str, index: int) -> Tuple[np.ndarray, str]:
 
 def render(texture: Texture, rng: np.random.Generator) -> np.ndarray:
     """Draw one video of `texture`: float32 (FRAMES, SIZE, SIZE, 3) in [0, 1]."""
-    length, speed, turn = SCALES[texture.scale], PACES.get(texture.pace, 0.0), SETS.get(texture.set)
     ink, paper = (np.array(COLOURS[name]) + rng.uniform(-0.02, 0.02, 3) for name in (texture.ink, texture.paper))
-    if texture.pattern == "rings":
-        height = _rings(length, speed * RING_WAYS.get(texture.way, (0, 0))[0], turn, rng)
-    else:
-        height = _waves(texture.pattern, length, speed * np.array(WAYS.get(texture.way, (0, 0))), turn, rng)
+    vectors = wave_vectors(texture.pattern)
+    turns = SETS[texture.set] + LOOSE * rng.uniform(-1, 1, len(vectors))
+    drift = vectors @ velocity(texture.way, texture.pace)
+    phases = 2 * np.pi * turns[:, None] - drift[:, None] * TIMES
+    height = np.mean([np.cos(along + phase[:, None, None]) for along, phase in zip(planes(vectors), phases)], axis=0)
     cover = 0.5 + 0.5 * np.tanh(1.8 * (height - 0.35))
     picture = paper + cover[..., None] * (ink - paper)
-    return np.clip(picture * gain(texture.light)[:, None, None, None], 0, 1).astype(np.float32)
-
-
-def gain(light: str) -> np.ndarray:
-    """Brightness of every frame (T,); a wink is dark in the middle of the clip."""
-    time = np.linspace(0, 1, FRAMES)
-    depth = {"steady": 0 * time, "brightening": 1 - time, "dimming": time, "winking": 1 - np.abs(2 * time - 1)}[light]
-    return 1 - (1 - DARKEST) * depth
-
-
-def directions(pattern: str, rng: np.random.Generator) -> np.ndarray:
-    """Unit wave vectors (N, 2) as x, y."""
-    slant = np.sqrt(0.5)
-    fixed = {
-        "pillars": [(1, 0)],
-        "ledges": [(0, 1)],
-        "slants": [(slant, slant)],
-        "checks": [(slant, slant), (slant, -slant)],
-        "dots": [(1, 0), (0, 1)],
-    }
-    if pattern in fixed:
-        return np.array(fixed[pattern], float)
-    turns = (np.arange(9) + rng.uniform(0, 1, 9)) * np.pi / 9
-    return np.stack([np.cos(turns), np.sin(turns)], axis=1)
+    gain = course(texture.light)[:, None, None] * fall(texture.side)
+    return np.clip(picture * gain[..., None], 0, 1).astype(np.float32)
 
 
 GRID, TIMES = np.arange(SIZE) - (SIZE - 1) / 2, np.arange(FRAMES) - (FRAMES - 1) / 2
 
 
-def _phases(turn: Optional[float], count: int, rng: np.random.Generator) -> np.ndarray:
-    """Phases (count,) in radians near `turn`, or anywhere."""
-    loose = rng.uniform(-1, 1, count)
-    return 2 * np.pi * (0.5 * loose if turn is None else turn + LOOSE * loose)
+def wave_vectors(pattern: str) -> np.ndarray:
+    """Wave vectors (N, 2) as x, y, in radians a pixel."""
+    return 2 * np.pi / PERIOD * np.array(PATTERNS[pattern], float)
 
 
-def _waves(
-    pattern: str, length: float, velocity: np.ndarray, turn: Optional[float], rng: np.random.Generator
-) -> np.ndarray:
-    """Sum of drifting plane waves (T, H, W), at most about 1 high."""
-    wanted = directions(pattern, rng)
-    count = len(wanted)
-    spread = rng.uniform(0.8, 1.2, count) if pattern == "clouds" else np.ones(count)
-    vectors = wanted * (2 * np.pi / length * spread)[:, None]
-    phases = _phases(turn, count, rng)
-    # The wave's factors along time, y and x, so that only short exponentials are computed.
-    time = np.exp(1j * (phases[:, None] - (vectors @ velocity)[:, None] * TIMES))
-    y, x = (np.exp(1j * vectors[:, axis, None] * GRID) for axis in (1, 0))
-    plane = (y[:, :, None] * x[:, None, :]).reshape(count, -1)
-    total = (time.T @ plane).real.reshape(FRAMES, SIZE, SIZE)
-    return total / (count if count < 3 else np.sqrt(count))
+def planes(vectors: np.ndarray) -> np.ndarray:
+    """Phases (N, H, W) of waves at rest, none at the middle of the frame."""
+    return vectors[:, :1, None] * GRID + vectors[:, 1:, None] * GRID[:, None]
 
 
-def _rings(length: float, speed: float, turn: float, rng: np.random.Generator) -> np.ndarray:
-    """Circular waves (T, H, W) about the middle of the frame."""
-    radius = np.hypot(GRID, GRID[:, None])
-    return np.cos(2 * np.pi / length * (radius - speed * TIMES[:, None, None]) + _phases(turn, 1, rng))
+def velocity(way: str, pace: str) -> np.ndarray:
+    return np.array(WAYS.get(way, (0, 0))) * PACES.get(pace, 0.0)
+
+
+def course(light: str) -> np.ndarray:
+    """Brightness of every frame (T,)."""
+    ramp = np.linspace(DARKEST, 1, FRAMES)
+    return {"steady": np.ones(FRAMES), "brightening": ramp, "dimming": ramp[::-1]}[light]
+
+
+def fall(side: str) -> np.ndarray:
+    """Brightness of every pixel (H, W)."""
+    ramp, even = np.linspace(1, DARKEST, SIZE), np.ones((SIZE, SIZE))
+    return {"everywhere": even, "above": even * ramp[:, None], "left": even * ramp}[side]

@@ -42,10 +42,10 @@ def load_pipeline(sample_method: str = "EulerAncestralDiscrete", checkpoint: Pat
 
 
 def heldout_prompts(n: int) -> List[str]:
-    """The first `n` prompts of combinations that no training and no calibration video shows (3806 exist)."""
+    """The first `n` prompts of combinations that no training and no calibration video shows (4081 exist)."""
     return [texture.caption for texture in data.textures("heldout")[:n]]
 
 
 def calibration_prompts(n: int) -> List[str]:
-    """The first `n` prompts that searches may look at (3486 exist)."""
+    """The first `n` prompts that searches may look at (3443 exist)."""
     return [texture.caption for texture in data.textures("calibration")[:n]]

@@ -61,7 +61,7 @@ class LinearAutoencoder(ModelMixin, ConfigMixin):
     """
 
     @register_to_config
-    def __init__(self, channels: int = 8):
+    def __init__(self, channels: int = 10):
         super().__init__()
         t, h, w = STRIDES
         self.register_buffer("mean", torch.zeros(3 * t * h * w))

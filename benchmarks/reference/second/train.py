@@ -27,10 +27,10 @@ class Config:
     """Sizes and lengths; `tiny` is for the tests."""
 
     seed: int = 7
-    channels: int = 8
+    channels: int = 10
     fitted: int = 1500  # videos the autoencoder is fitted to
-    videos: int = 32000
-    steps: int = 4000
+    videos: int = 16000
+    steps: int = 3600
     decay_from: float = 0.7  # part of the steps after which the learning rate falls
     batch: int = 32
     # The floor of the signal's share in the weight of an error, as for the miniature.
