@@ -131,6 +131,19 @@ def idle_overhead(pairs: int) -> Tuple[float, float, float]:
     return median_ratio(times["active"], times["plain"])
 
 
+def outside_share(pipeline: OpenSoraPipeline) -> float:
+    """The share of a plain loop's time that is spent outside the transformer."""
+    moments: List[float] = []
+    handles = [
+        pipeline.transformer.register_forward_pre_hook(lambda *_: moments.append(-time.process_time())),
+        pipeline.transformer.register_forward_hook(lambda *_: moments.append(time.process_time())),
+    ]
+    whole = seconds(pipeline)
+    for handle in handles:
+        handle.remove()
+    return 1 - sum(moments) / whole
+
+
 def planned_speed(plan: Plan, repeats: int) -> Dict[str, float]:
     """The speed-up of a loop under a plan over what its network work and the time outside the blocks leave."""
     pipeline = OpenSoraPipeline(12, 384, 128)
@@ -144,7 +157,7 @@ def planned_speed(plan: Plan, repeats: int) -> Dict[str, float]:
             scope = Generation(pipeline, plan, TARGET) if name == "planned" else contextlib.nullcontext()
             with scope:
                 times[name].append(seconds(pipeline))
-    outside = max(0.0, 1 - STEPS * blocks * block_ms / 1000 / float(np.median(times["plain"])))
+    outside = outside_share(pipeline)
     ideal = 1 / (outside + (1 - outside) * plan.work(blocks, STEPS))
     measured, low, high = median_ratio(times["plain"], times["planned"])
     return {
