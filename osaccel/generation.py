@@ -6,14 +6,13 @@ was stored is alive, however the call ended.
 """
 
 import inspect
-import os
 import statistics
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
-import wrapt
 
+from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.formats import SettingsError
 from osaccel.interceptors import Interceptor, StepCall, network_through, step_through, watches_network
@@ -50,18 +49,6 @@ def find_blocks(pipeline: Any, block_path: str) -> torch.nn.ModuleList:
     if len(found) == 0:
         raise ValueError(f"ModuleList at path '{block_path}' is empty")
     return found
-
-
-def wrap_method(instance: Any, name: str, function: Callable, wrapper: Callable) -> Callable[[], None]:
-    """Put a wrapt wrapper around `function` on the instance as `name`; returns what takes it off again."""
-    previous: Dict[str, Any] = {name: instance.__dict__[name]} if name in instance.__dict__ else {}
-
-    def undo() -> None:
-        instance.__dict__.pop(name, None)
-        instance.__dict__.update(previous)
-
-    setattr(instance, name, wrapt.FunctionWrapper(function, wrapper))
-    return undo
 
 
 class Generation:
@@ -149,7 +136,7 @@ class Generation:
 
     def _attach_scheduler(self) -> None:
         scheduler: Any = getattr(self.pipeline, "scheduler", None)
-        if not callable(getattr(scheduler, "set_timesteps", None)) or not callable(getattr(scheduler, "step", None)):
+        if not is_scheduler(scheduler):
             raise UnsupportedPipeline(f"{type(self.pipeline).__name__} has no scheduler with set_timesteps and step.")
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         if self.plan.timesteps is not None:
@@ -160,8 +147,7 @@ class Generation:
             set_timesteps = self._with_list(adapter, set_timesteps)
             step = adapter.step or step
         self._step = step_through(self.interceptors, step)
-        self._undo.append(wrap_method(scheduler, "set_timesteps", set_timesteps, self._on_set_timesteps))
-        self._undo.append(wrap_method(scheduler, "step", step, self._on_step))
+        self._undo.append(wrap_scheduler(scheduler, self._on_set_timesteps, self._on_step, set_timesteps, step))
 
     def _with_list(self, adapter: Any, original: Callable) -> Callable:
         def set_timesteps(num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
@@ -311,11 +297,6 @@ class _StepTimes:
         if len(self._full) < 2 or len(self._full) == len(self._all):
             return None
         return len(self._all[1:]) * statistics.median(self._full[1:]) / sum(self._all[1:])
-
-
-def is_rank_zero() -> bool:
-    """Whether this process is the one that logs: rank 0 of torchrun, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _refuse_module_compile(module: Any) -> None:

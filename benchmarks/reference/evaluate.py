@@ -29,14 +29,17 @@ def wilson(share: float, n: int) -> Tuple[float, float]:
 
 
 def sample_videos(
-    pipeline: Any, prompts: Sequence[str], steps: int, guidance: float, seed: int, batch: int = 8
+    pipeline: Any, prompts: Sequence[str], steps: int, guidance: float, seed: int, batch: int = 8, **sizes: Any
 ) -> np.ndarray:
-    """Videos (N, T, H, W, 3); each prompt has its own noise stream, so a batch's size does not matter."""
+    """Videos (N, T, H, W, 3); each prompt has its own noise stream, so a batch's size does not matter.
+
+    `sizes` are further arguments of the call, for a model other than the miniature.
+    """
     videos = []
+    options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": CAPTION_WORDS, **sizes}
     for start in range(0, len(prompts), batch):
         part = prompts[start : start + batch]
         noise = [torch.Generator().manual_seed(seed + start + item) for item in range(len(part))]
-        options = {"num_inference_steps": steps, "guidance_scale": guidance, "max_sequence_length": CAPTION_WORDS}
         videos.append(pipeline(part, generator=noise, **options).images.numpy())
     return np.concatenate(videos)
 

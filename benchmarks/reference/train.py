@@ -10,7 +10,7 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -290,7 +290,7 @@ def draw_timesteps(count: int, draw: torch.Generator) -> torch.Tensor:
 class Examples:
     """Noised batches of the stored latents; batch `step` is a pure function of (seed, step)."""
 
-    def __init__(self, config: Config, latents: torch.Tensor, captions: List[str]):
+    def __init__(self, config: Any, latents: torch.Tensor, captions: List[str], tokenize: Callable = tokenize):
         tokens = tokenize(captions)
         self.config, self.latents, self.alphas = config, latents, alphas_cumprod()
         variance = latents.float().var().item()

@@ -14,9 +14,10 @@ from typing import Any, Callable, List, MutableMapping, Optional, Tuple
 import numpy as np
 import torch
 
+from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.generation import find_blocks, wrap_method
+from osaccel.generation import find_blocks
 from osaccel.network.forwards import HiddenStates
 from osaccel.network.regions import BlockCache
 from osaccel.plan import of_dit_cache
@@ -309,11 +310,9 @@ class DitCacheAdaptor:
     def _follow_scheduler(self) -> None:
         scheduler: Any = getattr(self.pipeline, "scheduler", None)
         self._scheduler = scheduler
-        self._clock.has_scheduler = all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step"))
-        if not self._clock.has_scheduler:
-            return
-        for name, wrapper in (("set_timesteps", self._on_set_timesteps), ("step", self._on_step)):
-            self._undo.append(wrap_method(scheduler, name, getattr(scheduler, name), wrapper))
+        self._clock.has_scheduler = is_scheduler(scheduler)
+        if self._clock.has_scheduler:
+            self._undo.append(wrap_scheduler(scheduler, self._on_set_timesteps, self._on_step))
 
     def _on_set_timesteps(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         result = wrapped(*args, **kwargs)

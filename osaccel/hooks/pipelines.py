@@ -9,7 +9,7 @@ from typing import Any, Callable, Optional
 
 import wrapt
 
-from osaccel import log
+from osaccel import log, schedule
 from osaccel import settings as settings_module
 from osaccel.formats import SettingsError
 from osaccel.hooks import agreement, silence
@@ -108,12 +108,14 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
-    from osaccel.generation import Generation, UnsupportedPipeline, is_rank_zero
+    from osaccel.attaching import is_rank_zero
+    from osaccel.generation import Generation, UnsupportedPipeline
     from osaccel.wall import attached
 
     plan = settings.generation_plan()
     if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
         plan = replace(plan, timesteps=None)
+    _warn_of_another_schedule(pipeline)
     _check_binding(_bind(wrapped, args, kwargs), pipeline, target, settings)
     say = logger.info if is_rank_zero() else logger.debug
     generation = Generation(pipeline, plan, target, source=settings.plan_source, announce=lambda line: say("%s", line))
@@ -133,6 +135,14 @@ def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, targe
         return output
     finally:
         generation.close()
+
+
+def _warn_of_another_schedule(pipeline: Any) -> None:
+    """Open-Sora-Plan v1.3 has v1.2's module and class names; what is derived for its schedule is right or refused."""
+    reasons = "; ".join(schedule.unfamiliar(getattr(pipeline, "scheduler", None)))
+    if reasons and reasons not in _warned:
+        _warned.add(reasons)
+        logger.warning("this is not Open-Sora-Plan v1.2's schedule (%s); files found for that one may not fit", reasons)
 
 
 def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Settings) -> None:

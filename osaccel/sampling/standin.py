@@ -178,7 +178,7 @@ def mean_share(whole: float, power: float) -> float:
 
 
 def reach(earlier: float, start: float, end: float, power: float) -> float:
-    """Where between p = `earlier` and s = `start` the mean of D over [s, `end`] lies beyond D_s, in units of D_s - D_p.
+    """How far the mean of D over [`start`, `end`] lies beyond D_s, s = `start`, in units of D_s - D_p, p = `earlier`.
 
     D is taken to be linear in s. On steps of equal ratio that is what keeps the variance of Gaussian data of any
     width (docs/correction.md); towards the end of a run steps grow, and there it would add too much, so it goes no

@@ -11,8 +11,8 @@ from typing import Any, Callable, List, NamedTuple, Optional, Tuple
 
 import torch
 
+from osaccel.attaching import is_rank_zero
 from osaccel.formats import SettingsError
-from osaccel.generation import is_rank_zero
 
 logger = logging.getLogger("osaccel")
 

@@ -13,7 +13,7 @@ from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Se
 
 import torch
 
-from osaccel.generation import is_rank_zero, wrap_method
+from osaccel.attaching import is_rank_zero, wrap_method
 from osaccel.wall.ranks import Ranks
 
 logger = logging.getLogger("osaccel")

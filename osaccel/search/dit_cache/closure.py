@@ -11,9 +11,9 @@ from typing import Any, Callable, List, NamedTuple, Optional, Protocol
 import numpy as np
 import torch
 
+from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
-from osaccel.generation import wrap_method
 from osaccel.network.forwards import HiddenStates
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
@@ -115,19 +115,9 @@ class _Clock(Clock):
 
     def follow(self, pipeline: Any, last_block: torch.nn.Module) -> Callable[[], None]:
         scheduler: Any = getattr(pipeline, "scheduler", None)
-        if not all(callable(getattr(scheduler, name, None)) for name in ("set_timesteps", "step")):
-            handle = last_block.register_forward_hook(lambda *_: self._end_pass())
-            return handle.remove
-        undo = [
-            wrap_method(scheduler, "set_timesteps", scheduler.set_timesteps, self._before(self.restart)),
-            wrap_method(scheduler, "step", scheduler.step, self._before(self.end_step)),
-        ]
-
-        def detach() -> None:
-            while undo:
-                undo.pop()()
-
-        return detach
+        if is_scheduler(scheduler):
+            return wrap_scheduler(scheduler, self._before(self.restart), self._before(self.end_step))
+        return last_block.register_forward_hook(lambda *_: self._end_pass()).remove
 
     def _end_pass(self) -> None:
         self.end_step()

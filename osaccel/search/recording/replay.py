@@ -16,7 +16,8 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel.generation import Generation, wrap_method
+from osaccel.attaching import wrap_method
+from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, latents_of, with_latents
 from osaccel.network.forwards import Streams, prediction_of, with_prediction
 from osaccel.network.regions import BlockCache
