@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import HealthCheck, given  # noqa: E402
+from hypothesis import HealthCheck, Phase, given  # noqa: E402
 from hypothesis import settings as budget  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
@@ -95,7 +95,14 @@ def checked(function, *arguments):
 
 def fuzz(share):
     health = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-    return budget(max_examples=int(EXAMPLES * share), deadline=None, suppress_health_check=health, database=None)
+    return budget(
+        max_examples=int(EXAMPLES * share),
+        deadline=None,
+        suppress_health_check=health,
+        database=None,
+        # Explaining traces every line, which would count as time.
+        phases=[Phase.generate, Phase.shrink],
+    )
 
 
 SHARES = {"cache.json": 0.15, "cache.yaml": 0.15, "schedule.txt": 0.15, "all.yaml": 0.25, "report.json": 0.1}
