@@ -270,7 +270,7 @@ def verdict(rows: Sequence[Row]) -> List[str]:
         values = [float(statistic(row.errors, axis=0)) for row in others]
         best, value = others[int(np.argmin(values))], float(statistic(own.errors, axis=0))
         line = f"{name}: {OURS} {value:.4f}, best other row {min(values):.4f} ({best.name})"
-        if min(values) > 0:
+        if name != "turned":
             low_high = over(own.errors, best.errors, statistic)
             line += ", {:+.0%} [{:+.0%}, {:+.0%}]".format(*low_high)
         lines.append(line)
