@@ -90,6 +90,8 @@ def same_videos(sampled: Sampled, counts: Sequence[int]) -> Dict[str, Dict[str, 
         for name in CORRECTIONS:
             arm = skipping(sampled.bench, count, name)
             found = errors(sampled.of(arm), plain)
+            if not found:
+                return rows
             rows[arm.name] = {"errors": found, **{key: interval(found, of) for key, of in STATISTICS.items()}}
             rival = rows[f"{count} computed, uncorrected"]["errors"]
             if name != "uncorrected" and len(rival) == len(found):
