@@ -15,6 +15,7 @@ WINGS = ("dit_cache", "plan", "timesteps")
 SEARCH_ORDER = (
     ("combined",),
     WINGS,
+    ("journalled",),
     ("session", "recordings"),
     ("workers", "outputs"),
     ("journal",),

@@ -3,7 +3,8 @@
 
 from typing import Any, Dict, Optional
 
-from osaccel.search.dit_cache.runner import SUFFIX, CacheRunner
+from osaccel.search.dit_cache.runner import CacheRunner
+from osaccel.search.journalled import SUFFIX
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
 from osaccel.search.timesteps.runner import RestepRunner

@@ -3,16 +3,16 @@
 
 import math
 import time
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence, Tuple
 
-import numpy as np
 import torch
 
 from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.candidates import Candidate, projected
 from osaccel.search.evaluation import Curve, Evaluation
-from osaccel.search.frames import frames_of, mean_psnr, psnr
+from osaccel.search.frames import mean_psnr
 from osaccel.search.recording.replay import Abandoned, Replay
+from osaccel.search.reference import Reference
 from osaccel.search.team import Team
 
 # A candidate is given up when the error it is heading for is larger than the best one's by this factor.
@@ -33,8 +33,7 @@ class Evaluator:
         self, replays: Sequence[Replay], team: Team, decode: bool = False, on_step: Callable[[], None] = lambda: None
     ):
         self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
-        self._frames: Dict[int, np.ndarray] = {}
-        self._references: List[float] = []
+        self.reference = Reference(self.replays, team)
         self.final: Optional[torch.Tensor] = None
 
     def __call__(self, candidate: Candidate, best: Optional[Evaluation] = None) -> Evaluation:
@@ -56,7 +55,7 @@ class Evaluator:
                 break
             squares += run.square
             if self.decode:
-                psnrs.append(self._psnr(number, replay, output))
+                psnrs.append(self.reference.psnr(number, output))
         reference = sum(self.references())
         error = math.sqrt(squares / reference) if reference > 0 and squares >= 0 else math.nan
         return Evaluation(
@@ -74,15 +73,7 @@ class Evaluator:
 
     def references(self) -> List[float]:
         """The sum of squares of each call's plain final latents, over the team's shards."""
-        if not self._references:
-            finals = [replay.recording.latents[-1].double() for replay in self.replays]
-            self._references = self.team.sum(torch.stack([(final**2).sum() for final in finals])).tolist()
-        return self._references
-
-    def _psnr(self, number: int, replay: Replay, output: Any) -> float:
-        if number not in self._frames:
-            self._frames[number] = frames_of(replay.decode())
-        return self.team.share(psnr(self._frames[number], frames_of(output)))
+        return self.reference.squares()
 
 
 class _Rival:

@@ -17,7 +17,7 @@ from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks
 from osaccel.network.forwards import HiddenStates
 from osaccel.search import frames as pictures
-from osaccel.search import outputs, recordings, workers
+from osaccel.search import outputs, recordings
 from osaccel.search.dit_cache import candidates as cache_search
 from osaccel.search.dit_cache import probes, sidecar
 from osaccel.search.dit_cache.candidates import MAX_INTERVAL, Candidate, Goal, Search, candidate_of
@@ -28,21 +28,19 @@ from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.journal import Journal
+from osaccel.search.journalled import JournalledRunner
 from osaccel.search.recording import boundaries
 from osaccel.search.recording.boundaries import Boundaries
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
-from osaccel.search.session import Runner, Session
+from osaccel.search.session import Session
 from osaccel.search.team import Team
 from osaccel.search.workers import Evaluate, Held, Helper, Job, Workers
 
 logger = logging.getLogger("osaccel")
 
-# The journal of a search is beside its output.
-SUFFIX = ".search"
 
-
-class CacheRunner(Runner):
+class CacheRunner(JournalledRunner):
     """OSACCEL_SEARCH=dit_cache.
 
     Args:
@@ -51,23 +49,10 @@ class CacheRunner(Runner):
     """
 
     def __init__(self, session: Session, timesteps: Optional[Sequence[float]] = None, held: Optional[Held] = None):
-        super().__init__(session)
-        settings = session.settings
-        self.timesteps = timesteps if timesteps is not None else settings.timesteps
-        self.output = settings.cache_output or ""
-        self.goal = Goal(settings.cache_ratio, settings.min_psnr)
-        self.team, self.held = session.team, held
-        self.replays: List[Replay] = []
+        super().__init__(session, session.settings.cache_output, timesteps, held)
+        self.goal = Goal(session.settings.cache_ratio, session.settings.min_psnr)
         self.grams: List[torch.Tensor] = []
         self.bytes_used = 0
-        self.num_blocks = 0
-        self.fingerprint: Dict[str, Any] = {}
-        self._journal: Optional[Journal] = None
-
-    @property
-    def journal(self) -> Journal:
-        assert self._journal is not None
-        return self._journal
 
     # Recording
 
@@ -75,16 +60,15 @@ class CacheRunner(Runner):
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
         replay = Replay(call, self.timesteps)
-        if self._journal is None:
-            self._open_journal(call)
+        self.open_journal(call, self._decodes)
         number = len(self.replays)
         observed = recordings.resume(self.journal, self.team, number, replay)
         if observed is not None:
-            self._say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
+            self.say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
             output = replay.decode()
         else:
             if self.team.share(bool(self.journal.evaluations())):
-                self._say("starting anew: call %d is not the one that was recorded", number + 1)
+                self.say("starting anew: call %d is not the one that was recorded", number + 1)
             self._forget_evaluations()
             output, observed = self._record_anew(call, replay, blocks)
             recordings.keep(self.journal, self.team, number, replay, observed)
@@ -110,9 +94,7 @@ class CacheRunner(Runner):
         replay.before_first_forward = before_first_forward
         output = replay.record(attach)
         kept.close()
-        final = replay.recording.latents[-1] if replay.recording.latents else torch.tensor(float("nan"))
-        if not self.team.all_agree(bool(torch.isfinite(final).all())):
-            raise SearchError("The plain generation's latents are not finite; there is nothing to compare with.")
+        self.check_finite(replay)
         self._agree_on_boundaries(replay)
         return output, {"grams": errors.tensor(replay.recording.steps), "bytes_used": errors.bytes_used}
 
@@ -127,17 +109,9 @@ class CacheRunner(Runner):
         for step in [step for step in kept if not everywhere[step]]:
             replay.boundaries.forget(step)
 
-    def _open_journal(self, call: Call) -> None:
-        metric = "latents" if self.goal.min_psnr is None else "latents and frames"
-        prompts = self.session.settings.search_prompts
-        self.fingerprint = self.team.share(
-            binding.of_search(call, self.num_blocks, self.timesteps, prompts, self.team.size, metric)
-        )
-        self._journal = workers.open_journal(self.team, self.output + SUFFIX, self.fingerprint, self.held)
-        if self.journal.started_anew:
-            self._say("what was searched before does not fit any more, starting anew: %s", self.journal.started_anew)
-        elif self.journal.evaluations():
-            self._say("resuming: %d evaluations are finished", len(self.journal.evaluations()))
+    @property
+    def _decodes(self) -> bool:
+        return self.goal.min_psnr is not None
 
     def _forget_evaluations(self) -> None:
         if self.team.is_leader:
@@ -159,8 +133,7 @@ class CacheRunner(Runner):
     def _verify(self, search: Search, crew: Workers) -> None:
         """Evaluate what the search asks for until it asks for nothing; what the journal knows is not run again."""
         progress = Progress(search, self.team.is_first)
-        decode = self.goal.min_psnr is not None
-        evaluate = evaluates(self.team, self.journal, Evaluator(self.replays, self.team, decode, progress.step))
+        evaluate = evaluates(self.team, self.journal, Evaluator(self.replays, self.team, self._decodes, progress.step))
         known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         progress.sync()
         while True:
@@ -260,26 +233,14 @@ class CacheRunner(Runner):
             )
         return f"None of the {len(search.done)} verified candidates gave finite latents."
 
-    def _say(self, message: str, *args: Any) -> None:
-        if self.team.is_first:
-            logger.info(message, *args)
-
     def assist(self, call: Call) -> Dict[str, Any]:
-        decode = self.goal.min_psnr is not None
-
         def prepare(journal: Journal, context: Any) -> Evaluate:
             replays = recordings.adopt(journal, self.team, call, context)
-            return evaluates(self.team, journal, Evaluator(replays, self.team, decode))
+            return evaluates(self.team, journal, Evaluator(replays, self.team, self._decodes))
 
-        found = Helper(self.team, self.output + SUFFIX).assist(prepare)
+        found = Helper(self.team, self.directory).assist(prepare)
         timesteps = {"timesteps": tuple(found["timesteps"])} if found["timesteps"] else {}
         return {"cache": DitCacheConfig(**found["cache"]), **timesteps}
-
-    def close(self, problem: Optional[str] = None) -> None:
-        if self._journal is not None:
-            if problem is not None:
-                Workers(self.team, self._journal).give_up(problem)
-            self._journal.close()
 
 
 def final_name(candidate: Candidate, member: int) -> str:

@@ -2,7 +2,7 @@
 """Runs plans on the recorded calls, from the first step that they change, and says how far the final latents move."""
 
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -14,8 +14,9 @@ from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
 from osaccel.sampling.standin import check_scheduler, power_of
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.frames import frames_of, mean_psnr, psnr
+from osaccel.search.frames import mean_psnr
 from osaccel.search.recording.replay import Abandoned, Replay
+from osaccel.search.reference import Reference
 from osaccel.search.team import Team
 
 
@@ -58,13 +59,8 @@ class Measure:
         self, replays: Sequence[Replay], team: Team, decode: bool = False, on_step: Callable[[], None] = lambda: None
     ):
         self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
-        self.references = self._references()
-        self._frames: Dict[int, np.ndarray] = {}
+        self.reference = Reference(self.replays, team)
         self.final: Optional[torch.Tensor] = None
-
-    def _references(self) -> List[float]:
-        finals = [replay.recording.latents[-1].double() for replay in self.replays]
-        return self.team.sum(torch.stack([final.square().sum() for final in finals])).tolist()
 
     def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
         """Evaluate the plan whose content `job` is; `details` holds the relative error of every call."""
@@ -83,17 +79,18 @@ class Measure:
             if run.square is None:
                 break
             if self.decode:
-                psnrs.append(self._psnr(number, replay, output))
+                psnrs.append(self.reference.psnr(number, output))
         return self._evaluation(job, squares, work, psnrs, curves, resume, time.perf_counter() - started)
 
     def _evaluation(
         self, job: Any, squares: Any, work: float, psnrs: Any, curves: Any, resume: int, seconds: float
     ) -> Evaluation:
         is_finite = len(squares) == len(self.replays) and None not in squares
-        errors = [(s / r) ** 0.5 for s, r in zip(squares, self.references)] if is_finite else []
+        references = self.reference.squares()
+        errors = [(s / r) ** 0.5 for s, r in zip(squares, references)] if is_finite else []
         return Evaluation(
             config=job,
-            error=(sum(squares) / sum(self.references)) ** 0.5 if is_finite else None,
+            error=(sum(squares) / sum(references)) ** 0.5 if is_finite else None,
             block_forwards=work,
             psnr=mean_psnr(psnrs) if psnrs and is_finite else None,
             resumed_at=resume,
@@ -101,11 +98,6 @@ class Measure:
             curves=tuple(curves),
             details={"errors": errors},
         )
-
-    def _psnr(self, number: int, replay: Replay, output: Any) -> float:
-        if number not in self._frames:
-            self._frames[number] = frames_of(replay.decode())
-        return self.team.share(psnr(self._frames[number], frames_of(output)))
 
 
 def first_change(plan: Plan) -> int:

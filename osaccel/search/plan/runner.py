@@ -22,6 +22,7 @@ from osaccel.search import outputs, recordings
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.journal import Journal
+from osaccel.search.journalled import JournalledRunner
 from osaccel.search.plan import sidecar
 from osaccel.search.plan.actions import HALF, SKIP, Action, Windows, actions_for, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
@@ -29,13 +30,12 @@ from osaccel.search.plan.gains import REFERENCES, Probe, expected_square, gains,
 from osaccel.search.plan.local import Record, squared_sizes
 from osaccel.search.plan.measure import DenoisedLog, Measure
 from osaccel.search.recording.replay import Call, Replay
-from osaccel.search.session import Runner, Session
-from osaccel.search.workers import Evaluate, Helper, Workers, open_journal
+from osaccel.search.session import Session
+from osaccel.search.workers import Evaluate, Helper, Workers
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
 
-SUFFIX = ".search"
 # Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
 # in; and for each further one.
 BUDGET, FURTHER = 6.0, 1.0
@@ -53,34 +53,23 @@ class Found(NamedTuple):
     evaluation: Evaluation
 
 
-class PlanRunner(Runner):
+class PlanRunner(JournalledRunner):
     """OSACCEL_SEARCH=plan."""
 
     def __init__(self, session: Session):
-        super().__init__(session)
-        self.settings, self.team = session.settings, session.team
-        self.output = self.settings.plan_output or ""
-        self.replays: List[Replay] = []
+        super().__init__(session, session.settings.plan_output)
+        self.settings = session.settings
         self.observed: List[Dict[str, Any]] = []
-        self.num_blocks = 0
-        self.fingerprint: Dict[str, Any] = {}
-        self._journal: Optional[Journal] = None
-
-    @property
-    def journal(self) -> Journal:
-        assert self._journal is not None
-        return self._journal
 
     # Recording
 
     def record(self, call: Call) -> Any:
         self.num_blocks = len(find_blocks(call.pipeline, call.target.block_path))
-        if self._journal is None:
-            self._open_journal(call)
-        number, replay = len(self.replays), Replay(call, self.settings.timesteps)
+        self.open_journal(call, self._decodes, search="plan")
+        number, replay = len(self.replays), Replay(call, self.timesteps)
         observed = recordings.resume(self.journal, self.team, number, replay)
         if observed is not None:
-            self._say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
+            self.say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
             output = replay.decode()
         else:
             if self.team.is_leader:
@@ -90,29 +79,11 @@ class PlanRunner(Runner):
             log = DenoisedLog()
             output = replay.record(keep_outputs=True, watchers=[log])
             observed = _observed(replay, log)
-            self._check_finite(replay)
+            self.check_finite(replay)
             recordings.keep(self.journal, self.team, number, replay, observed)
         self.replays.append(replay)
         self.observed.append(observed)
         return output
-
-    def _open_journal(self, call: Call) -> None:
-        metric = "latents and frames" if self._decodes else "latents"
-        self.fingerprint = self.team.share(
-            binding.of_search(
-                call, self.num_blocks, self.settings.timesteps, self.settings.search_prompts, self.team.size, metric
-            )
-        )
-        self._journal = open_journal(self.team, self.output + SUFFIX, {"search": "plan", **self.fingerprint})
-        if self.journal.started_anew:
-            self._say("what was searched before does not fit any more, starting anew: %s", self.journal.started_anew)
-        elif self.journal.evaluations():
-            self._say("resuming: %d evaluations are finished", len(self.journal.evaluations()))
-
-    def _check_finite(self, replay: Replay) -> None:
-        final = replay.recording.latents[-1] if replay.recording.latents else torch.tensor(float("nan"))
-        if not self.team.all_agree(bool(torch.isfinite(final).all())):
-            raise SearchError("The plain generation's latents are not finite; there is nothing to compare with.")
 
     @property
     def _decodes(self) -> bool:
@@ -166,7 +137,7 @@ class PlanRunner(Runner):
 
     def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
         """By action: for every window and family, the squared local change relative to the final latents."""
-        reference, found = sum(self.measure.references), {}
+        reference, found = sum(self.measure.reference.squares()), {}
         for action in self.actions:
             sizes = np.zeros((self.windows.count, 2))
             for observed in self.observed:
@@ -183,7 +154,7 @@ class PlanRunner(Runner):
         for start in range(0, len(missing), self.team.workers):
             round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
-            self._say(
+            self.say(
                 "plan search: %d of about %d replays, %.2f plain generations so far",
                 len(self.known), len(self.probes) + len(self.settings.target), self.spent,
             )  # fmt: skip
@@ -214,7 +185,7 @@ class PlanRunner(Runner):
                 choice = self.team.share(self._milder(found, choices))
         assert best is not None
         if goal.kind != "speed" and not self._keeps(best):
-            self._say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
+            self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
 
     def _is_better(self, found: Found, best: Found) -> bool:
@@ -277,7 +248,7 @@ class PlanRunner(Runner):
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
                 self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, choices, seconds))
-                self._say(
+                self.say(
                     "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
                     one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.known), self.spent,
                     path_of(self.output, goals, number) if self.session.is_delivered else "no file",
@@ -294,7 +265,7 @@ class PlanRunner(Runner):
     def _finished(self, found: Found) -> Plan:
         """The plan with what it is bound to and what was measured."""
         call = self.replays[0].call
-        bound = binding.of_call(call.pipeline, call.arguments, self.num_blocks, self.settings.timesteps)
+        bound = binding.of_call(call.pipeline, call.arguments, self.num_blocks, self.timesteps)
         bound = {**bound, "model": self.fingerprint["model"], "guidance_scale": call.arguments.get("guidance_scale")}
         evaluation = found.evaluation
         measured = {
@@ -316,24 +287,14 @@ class PlanRunner(Runner):
         if self.team.is_first and content is not None:
             pictures.write_frames(self.output + ".report.npz", content)
 
-    def _say(self, message: str, *args: Any) -> None:
-        if self.team.is_first:
-            logger.info(message, *args)
-
     # Other ranks of a script that splits its prompts
 
     def assist(self, call: Call) -> Dict[str, Any]:
         def prepare(journal: Journal, context: Any) -> Evaluate:
             return Measure(recordings.adopt(journal, self.team, call, context), self.team, self._decodes)
 
-        found = Helper(self.team, self.output + SUFFIX).assist(prepare)
+        found = Helper(self.team, self.directory).assist(prepare)
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
-
-    def close(self, problem: Optional[str] = None) -> None:
-        if self._journal is not None:
-            if problem is not None:
-                Workers(self.team, self._journal).give_up(problem)
-            self._journal.close()
 
 
 def path_of(output: str, goals: Sequence[Goal], number: int) -> str:

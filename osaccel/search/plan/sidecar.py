@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sidecar report of a plan search: everything that was predicted and measured, for whoever wants to look again."""
 
-from datetime import date
 from typing import Any, Dict, List, Sequence
 
 import numpy as np
@@ -19,17 +18,15 @@ def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -
         seconds: of the search, without the plain generations.
     """
     replays = runner.replays
-    prompts = [replay.call.arguments.get("prompt") for replay in replays]
     return {
         "kind": "plan",
-        "date": date.today().isoformat(),
+        **binding.occasion([replay.call for replay in replays]),
         "goal": str(found.goal),
         "plan": formats.plan_content(found.plan),
         "work": found.choice.work,
         "error": found.evaluation.error,
         "predicted_error": found.choice.error,
         "psnr": found.evaluation.psnr,
-        "prompts": [prompt if isinstance(prompt, (str, list)) else None for prompt in prompts],
         "fingerprint": runner.fingerprint,
         "versions": binding.versions(),
         "cost": {
