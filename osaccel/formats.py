@@ -276,7 +276,7 @@ def write_atomically(path: str, write: Callable[[Any], Any]) -> None:
     path = os.path.realpath(path)
     directory = os.path.dirname(path)
     os.makedirs(directory, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=".osaccel-", dir=directory)
+    handle, temporary = tempfile.mkstemp(prefix=".osaccel-", suffix=".part", dir=directory)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             write(file)

@@ -30,7 +30,7 @@ class Config:
     channels: int = 10
     fitted: int = 1500  # videos the autoencoder is fitted to
     videos: int = 16000
-    steps: int = 3600
+    steps: int = 12000
     decay_from: float = 0.7  # part of the steps after which the learning rate falls
     batch: int = 32
     # The floor of the signal's share in the weight of an error, as for the miniature.
