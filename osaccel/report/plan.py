@@ -21,7 +21,7 @@ KINDS = {
     "skipped": GREY,
 }
 COMPUTED, HALF, REUSED, FORECAST, SKIPPED = range(len(KINDS))
-_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN}
+_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN, "forecast": PURPLE}
 # A matter of words alone: from here on the page says that the prediction was off,
 _FAR = 1.5
 # and that a speed-up in time beyond the ideal one is no gain of the plan's.
@@ -206,7 +206,9 @@ def _windows(shown: Shown) -> Table:
 def _counts(plan: Plan, steps: range) -> str:
     skipped = sum(step in plan.skip for step in steps)
     halves = sum(step in plan.conditional_only for step in steps)
-    counts = {"full": len(steps) - skipped - halves, "conditional only": halves, "skipped": skipped}
+    forecast = sum(any(step in region.reuse for region in plan.regions) for step in steps)
+    rest = len(steps) - skipped - halves - forecast
+    counts = {"full": rest, "conditional only": halves, "skipped": skipped, "forecast": forecast}
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 

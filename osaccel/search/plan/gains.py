@@ -11,12 +11,11 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import HALF, PLAIN, SKIP, Action, Windows
+from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Windows
 
 # The mildest action of each family: errors add up while they are small.
-REFERENCES = {HALF: "c2", SKIP: "s2"}
-# The budget's measure: replays of a group run to the end of the generation, so the groups' replays of one family take
-# about (groups + 1) / 2 plain generations over their number.
+REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
+# The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
 
 # Local squared changes of every window by family, relative to the square of the final latents.
@@ -34,9 +33,9 @@ class Probe(NamedTuple):
         return [actions[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
 
-def probes(families: Sequence[str], windows: Windows) -> List[Probe]:
-    """What to replay, the groups in the generation's order."""
-    groups = np.array_split(np.arange(windows.count), min(GROUPS, windows.count))
+def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
+    """What to replay, the windows in `count` groups, the groups in the generation's order."""
+    groups = np.array_split(np.arange(windows.count), min(count, windows.count))
     return [Probe(family, tuple(int(window) for window in group)) for family in families for group in groups]
 
 

@@ -13,9 +13,7 @@ import torch
 
 from osaccel.plan import forecast
 from osaccel.sampling.standin import FLOW
-from osaccel.search.plan.actions import FULL, HALF, SKIP, Action, Windows, kinds
-
-FAMILIES = (HALF, SKIP)
+from osaccel.search.plan.actions import FORECAST, FULL, HALF, SKIP, Action, Windows, kinds
 
 
 class Record(NamedTuple):
@@ -26,12 +24,16 @@ class Record(NamedTuple):
         guidance: how D would move, were the difference of the two branches to grow by itself, (steps, entries); empty
             where guidance is off.
         sigmas: noise level of every step and the last one, 0.
+        gram: inner products of the blocks' deltas of any two steps, see `osaccel.search.plan.deltas`.
+        slopes: how far D moves with the network's output, (steps,).
         power: q of the sampler's step.
     """
 
     denoised: torch.Tensor
     guidance: torch.Tensor
     sigmas: Sequence[float]
+    gram: torch.Tensor
+    slopes: Sequence[float]
     power: float = FLOW
 
 
@@ -41,7 +43,8 @@ def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict
     for window in range(windows.count):
         by_step = kinds(action, windows, window)
         found.append({HALF: _squared(record, _of_halves(record, by_step), by_step),
-                      SKIP: _squared(record, _of_skips(record, by_step), by_step)})  # fmt: skip
+                      SKIP: _squared(record, _of_skips(record, by_step), by_step),
+                      FORECAST: _square_of_forecasts(record, by_step)})  # fmt: skip
     return found
 
 
@@ -101,3 +104,25 @@ def _of_skips(record: Record, by_step: Dict[int, str]) -> Dict[int, torch.Tensor
             share = math.log(record.sigmas[start] / record.sigmas[step]) / whole
             errors[step] = torch.lerp(record.denoised[start], record.denoised[end], share) - record.denoised[step]
     return errors
+
+
+def _square_of_forecasts(record: Record, by_step: Dict[int, str]) -> float:
+    """The squared norm of what forecasting the blocks' deltas adds up to, in units of hidden states.
+
+    D answers to the hidden states through the last layers, which change little within a window; what that answer is
+    belongs to what is measured.
+    """
+    if FORECAST not in by_step.values():
+        return 0.0
+    end = record.sigmas[max(by_step) + 1]
+    # What is put in place of what, in terms of the steps' deltas.
+    total = torch.zeros(len(record.slopes), dtype=torch.float64)
+    for step, kind in by_step.items():
+        if kind == FORECAST:
+            amount = _weight(record, step, end) * record.slopes[step]
+            newest, before = _before(step, by_step, (FULL,))[:2]
+            ahead = forecast(step, newest, before)
+            total[newest] += amount * (1 + ahead)
+            total[before] -= amount * ahead
+            total[step] -= amount
+    return max(0.0, float(total @ record.gram @ total))

@@ -9,7 +9,7 @@ import torch
 
 from osaccel import formats
 from osaccel.interceptors import Interceptor, StepCall
-from osaccel.plan import Plan
+from osaccel.plan import Plan, Schedule
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
 from osaccel.sampling.standin import check_scheduler, power_of
@@ -101,9 +101,11 @@ class Measure:
 
 
 def first_change(plan: Plan) -> int:
-    """The first step that is not the plain run's."""
+    """The first step that must be computed anew: one that is not the plain run's, or whose deltas are used later."""
     steps = [*plan.skip, *plan.conditional_only]
-    steps += [step for region in plan.regions for step in range(plan.steps or 0) if step in region.reuse]
+    for region in plan.regions:
+        schedule = Schedule.of(region, plan)
+        steps += [step for step in range(plan.steps or 0) if schedule.reuses(step) or schedule.stores(step)]
     return min(steps, default=plan.steps or 0)
 
 
