@@ -4,6 +4,7 @@
 import atexit
 import itertools
 import json
+import math
 
 import numpy as np
 import pytest
@@ -155,16 +156,23 @@ def test_a_forecasts_local_change_is_that_of_the_deltas_themselves(action):
 
     unconditional, conditional = (watched[:, 2] - watched[:, 1]).unbind(1)
     deltas = unconditional + 3.0 * (conditional - unconditional)
-    computed, total = [0, 1], 0.0
+    full, wrong = [0, 1], {8: 0.0 * deltas[0]}
     for step in range(2, 8):
         kind = chosen.cycle[(step - 2) % len(chosen.cycle)]
         if kind == FORECAST:
-            before, newest = computed[-2:]
+            before, newest = full[-2:]
             guess = deltas[newest] + (step - newest) / (newest - before) * (deltas[newest] - deltas[before])
-            lasting = sigmas[8] ** 2 * (sigmas[step + 1] ** -2 - sigmas[step] ** -2)
-            total = total + lasting * slopes[step] * (guess - deltas[step])
+            wrong[step] = slopes[step] * (guess - deltas[step])
         elif kind == FULL:
-            computed.append(step)
+            full.append(step)
+            wrong[step] = 0.0 * deltas[0]
+    total = 0.0
+    for step in range(2, 8):
+        # A skipped step takes D to move evenly in log s between the computed ones.
+        start, end = max(k for k in wrong if k <= step), min(k for k in wrong if k > step)
+        share = math.log(sigmas[start] / sigmas[step]) / math.log(sigmas[start] / sigmas[end])
+        error = (1 - share) * wrong[start] + share * wrong[end]
+        total = total + sigmas[8] ** 2 * (sigmas[step + 1] ** -2 - sigmas[step] ** -2) * error
     assert found == pytest.approx(float(total.square().sum()), rel=1e-4)
 
 
