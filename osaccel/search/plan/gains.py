@@ -7,6 +7,7 @@ groups' middles gains are interpolated in the logarithm, beyond them they stay.
 """
 
 import math
+from statistics import NormalDist
 from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -15,6 +16,11 @@ from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Win
 
 # The mildest action of each family: errors add up while they are small.
 REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
+
+# The confidence with which calls' spread is no larger than it is taken to be.
+SURE = 0.9
+# log of the squared error of a call that has nothing in common with the plain one; with two calls spread knows no end.
+_MOST = math.log(2.0)
 
 # Local squared changes of every window by family, relative to the square of the final latents.
 Sizes = Sequence[Mapping[str, float]]
@@ -39,14 +45,14 @@ class Probe(NamedTuple):
 def probes(families: Sequence[str], windows: Windows, count: int, calls: int) -> List[Probe]:
     """What to replay, the windows in `count` groups, the groups in the generation's order.
 
-    Calls differ most in what is done first, so the first group is replayed on all of them and each later one on half as
-    many as the one before.
+    Calls differ in what is done first, so groups that begin in the first half are replayed on all of them, later ones
+    on one.
     """
     groups = np.array_split(np.arange(windows.count), min(count, windows.count))
     return [
-        Probe(family, tuple(int(window) for window in group), max(1, calls >> number))
+        Probe(family, tuple(int(window) for window in group), calls if 2 * group[0] < windows.count else 1)
         for family in families
-        for number, group in enumerate(groups)
+        for group in groups
     ]
 
 
@@ -76,13 +82,20 @@ def expected_square(errors: Sequence[float]) -> float:
     """The mean squared error over calls to come, from the relative errors of those at hand.
 
     Where little is settled yet, most calls hardly change and a few become other videos, so that the mean of a few calls
-    says little. Their logarithms tell more: the mean of a log-normal distribution is exp(mean + variance / 2). With one
-    call there is no spread to see.
+    says little. Their logarithms tell more: the mean of a log-normal distribution is exp(mean + variance / 2), with as
+    large a variance as the calls allow for at the confidence `SURE`. With one call there is no spread to see.
     """
     if min(errors) <= 0 or len(errors) == 1:
         return float(np.mean(np.square(errors)))
-    logs = 2 * np.log(errors)
-    return max(float(np.mean(np.square(errors))), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
+    logs, freedom = 2 * np.log(errors), len(errors) - 1
+    variance = logs.var(ddof=1) * freedom / _least_chi_square(freedom)
+    return max(float(np.mean(np.square(errors))), float(np.exp(min(logs.mean() + variance / 2, _MOST))))
+
+
+def _least_chi_square(freedom: int) -> float:
+    """The quantile 1 - `SURE` of the chi-squared distribution (Wilson and Hilferty, PNAS 17, 1931)."""
+    spread = 2 / (9 * freedom)
+    return freedom * (1 - spread - NormalDist().inv_cdf(SURE) * math.sqrt(spread)) ** 3
 
 
 def squares(actions: Sequence[Action], sizes: Mapping[str, Sequence[Sizes]], gain: Mapping[str, Gain]) -> np.ndarray:

@@ -31,7 +31,7 @@ from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, 
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import REFERENCES, Probe, Sizes, expected_square, gains, probes, squares
-from osaccel.search.plan.local import Record, squared_sizes
+from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
 from osaccel.search.plan.measure import DenoisedLog, Measure, first_change, job_of
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
@@ -146,6 +146,7 @@ class PlanRunner(JournalledRunner):
     def _choices(self, crew: Workers) -> List[Choice]:
         """The curve of best choices, from local changes and measured gains."""
         sizes = self._sizes()
+        self.predictor = self._predictor()
         self.probes = self._probes()
         self.measured: Dict[Probe, float] = {}
         jobs = [job_of(self._plan_of(probe), probe.calls) for probe in self.probes]
@@ -171,7 +172,7 @@ class PlanRunner(JournalledRunner):
 
     def _plan_of(self, probe: Probe) -> Plan:
         by_name = {action.name: action for action in self.actions}
-        return plan_of(probe.chosen(by_name, self.windows.count), self.windows)
+        return plan_of(probe.chosen(by_name, self.windows.count), self.windows, self.predictor)
 
     def _price(self, probe: Probe) -> float:
         """Plain generations' worth of replaying a probe: nothing before its first change is computed."""
@@ -189,6 +190,18 @@ class PlanRunner(JournalledRunner):
                 total = (self.team.sum(torch.tensor(sizes, dtype=torch.float64)) / reference).tolist()
                 found[action.name].append([dict(zip(FAMILIES, values)) for values in total])
         return found
+
+    def _predictor(self) -> float:
+        """The strength that fits the recorded predictions best where every other step is skipped.
+
+        Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion.
+        """
+        skips = next((action for action in self.actions if action.name == REFERENCES[SKIP]), None)
+        if skips is None:
+            return 0.0
+        moments = [predictor_moments(_record(observed), skips, self.windows) for observed in self.observed]
+        against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
+        return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
     def _run(self, jobs: Sequence[Job], crew: Workers) -> List[Evaluation]:
         """The jobs' evaluations; what the journal knows is not run again."""
@@ -257,7 +270,7 @@ class PlanRunner(JournalledRunner):
         return self.team.share(chosen)
 
     def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
-        plan = plan_of(choice.actions, self.windows)
+        plan = plan_of(choice.actions, self.windows, self.predictor)
         (evaluation,) = self._run([job_of(plan, len(self.replays))], crew)
         if evaluation.error is None:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
