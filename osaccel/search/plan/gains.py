@@ -16,6 +16,8 @@ from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Win
 
 # The mildest action of each family: errors add up while they are small.
 REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
+# The most groups; fewer where their replays do not fit into the budget.
+GROUPS = 4
 
 # The confidence with which calls' spread is no larger than it is taken to be.
 SURE = 0.9
@@ -26,49 +28,35 @@ _MOST = math.log(2.0)
 Sizes = Sequence[Mapping[str, float]]
 
 
-# Of every window.
-Gain = np.ndarray
-
-
 class Probe(NamedTuple):
-    """One replay of the first `calls` calls: the reference action of a family in all windows of a group."""
+    """One replay: the reference action of a family in all windows of a group."""
 
     family: str
     windows: Sequence[int]
-    calls: int
 
     def chosen(self, actions: Mapping[str, Action], count: int) -> List[Action]:
         """An action for every window."""
         return [actions[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
 
-def probes(families: Sequence[str], windows: Windows, count: int, calls: int) -> List[Probe]:
-    """What to replay, the windows in `count` groups, the groups in the generation's order.
-
-    Calls differ in what is done first, so groups that begin in the first half are replayed on all of them, later ones
-    on one.
-    """
+def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
+    """What to replay, the windows in `count` groups, the groups in the generation's order."""
     groups = np.array_split(np.arange(windows.count), min(count, windows.count))
-    return [
-        Probe(family, tuple(int(window) for window in group), calls if 2 * group[0] < windows.count else 1)
-        for family in families
-        for group in groups
-    ]
+    return [Probe(family, tuple(int(window) for window in group)) for family in families for group in groups]
 
 
-def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sequence[Sizes]], windows: Windows) -> Dict[str, Gain]:
+def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: Windows) -> Dict[str, np.ndarray]:
     """For every family, the gain of the squared error in every window.
 
     Args:
         measured: the squared relative error of the final latents that each probe made.
-        sizes: of the families' reference actions, by the action's name, of every call.
+        sizes: of the families' reference actions, by the action's name.
     """
     found = {}
     for family in {probe.family for probe in measured}:
         middles, logs = [], []
         for probe in sorted((p for p in measured if p.family == family), key=lambda p: p.windows[0]):
-            own = sizes[REFERENCES[family]][: probe.calls]
-            local = float(np.mean([sum(of_call[window][family] for window in probe.windows) for of_call in own]))
+            local = sum(sizes[REFERENCES[family]][window][family] for window in probe.windows)
             if local > 0 and measured[probe] > 0:
                 middles.append(float(np.mean(probe.windows)))
                 logs.append(math.log(measured[probe] / local))
@@ -98,13 +86,12 @@ def _least_chi_square(freedom: int) -> float:
     return freedom * (1 - spread - NormalDist().inv_cdf(SURE) * math.sqrt(spread)) ** 3
 
 
-def squares(actions: Sequence[Action], sizes: Mapping[str, Sequence[Sizes]], gain: Mapping[str, Gain]) -> np.ndarray:
+def squares(actions: Sequence[Action], sizes: Mapping[str, Sizes], gain: Mapping[str, np.ndarray]) -> np.ndarray:
     """(window, action): the squared relative error that each action is expected to add to the final latents."""
     columns = []
     for action in actions:
-        of_calls = [
+        by_window = sizes[action.name]
+        columns.append(
             [sum(gain[family][w] * local.get(family, 0.0) for family in gain) for w, local in enumerate(by_window)]
-            for by_window in sizes[action.name]
-        ]
-        columns.append(np.mean(of_calls, axis=0))
+        )
     return np.array(columns).T

@@ -30,13 +30,13 @@ from osaccel.search.plan import sidecar
 from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.gains import REFERENCES, Probe, Sizes, expected_square, gains, probes, squares
+from osaccel.search.plan.gains import GROUPS, REFERENCES, Probe, expected_square, gains, probes, squares
 from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
-from osaccel.search.plan.measure import DenoisedLog, Measure, first_change, job_of
+from osaccel.search.plan.measure import DenoisedLog, Measure, first_change
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
-from osaccel.search.workers import Evaluate, Helper, Job, Workers
+from osaccel.search.workers import Evaluate, Helper, Workers
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
@@ -149,8 +149,7 @@ class PlanRunner(JournalledRunner):
         self.predictor = self._predictor()
         self.probes = self._probes()
         self.measured: Dict[Probe, float] = {}
-        jobs = [job_of(self._plan_of(probe), probe.calls) for probe in self.probes]
-        for probe, evaluation in zip(self.probes, self._run(jobs, crew)):
+        for probe, evaluation in zip(self.probes, self._run([self._plan_of(probe) for probe in self.probes], crew)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
             self.measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
@@ -164,9 +163,9 @@ class PlanRunner(JournalledRunner):
         families = [family for family in FAMILIES if REFERENCES[family] in names]
         goal = self.settings.target[0]
         rest = BUDGET - 1 - (1 / goal.value if goal.kind == "speed" else 1.0)
-        for groups in range(self.windows.count, 0, -1):
-            found = probes(families, self.windows, groups, len(self.replays))
-            if sum(map(self._price, found)) <= rest:
+        for groups in range(GROUPS, 0, -1):
+            found = probes(families, self.windows, groups)
+            if groups == 1 or sum(map(self._price, found)) <= rest:
                 break
         return found
 
@@ -177,18 +176,18 @@ class PlanRunner(JournalledRunner):
     def _price(self, probe: Probe) -> float:
         """Plain generations' worth of replaying a probe: nothing before its first change is computed."""
         plan = self._plan_of(probe)
-        computed = plan.work(self.num_blocks) - first_change(plan) / self.windows.total
-        return computed * probe.calls / len(self.replays)
+        return plan.work(self.num_blocks) - first_change(plan) / self.windows.total
 
-    def _sizes(self) -> Dict[str, List[Sizes]]:
-        """By action and call: for every window and family, the squared local change relative to the final latents."""
-        found: Dict[str, List[Sizes]] = {action.name: [] for action in self.actions}
-        for observed, reference in zip(self.observed, self.measure.reference.squares()):
-            record = _record(observed)
-            for action in self.actions:
-                sizes = [[size[family] for family in FAMILIES] for size in squared_sizes(record, action, self.windows)]
-                total = (self.team.sum(torch.tensor(sizes, dtype=torch.float64)) / reference).tolist()
-                found[action.name].append([dict(zip(FAMILIES, values)) for values in total])
+    def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
+        """By action: for every window and family, the squared local change relative to the final latents."""
+        reference, found = sum(self.measure.reference.squares()), {}
+        for action in self.actions:
+            sizes = np.zeros((self.windows.count, len(FAMILIES)))
+            for observed in self.observed:
+                for window, size in enumerate(squared_sizes(_record(observed), action, self.windows)):
+                    sizes[window] += [size[family] for family in FAMILIES]
+            total = (self.team.sum(torch.from_numpy(sizes)) / reference).tolist()
+            found[action.name] = [dict(zip(FAMILIES, values)) for values in total]
         return found
 
     def _predictor(self) -> float:
@@ -203,8 +202,9 @@ class PlanRunner(JournalledRunner):
         against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
-    def _run(self, jobs: Sequence[Job], crew: Workers) -> List[Evaluation]:
-        """The jobs' evaluations; what the journal knows is not run again."""
+    def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
+        """The plans' evaluations; what the journal knows is not run again."""
+        jobs = [formats.plan_content(plan) for plan in plans]
         missing = [job for job in jobs if key_of(job) not in self.known]
         for start in range(0, len(missing), self.team.workers):
             round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
@@ -271,7 +271,7 @@ class PlanRunner(JournalledRunner):
 
     def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
         plan = plan_of(choice.actions, self.windows, self.predictor)
-        (evaluation,) = self._run([job_of(plan, len(self.replays))], crew)
+        (evaluation,) = self._run([plan], crew)
         if evaluation.error is None:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
         return Found(goal, choice, plan, evaluation)

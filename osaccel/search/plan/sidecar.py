@@ -51,7 +51,7 @@ def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -
 def _row(evaluation: Any) -> Dict[str, Any]:
     content = evaluation.to_json()
     del content["curves"]
-    return {**content, "config": content["config"]["plan"], "calls": content["config"]["calls"]}
+    return content
 
 
 def _curves(runner: Any, choices: Sequence[Choice]) -> Dict[str, List[List[float]]]:
