@@ -7,7 +7,6 @@ groups' middles gains are interpolated in the logarithm, beyond them they stay.
 """
 
 import math
-from statistics import NormalDist
 from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
@@ -19,11 +18,8 @@ REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
 # The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
 
-# The confidence with which calls' spread is no larger than it is taken to be.
-SURE = 0.9
-# log of the squared error of a call that has nothing in common with the plain one; with two calls spread knows no end.
-_MOST = math.log(2.0)
-
+# Errors that are proportional have 1; one that grows with the square of its cause's square, 2. More is another matter.
+MOST_GROWTH = 3.0
 # Local squared changes of every window by family, relative to the square of the final latents.
 Sizes = Sequence[Mapping[str, float]]
 
@@ -70,28 +66,57 @@ def expected_square(errors: Sequence[float]) -> float:
     """The mean squared error over calls to come, from the relative errors of those at hand.
 
     Where little is settled yet, most calls hardly change and a few become other videos, so that the mean of a few calls
-    says little. Their logarithms tell more: the mean of a log-normal distribution is exp(mean + variance / 2), with as
-    large a variance as the calls allow for at the confidence `SURE`. With one call there is no spread to see.
+    says little. Their logarithms tell more: the mean of a log-normal distribution is exp(mean + variance / 2). With one
+    call there is no spread to see.
     """
     if min(errors) <= 0 or len(errors) == 1:
         return float(np.mean(np.square(errors)))
-    logs, freedom = 2 * np.log(errors), len(errors) - 1
-    variance = logs.var(ddof=1) * freedom / _least_chi_square(freedom)
-    return max(float(np.mean(np.square(errors))), float(np.exp(min(logs.mean() + variance / 2, _MOST))))
+    logs = 2 * np.log(errors)
+    return max(float(np.mean(np.square(errors))), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
 
 
-def _least_chi_square(freedom: int) -> float:
-    """The quantile 1 - `SURE` of the chi-squared distribution (Wilson and Hilferty, PNAS 17, 1931)."""
-    spread = 2 / (9 * freedom)
-    return freedom * (1 - spread - NormalDist().inv_cdf(SURE) * math.sqrt(spread)) ** 3
+class Expectation(NamedTuple):
+    """What actions are expected to do to the final latents: squared relative errors, which add up over the windows.
 
+    Attributes:
+        sizes: by action, what it does locally; gain: by family, how much of it is left, in every window.
+        growth: the power of the local change by which the squared error of actions stronger than the reference grows.
+            1 where errors are proportional; a plan that was measured and did worse than expected shows more.
+        scale: what is left to explain of such a plan.
+    """
 
-def squares(actions: Sequence[Action], sizes: Mapping[str, Sizes], gain: Mapping[str, np.ndarray]) -> np.ndarray:
-    """(window, action): the squared relative error that each action is expected to add to the final latents."""
-    columns = []
-    for action in actions:
-        by_window = sizes[action.name]
-        columns.append(
-            [sum(gain[family][w] * local.get(family, 0.0) for family in gain) for w, local in enumerate(by_window)]
-        )
-    return np.array(columns).T
+    sizes: Mapping[str, Sizes]
+    gain: Mapping[str, np.ndarray]
+    growth: float = 1.0
+    scale: float = 1.0
+
+    def square(self, action: Action, window: int) -> float:
+        """That an action adds in a window."""
+        total = 0.0
+        for family, gain in self.gain.items():
+            local, mild = (self.sizes[name][window][family] for name in (action.name, REFERENCES[family]))
+            beyond = max(1.0, local / mild) if mild > 0 else 1.0
+            total += gain[window] * local * beyond ** (self.growth - 1)
+        return self.scale * total
+
+    def squares(self, actions: Sequence[Action]) -> np.ndarray:
+        """(window, action)."""
+        windows = range(len(self.sizes[PLAIN.name]))
+        return np.array([[self.square(action, window) for action in actions] for window in windows])
+
+    def of(self, chosen: Sequence[Action]) -> float:
+        """Of an action for every window."""
+        return sum(self.square(action, window) for window, action in enumerate(chosen))
+
+    def learned(self, chosen: Sequence[Action], square: float) -> "Expectation":
+        """With the growth that explains the squared error measured of a choice, where it is larger than expected."""
+        low, high = self.growth, MOST_GROWTH
+        if self._replace(growth=high).of(chosen) > square:
+            for _ in range(40):
+                middle = (low + high) / 2
+                is_less = self._replace(growth=middle).of(chosen) < square
+                low, high = (middle, high) if is_less else (low, middle)
+            return self._replace(growth=high)
+        grown = self._replace(growth=high)
+        expected = grown.of(chosen)
+        return grown._replace(scale=self.scale * square / expected) if expected > 0 else self

@@ -30,7 +30,7 @@ from osaccel.search.plan import sidecar
 from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.gains import GROUPS, REFERENCES, Probe, expected_square, gains, probes, squares
+from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
 from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
 from osaccel.search.plan.measure import DenoisedLog, Measure, first_change
 from osaccel.search.recording.observe import watch_blocks
@@ -44,9 +44,8 @@ logger = logging.getLogger("osaccel")
 # Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
 # in; and for each further one.
 BUDGET, FURTHER = 6.0, 1.0
-# Windows' errors add up within some tens of per cent. A measured error so many times the predicted one is another
-# thing: a video that has turned into another.
-TURNED = 2.0
+# Windows' errors add up within some tens of per cent; a plan so much worse than predicted is followed by another.
+AS_PREDICTED = 1.25
 
 
 class Found(NamedTuple):
@@ -56,6 +55,11 @@ class Found(NamedTuple):
     choice: Choice
     plan: Plan
     evaluation: Evaluation
+
+    @property
+    def square(self) -> float:
+        """What calls to come may expect, from those at hand."""
+        return expected_square(self.evaluation.details["errors"])
 
 
 class PlanRunner(JournalledRunner):
@@ -120,9 +124,9 @@ class PlanRunner(JournalledRunner):
         crew.publish(recordings.shared(self.replays))
         self.measure = Measure(self.replays, self.team, self._decodes)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
-        choices = self._choices(crew)
-        found = [self._reach(goal, choices, crew) for goal in self.settings.target]
-        self._conclude(found, choices, time.time() - started)
+        self.expectation = self._measured_gains(crew)
+        found = [self._reach(goal, crew) for goal in self.settings.target]
+        self._conclude(found, time.time() - started)
         crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
         return {"plan": found[0].plan}
 
@@ -143,19 +147,22 @@ class PlanRunner(JournalledRunner):
             )
         return actions
 
-    def _choices(self, crew: Workers) -> List[Choice]:
-        """The curve of best choices, from local changes and measured gains."""
+    def _measured_gains(self, crew: Workers) -> Expectation:
         sizes = self._sizes()
         self.predictor = self._predictor()
-        self.probes = self._probes()
-        self.measured: Dict[Probe, float] = {}
-        for probe, evaluation in zip(self.probes, self._run([self._plan_of(probe) for probe in self.probes], crew)):
+        probes = self._probes()
+        self.replays_to_come = len(probes) + len(self.settings.target)
+        measured = {}
+        for probe, evaluation in zip(probes, self._run([self._plan_of(probe) for probe in probes], crew)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
-            self.measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
-        self.gains = gains(self.measured, sizes, self.windows)
-        self.squares = squares(self.actions, sizes, self.gains)
-        return curve(self.actions, self.squares, self.windows)
+            measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
+        return Expectation(sizes, gains(measured, sizes, self.windows))
+
+    def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
+        """The curve of best choices as far as is known, among all actions or those at some places."""
+        actions = self.actions if places is None else [self.actions[place] for place in places]
+        return curve(actions, self.expectation.squares(actions), self.windows)
 
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plan."""
@@ -211,7 +218,7 @@ class PlanRunner(JournalledRunner):
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
             self.say(
                 "plan search: %d of about %d replays, %.2f plain generations so far",
-                len(self.known), len(self.probes) + len(self.settings.target), self.spent,
+                len(self.known), self.replays_to_come, self.spent,
             )  # fmt: skip
         return [self.known[key_of(job)] for job in jobs]
 
@@ -221,37 +228,39 @@ class PlanRunner(JournalledRunner):
         plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
         return 1.0 + sum(evaluation.block_forwards for evaluation in self.known.values()) / plain
 
-    def _reach(self, goal: Goal, choices: Sequence[Choice], crew: Workers) -> Found:
-        """The verified plan for a goal; one that misses its error or PSNR is followed by a milder one.
+    def _reach(self, goal: Goal, crew: Workers) -> Found:
+        """The best verified plan for a goal.
 
-        Where a video has turned, what is done first is given up: nothing later can turn it.
+        One that does worse than expected tells how errors grow with an action's strength, and another is chosen.
         """
-        best, choice, squares = None, self._chosen(goal, choices), self.squares.copy()
+        choice: Optional[Choice] = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
-        while choice is not None and (best is None or self.spent + choice.work <= limit):
+        tried: List[Found] = []
+        while choice is not None and (not tried or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
-            best = found if best is None or self._is_better(found, best) else best
-            if _has_turned(found):
-                choices = self._without_the_first(found.choice, squares)
-                choice = self.team.share(self._within(goal, choices))
-            elif goal.kind == "speed" or self._keeps(found):
-                return best
-            else:
-                choice = self.team.share(self._milder(found, choices))
-        assert best is not None
-        if goal.kind != "speed" and not self._keeps(best):
+            tried.append(found)
+            if self._keeps(found) and (goal.kind != "speed" or found.square <= AS_PREDICTED**2 * choice.square):
+                break
+            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.square))
+            choice = self.team.share(self._another(goal, tried))
+        best = min(tried, key=lambda found: (not self._keeps(found), found.square))
+        if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
 
-    def _is_better(self, found: Found, best: Found) -> bool:
-        assert found.evaluation.error is not None and best.evaluation.error is not None
-        return found.evaluation.error < best.evaluation.error
-
-    def _without_the_first(self, choice: Choice, squares: np.ndarray) -> List[Choice]:
-        """The curve when the windows up to the first that is not full stay full, which `squares` is told."""
-        first = next(window for window, action in enumerate(choice.actions) if action is not self.actions[0])
-        squares[: first + 1, 1:] = np.inf
-        return curve(self.actions, squares, self.windows)
+    def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
+        """What is to be tried next; None where there is nothing new."""
+        choices, last = self.choices(), tried[-1]
+        if goal.kind == "speed":
+            choice = self._within(goal, choices)
+            return choice if choice is not None and all(choice.actions != one.choice.actions for one in tried) else None
+        needed = goal.value
+        if goal.kind == "psnr":
+            # As the frames' error goes with that of the latents.
+            assert last.evaluation.psnr is not None and last.evaluation.error is not None
+            needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - goal.value) / 20)
+        milder = [choice for choice in choices if choice.work > last.choice.work]
+        return at_error(milder, needed) or (milder[-1] if milder else None)
 
     def _within(self, goal: Goal, choices: Sequence[Choice]) -> Optional[Choice]:
         """What is predicted to reach a goal; None where nothing is."""
@@ -260,7 +269,8 @@ class PlanRunner(JournalledRunner):
         # What an error of the latents is in the frames is not known before one was decoded.
         return at_error(choices, goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
-    def _chosen(self, goal: Goal, choices: Sequence[Choice]) -> Choice:
+    def _chosen(self, goal: Goal) -> Choice:
+        choices = self.choices()
         chosen = self._within(goal, choices)
         if chosen is None:
             raise SearchError(
@@ -278,31 +288,20 @@ class PlanRunner(JournalledRunner):
 
     def _keeps(self, found: Found) -> bool:
         goal, evaluation = found.goal, found.evaluation
+        if goal.kind == "speed":
+            return True
         if goal.kind == "psnr":
             return evaluation.psnr is not None and evaluation.psnr >= goal.value
         return evaluation.error is not None and evaluation.error <= goal.value
 
-    def _milder(self, found: Found, choices: Sequence[Choice]) -> Optional[Choice]:
-        """The cheapest choice that keeps the goal if predictions err everywhere as they did here."""
-        goal, evaluation = found.goal, found.evaluation
-        assert evaluation.error is not None
-        if goal.kind == "psnr":
-            assert evaluation.psnr is not None
-            needed = evaluation.error * 10 ** ((evaluation.psnr - goal.value) / 20)
-        else:
-            needed = goal.value
-        ratio = evaluation.error / found.choice.error if found.choice.error > 0 else 1.0
-        milder = [choice for choice in choices if choice.work > found.choice.work]
-        return at_error(milder, needed / ratio) or (milder[-1] if milder else None)
-
     # Results
 
-    def _conclude(self, found: Sequence[Found], choices: Sequence[Choice], seconds: float) -> None:
+    def _conclude(self, found: Sequence[Found], seconds: float) -> None:
         goals = [one.goal for one in found]
         for number, one in enumerate(found):
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
-                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, choices, seconds))
+                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, seconds))
                 self.say(
                     "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
                     one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.known), self.spent,
@@ -399,11 +398,6 @@ def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
 
 def _record(observed: Dict[str, Any]) -> Record:
     return Record(**{**observed, "power": observed["power"] or FLOW})
-
-
-def _has_turned(found: Found) -> bool:
-    """Whether some call's video seems to have become another one."""
-    return (found.evaluation.error or 0.0) > TURNED * found.choice.error
 
 
 def _said(evaluation: Evaluation) -> str:
