@@ -214,15 +214,16 @@ def test_calls_that_differ_are_taken_for_more_dangerous_than_calls_that_agree():
 def test_a_plan_that_does_worse_than_expected_tells_how_errors_grow():
     sizes = {"full": [{SKIP: 0.0}] * 2, "s2": [{SKIP: 1.0}] * 2, "s4": [{SKIP: 4.0}] * 2}
     mild, strong = (next(action for action in ACTIONS if action.name == name) for name in ("s2", "s4"))
-    first = Expectation(sizes, {SKIP: np.array([1.0, 10.0])})
+    first = Expectation(sizes, {SKIP: np.array([1.0, 10.0])}, growth=1.0)
     assert first.of([strong, mild]) == 14.0 and first.squares([PLAIN, strong]).tolist() == [[0, 4], [0, 40]]
     learned = first.learned([strong, mild], 26.0)
-    assert learned.growth == pytest.approx(2.0) and learned.of([mild, mild]) == 11.0
+    assert learned.growth == pytest.approx(2.0) and learned.of([mild, mild]) == pytest.approx(11.0)
     assert learned.of([mild, strong]) == pytest.approx(161.0)
     # Mild actions alone say nothing of growth, and no growth explains everything.
     assert learned.learned([mild, mild], 22.0).of([mild, mild]) == pytest.approx(22.0)
     assert first.learned([strong, mild], 1e4).of([strong, mild]) == pytest.approx(1e4)
-    assert first.learned([strong, mild], 1.0).of([strong, mild]) == pytest.approx(14.0)
+    milder = first.learned([strong, mild], 7.0)
+    assert milder.growth == pytest.approx(1.0) and milder.of([strong, mild]) == pytest.approx(7.0)
 
 
 # The whole search ---------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Container, Dict, List, NamedTuple, Sequence, Tuple
 
 from osaccel.plan import Correction, Plan, Region
+from osaccel.search.places import even_places
 
 FULL, HALF, SKIP, FORECAST = "full", "half", "skip", "forecast"
 # What an action may save with; each has its own kind of error.
@@ -137,3 +138,10 @@ def plan_of(chosen: Sequence[Action], windows: Windows, predictor: float = 0.0) 
         regions=(region,) if steps[FORECAST] else (),
         correction=Correction(predictor, corrector=1.0) if steps[SKIP] else Correction(),
     )
+
+
+def even_plan(steps: int, work: float, predictor: float = 0.0) -> Plan:
+    """The plan of at most this work that knows no windows: steps are skipped evenly, from the first on."""
+    computed = even_places(steps, max(2, int(work * steps + 1e-9)))
+    skip = tuple(step for step in range(steps) if step not in computed)
+    return Plan(steps=steps, skip=skip, correction=Correction(predictor, corrector=1.0) if skip else Correction())

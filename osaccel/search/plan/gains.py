@@ -80,14 +80,14 @@ class Expectation(NamedTuple):
 
     Attributes:
         sizes: by action, what it does locally; gain: by family, how much of it is left, in every window.
-        growth: the power of the local change by which the squared error of actions stronger than the reference grows.
-            1 where errors are proportional; a plan that was measured and did worse than expected shows more.
+        growth: the power of the squared local change with which the squared error of actions stronger than the
+            reference grows, 1 where errors are proportional. The first plan that is measured shows which it is.
         scale: what is left to explain of such a plan.
     """
 
     sizes: Mapping[str, Sizes]
     gain: Mapping[str, np.ndarray]
-    growth: float = 1.0
+    growth: float = 2.0
     scale: float = 1.0
 
     def square(self, action: Action, window: int) -> float:
@@ -109,14 +109,12 @@ class Expectation(NamedTuple):
         return sum(self.square(action, window) for window, action in enumerate(chosen))
 
     def learned(self, chosen: Sequence[Action], square: float) -> "Expectation":
-        """With the growth that explains the squared error measured of a choice, where it is larger than expected."""
-        low, high = self.growth, MOST_GROWTH
-        if self._replace(growth=high).of(chosen) > square:
-            for _ in range(40):
-                middle = (low + high) / 2
-                is_less = self._replace(growth=middle).of(chosen) < square
-                low, high = (middle, high) if is_less else (low, middle)
-            return self._replace(growth=high)
-        grown = self._replace(growth=high)
-        expected = grown.of(chosen)
-        return grown._replace(scale=self.scale * square / expected) if expected > 0 else self
+        """With the growth that explains the squared error measured of a choice; `scale` where none does."""
+        low, high = 1.0, MOST_GROWTH
+        for _ in range(40):
+            middle = (low + high) / 2
+            is_less = self._replace(growth=middle, scale=1.0).of(chosen) < square
+            low, high = (middle, high) if is_less else (low, middle)
+        found = self._replace(growth=(low + high) / 2, scale=1.0)
+        expected = found.of(chosen)
+        return found._replace(scale=square / expected) if expected > 0 else self

@@ -27,7 +27,7 @@ from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.journal import Journal
 from osaccel.search.journalled import JournalledRunner
 from osaccel.search.plan import sidecar
-from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, plan_of
+from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, even_plan, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
@@ -165,11 +165,10 @@ class PlanRunner(JournalledRunner):
         return curve(actions, self.expectation.squares(actions), self.windows)
 
     def _probes(self) -> List[Probe]:
-        """Replays of as many groups as the budget allows beside the recorded generations and the first plan."""
-        names = {action.name for action in self.actions}
-        families = [family for family in FAMILIES if REFERENCES[family] in names]
+        """Replays of as many groups as the budget allows beside the recorded generations and the first plans."""
+        families = [family for family in FAMILIES if self._can(family)]
         goal = self.settings.target[0]
-        rest = BUDGET - 1 - (1 / goal.value if goal.kind == "speed" else 1.0)
+        rest = BUDGET - 1 - (2 / goal.value if goal.kind == "speed" else 1.0)
         for groups in range(GROUPS, 0, -1):
             found = probes(families, self.windows, groups)
             if groups == 1 or sum(map(self._price, found)) <= rest:
@@ -202,9 +201,9 @@ class PlanRunner(JournalledRunner):
 
         Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion.
         """
-        skips = next((action for action in self.actions if action.name == REFERENCES[SKIP]), None)
-        if skips is None:
+        if not self._can(SKIP):
             return 0.0
+        skips = next(action for action in self.actions if action.name == REFERENCES[SKIP])
         moments = [predictor_moments(_record(observed), skips, self.windows) for observed in self.observed]
         against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
@@ -231,7 +230,8 @@ class PlanRunner(JournalledRunner):
     def _reach(self, goal: Goal, crew: Workers) -> Found:
         """The best verified plan for a goal.
 
-        One that does worse than expected tells how errors grow with an action's strength, and another is chosen.
+        One that does worse than expected tells how errors grow with an action's strength, and another is chosen. The
+        plain alternative, steps skipped evenly, is measured too: no choice need be worse than it.
         """
         choice: Optional[Choice] = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
@@ -243,10 +243,22 @@ class PlanRunner(JournalledRunner):
                 break
             self.expectation = self.team.share(self.expectation.learned(choice.actions, found.square))
             choice = self.team.share(self._another(goal, tried))
+        tried += self._even(goal, limit, crew)
         best = min(tried, key=lambda found: (not self._keeps(found), found.square))
         if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
+
+    def _even(self, goal: Goal, limit: float, crew: Workers) -> List[Found]:
+        if goal.kind != "speed" or self.spent + 1 / goal.value > limit or not self._can(SKIP):
+            return []
+        plan = even_plan(self.windows.total, 1 / goal.value, self.predictor)
+        (evaluation,) = self._run([plan], crew)
+        choice = Choice((), plan.work(self.num_blocks), float("nan"))
+        return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
+
+    def _can(self, family: str) -> bool:
+        return any(family in action.cycle for action in self.actions)
 
     def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
         """What is to be tried next; None where there is nothing new."""
@@ -325,7 +337,7 @@ class PlanRunner(JournalledRunner):
         measured = {
             "work": found.choice.work,
             "error": evaluation.error,
-            "predicted_error": found.choice.error,
+            "predicted_error": sidecar.predicted(found),
             "psnr": evaluation.psnr,
             "errors_of_calls": list(evaluation.details["errors"]),
             "plain_generations": self.spent,

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The sidecar report of a plan search: everything that was predicted and measured, for whoever wants to look again."""
 
-from typing import Any, Dict, List, Sequence
+import math
+from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def report(runner: Any, found: Any, seconds: float) -> Dict[str, Any]:
         "plan": formats.plan_content(found.plan),
         "work": found.choice.work,
         "error": found.evaluation.error,
-        "predicted_error": found.choice.error,
+        "predicted_error": predicted(found),
         "psnr": found.evaluation.psnr,
         "fingerprint": runner.fingerprint,
         "versions": binding.versions(),
@@ -47,6 +48,11 @@ def report(runner: Any, found: Any, seconds: float) -> Dict[str, Any]:
         "curves": _curves(runner),
         "evaluations": [_row(evaluation) for evaluation in runner.known.values()],
     }  # fmt: skip
+
+
+def predicted(found: Any) -> Optional[float]:
+    """The error that was expected of a plan; None for one that does not come from the windows."""
+    return None if math.isnan(found.choice.square) else found.choice.error
 
 
 def _row(evaluation: Any) -> Dict[str, Any]:
