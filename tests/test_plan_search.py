@@ -17,7 +17,7 @@ from osaccel import settings
 from osaccel.formats import SettingsError, read_plan
 from osaccel.generation import Generation
 from osaccel.search.errors import SearchError
-from osaccel.search.plan import actions
+from osaccel.search.plan import actions, runner
 from osaccel.search.plan.actions import (
     ACTIONS,
     FAMILIES,
@@ -315,6 +315,26 @@ def test_a_deterministic_sampler_is_given_the_predictor(tmp_path):
     with Generation(pipeline, replace(plan, correction=replace(plan.correction, predictor=0.0))):
         without = pipeline(num_inference_steps=40, **call).images
     assert report["error"] < 0.8 * relative(without, plain)
+
+
+def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_again(tmp_path, monkeypatch):
+    goals = ("2x", "1.5x", "2.5x")
+    _, whole, expected = search(tmp_path / "whole", goals, prompts=2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    pipeline = Pipeline()
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.formats, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path / "killed", goals, prompts=2, pipeline=pipeline)
+    before = sum(pipeline.block_calls())
+    _, resumed, report = search(tmp_path / "killed", goals, prompts=2, pipeline=pipeline)
+    assert before > 0 and sum(pipeline.block_calls()) == before
+    assert resumed == whole and report["cost"]["plain_generations"] == expected["cost"]["plain_generations"]
+    for name in ("plan.1.5x.json", "plan.2.5x.json"):
+        assert read_plan(str(tmp_path / "killed" / name)) == read_plan(str(tmp_path / "whole" / name))
 
 
 def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):

@@ -69,6 +69,7 @@ class PlanRunner(JournalledRunner):
         super().__init__(session, session.settings.plan_output)
         self.settings = session.settings
         self.observed: List[Dict[str, Any]] = []
+        self.asked: Dict[str, Evaluation] = {}
 
     # Recording
 
@@ -215,17 +216,19 @@ class PlanRunner(JournalledRunner):
         for start in range(0, len(missing), self.team.workers):
             round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
-            self.say(
-                "plan search: %d of about %d replays, %.2f plain generations so far",
-                len(self.known), self.replays_to_come, self.spent,
-            )  # fmt: skip
-        return [self.known[key_of(job)] for job in jobs]
+            self.say("plan search: %d of about %d replays", len(self.known), self.replays_to_come)
+        found = [self.known[key_of(job)] for job in jobs]
+        self.asked.update((evaluation.key, evaluation) for evaluation in found)
+        return found
 
     @property
     def spent(self) -> float:
-        """Network work so far, in plain generations of the recorded calls."""
+        """Network work so far, in plain generations of the recorded calls.
+
+        What a killed search had run counts when it is asked for again and not before: all decisions stay the same.
+        """
         plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
-        return 1.0 + sum(evaluation.block_forwards for evaluation in self.known.values()) / plain
+        return 1.0 + sum(evaluation.block_forwards for evaluation in self.asked.values()) / plain
 
     def _reach(self, goal: Goal, crew: Workers) -> Found:
         """The best verified plan for a goal.
@@ -316,7 +319,7 @@ class PlanRunner(JournalledRunner):
                 self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, seconds))
                 self.say(
                     "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
-                    one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.known), self.spent,
+                    one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.asked), self.spent,
                     path_of(self.output, goals, number) if self.session.is_delivered else "no file",
                 )  # fmt: skip
         self._write_frames(found[0])

@@ -46,7 +46,7 @@ def report(runner: Any, found: Any, seconds: float) -> Dict[str, Any]:
         "gains": {family: np.sqrt(values).tolist() for family, values in runner.expectation.gain.items()},
         "growth": runner.expectation.growth,
         "curves": _curves(runner),
-        "evaluations": [_row(evaluation) for evaluation in runner.known.values()],
+        "evaluations": [_row(evaluation) for evaluation in runner.asked.values()],
     }  # fmt: skip
 
 
