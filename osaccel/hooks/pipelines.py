@@ -4,8 +4,9 @@
 import inspect
 import logging
 import os
+import threading
 from dataclasses import replace
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import wrapt
 
@@ -20,7 +21,9 @@ logger = logging.getLogger("osaccel")
 
 _settings: Optional[Settings] = None
 _session: Optional[Any] = None
-_running = set()  # type: ignore[var-annotated]
+# The thread in which a pipeline runs, by the pipeline's id.
+_running: Dict[int, int] = {}
+_entering = threading.Lock()
 _warned = set()  # type: ignore[var-annotated]
 
 
@@ -78,18 +81,36 @@ def _caller(target: Target) -> Callable:
     def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         log.prepare()
         settings = _agreed_settings(target)
-        # A pipeline that calls itself is still one generation.
-        if settings.disable or not (settings.accelerates or settings.search) or id(instance) in _running:
+        if settings.disable or not (settings.accelerates or settings.search) or not _enter(instance, settings):
             return wrapped(*args, **kwargs)
-        _running.add(id(instance))
         try:
             if settings.search:
                 return _search(wrapped, instance, args, kwargs, target, settings)
             return _generate(wrapped, instance, args, kwargs, target, settings)
         finally:
-            _running.discard(id(instance))
+            del _running[id(instance)]
 
     return call
+
+
+def _enter(pipeline: Any, settings: Settings) -> bool:
+    """Whether a generation begins with this call; a pipeline that calls itself is still one generation."""
+    thread = threading.get_ident()
+    with _entering:
+        if _running.get(id(pipeline), thread) != thread:
+            raise RuntimeError(
+                "This pipeline is running in another thread, and its scheduler counts the steps of one generation "
+                "only: it must not be called from two threads at once, with or without osaccel. Give each thread a "
+                "pipeline with a scheduler of its own; they may share everything else."
+            )
+        if settings.search and any(other != thread for other in _running.values()):
+            raise RuntimeError(
+                "OSACCEL_SEARCH runs recorded calls again, so its process must call pipelines one after the other; "
+                "another thread is in one."
+            )
+        is_new = id(pipeline) not in _running
+        _running[id(pipeline)] = thread
+        return is_new
 
 
 def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
