@@ -6,7 +6,7 @@ Invariant: what is put on an instance is not on its copies, and nothing is left 
 
 import os
 import threading
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, Optional
 
 import wrapt
 

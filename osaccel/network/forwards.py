@@ -74,9 +74,7 @@ class ReplacedForward:
         clock: for whose thread; None for all of them.
     """
 
-    def __init__(
-        self, module: torch.nn.Module, make: Callable[[Callable], Callable], clock: Optional[Clock] = None
-    ):
+    def __init__(self, module: torch.nn.Module, make: Callable[[Callable], Callable], clock: Optional[Clock] = None):
         self.clock = clock
         with lock:
             self._switch = _Switch.of(module)
