@@ -35,9 +35,11 @@ def wrap_pipeline(module: Any) -> None:
     if pipeline_class is None or "__call__" not in vars(pipeline_class):
         _warn_unrecognised(f"{module.__name__} has no class {target.pipeline_class} with a __call__ of its own")
         return
-    if isinstance(vars(pipeline_class)["__call__"], wrapt.FunctionWrapper):
+    own = _own_wrapper(pipeline_class)
+    if own is not None:
+        own._self_wrapper.is_active = True
         return
-    wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _caller(target))
+    wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _Call(target))
     agreement.announce()
     try:
         current_settings()
@@ -48,10 +50,21 @@ def wrap_pipeline(module: Any) -> None:
 
 def unwrap_pipeline(module: Any) -> None:
     """Undo `wrap_pipeline`."""
-    pipeline_class = getattr(module, TARGETS[module.__name__].pipeline_class, None)
-    wrapper = vars(pipeline_class or object).get("__call__")
-    if pipeline_class is not None and isinstance(wrapper, wrapt.FunctionWrapper):
+    pipeline_class = getattr(module, TARGETS[module.__name__].pipeline_class, object)
+    wrapper, outermost = _own_wrapper(pipeline_class), vars(pipeline_class)["__call__"]
+    if wrapper is outermost is not None:
         pipeline_class.__call__ = wrapper.__wrapped__
+    elif wrapper is not None:
+        # Another tool has wrapped it since, and keeps what it wrapped.
+        wrapper._self_wrapper.is_active = False
+
+
+def _own_wrapper(pipeline_class: Any) -> Any:
+    """Our wrapper of the class's `__call__`, which other tools may have wrapped before and after; None without one."""
+    found = vars(pipeline_class).get("__call__")
+    while found is not None and not isinstance(getattr(found, "_self_wrapper", None), _Call):
+        found = getattr(found, "__wrapped__", None)
+    return found
 
 
 def current_settings() -> Settings:
@@ -77,20 +90,25 @@ def _agreed_settings(target: Target) -> Settings:
     return _settings
 
 
-def _caller(target: Target) -> Callable:
-    def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+class _Call:
+    """A wrapt wrapper for a known pipeline's `__call__`; its type tells it from other tools' wrappers."""
+
+    def __init__(self, target: Target):
+        self.target, self.is_active = target, True
+
+    def __call__(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        if not self.is_active:
+            return wrapped(*args, **kwargs)
         log.prepare()
-        settings = _agreed_settings(target)
+        settings = _agreed_settings(self.target)
         if settings.disable or not (settings.accelerates or settings.search) or not _enter(instance, settings):
             return wrapped(*args, **kwargs)
         try:
             if settings.search:
-                return _search(wrapped, instance, args, kwargs, target, settings)
-            return _generate(wrapped, instance, args, kwargs, target, settings)
+                return _search(wrapped, instance, args, kwargs, self.target, settings)
+            return _generate(wrapped, instance, args, kwargs, self.target, settings)
         finally:
             del _running[id(instance)]
-
-    return call
 
 
 def _enter(pipeline: Any, settings: Settings) -> bool:
