@@ -50,9 +50,9 @@ def wrap_pipeline(module: Any) -> None:
 
 def unwrap_pipeline(module: Any) -> None:
     """Undo `wrap_pipeline`."""
-    pipeline_class = getattr(module, TARGETS[module.__name__].pipeline_class, object)
-    wrapper, outermost = _own_wrapper(pipeline_class), vars(pipeline_class)["__call__"]
-    if wrapper is outermost is not None:
+    pipeline_class: Any = getattr(module, TARGETS[module.__name__].pipeline_class, object)
+    wrapper = _own_wrapper(pipeline_class)
+    if wrapper is not None and wrapper is vars(pipeline_class)["__call__"]:
         pipeline_class.__call__ = wrapper.__wrapped__
     elif wrapper is not None:
         # Another tool has wrapped it since, and keeps what it wrapped.
