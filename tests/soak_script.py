@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generations of every kind in one process: `python soak_script.py FOLDER COUNT SAMPLED...` prints JSON.
 
-Generation `n` is the same wherever it runs: its plan, prompt, size, seed and failure follow from n alone. 0 to COUNT - 1
-run on one pipeline; those sampled have run in a fresh process each before, forked when nothing was generated yet.
+Generation `n` is the same wherever it runs: its plan, prompt, size, seed and failure follow from n alone. The first
+COUNT run on one pipeline; those sampled have run in a fresh process each before, forked when nothing was generated yet.
 """
 
 import gc
