@@ -24,17 +24,19 @@ class PlainState:
         instance.__dict__["__getstate__"] = self
 
     def __call__(self) -> Dict[str, Any]:
-        own = getattr(type(self.instance), "__getstate__", None) if self.previous is ABSENT else None
-        if self.previous is not ABSENT:
-            state = dict(self.previous())
-        elif own is None or own is getattr(object, "__getstate__", None):
-            state = dict(vars(self.instance))
-        else:
-            state = dict(own(self.instance))
+        state = dict(self._own())
         put_back(state, "__getstate__", self.previous)
         for clean in reversed(self.cleaners):
             clean(state)
         return state
+
+    def _own(self) -> Dict[str, Any]:
+        if self.previous is not ABSENT:
+            return self.previous()
+        of_class = getattr(type(self.instance), "__getstate__", None)
+        # From Python 3.11 on every object has one.
+        is_default = of_class is getattr(object, "__getstate__", None)
+        return vars(self.instance) if is_default or of_class is None else of_class(self.instance)
 
 
 def hide_from_copies(instance: Any, clean: Callable[[Dict[str, Any]], None]) -> Callable[[], None]:

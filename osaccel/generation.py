@@ -34,6 +34,12 @@ class UnsupportedPipeline(RuntimeError):
     """The pipeline does not look like the upstream that osaccel knows; the message says what is missing."""
 
 
+def is_open_for(pipeline: Any) -> bool:
+    """Whether a generation of this very pipeline is open."""
+    generation = _in_use.get(id(getattr(pipeline, "scheduler", None)))
+    return generation is not None and generation.pipeline is pipeline
+
+
 def find_blocks(pipeline: Any, block_path: str) -> torch.nn.ModuleList:
     """The transformer blocks at a dotted path such as "transformer.transformer_blocks".
 
@@ -171,7 +177,7 @@ class Generation:
             )
         self._undo.callback(_in_use.pop, id(scheduler))
 
-    def _check_thread(self) -> None:
+    def _check_calls(self) -> None:
         """Refuse to go on where the network's calls go to, or come from, another generation than the steps do."""
         if self.clock.thread != threading.get_ident():
             raise RuntimeError("The pipeline is called from two threads at once; a generation is that of one call.")
@@ -189,7 +195,7 @@ class Generation:
 
     def _on_set_timesteps(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         self.clock.thread = threading.get_ident()
-        self._check_thread()
+        self._check_calls()
         result = wrapped(*args, **kwargs)
         self.clock.restart()
         self._times.restart()
@@ -210,7 +216,7 @@ class Generation:
             self._announce(self.opening(steps))
 
     def _on_step(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        self._check_thread()
+        self._check_calls()
         result = self._step(StepCall(args, kwargs)) if self.interceptors else wrapped(*args, **kwargs)
         self._times.end_step(self._is_full(self.clock.step))
         self.clock.end_step()

@@ -243,6 +243,17 @@ def test_what_is_attached_from_python_works_in_whatever_thread_calls(monkeypatch
     assert torch.equal(in_a_thread(lambda: run(pipeline)), expected)
 
 
+@pytest.mark.parametrize("make", MODES[1:], indirect=True)
+def test_what_a_script_asks_for_from_python_is_what_its_pipeline_does(make):
+    pipeline, plan = tiny.Pipeline(), of_dit_cache(DitCacheConfig(0, 6, 0, 2))
+    with Generation(pipeline, plan):
+        expected = run(pipeline)
+    hooked_one = make()
+    with Generation(hooked_one, plan):
+        assert torch.equal(run(hooked_one), expected)
+    assert not torch.equal(run(hooked_one), expected)
+
+
 def test_one_generation_from_python_called_from_two_threads_says_so():
     pipeline = tiny.Pipeline()
     with Generation(pipeline, of_dit_cache(CACHE)):

@@ -148,9 +148,13 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.attaching import is_rank_zero
-    from osaccel.generation import Generation, UnsupportedPipeline
+    from osaccel.generation import Generation, UnsupportedPipeline, is_open_for
     from osaccel.wall import attached
 
+    if is_open_for(pipeline):
+        # By the script itself, which has said what it wants of this pipeline.
+        silence.accelerated = True
+        return wrapped(*args, **kwargs)
     plan = settings.generation_plan()
     if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
         plan = replace(plan, timesteps=None)
