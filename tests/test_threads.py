@@ -30,6 +30,8 @@ PLAN = Plan(
     correction=Correction(0.0, 0.5),
 )
 LIST = [value / STEPS for value in range(STEPS)]
+# Seconds that a thread waits for another one on a slow machine.
+PATIENCE = 60
 MODES = ["plain", "cache", "plan", "correction", "timesteps"]
 
 
@@ -87,7 +89,7 @@ def at_once(*calls):
 
     def run(number, call):
         try:
-            results[number] = call(lambda: barrier.wait(timeout=20))
+            results[number] = call(lambda: barrier.wait(timeout=PATIENCE))
         except Exception as error:
             results[number] = error
             barrier.abort()
@@ -104,14 +106,14 @@ def run(pipeline, seed=1, callback=None):
     return pipeline(num_inference_steps=STEPS, seed=seed, callback=callback)
 
 
-def in_step(pipeline, seed, lead=0):
-    """A call that takes each step when the other one does; with a lead it is over while the other one is not."""
+def in_step(pipeline, seed, behind=0):
+    """A call that takes each step when the other one does, or 2 steps behind it, when that one is over first."""
 
     def call(wait):
-        for _ in range(lead):
+        for _ in range(behind):
             wait()
         result = run(pipeline, seed, lambda i, *_: wait())
-        for _ in range(2 - lead):
+        for _ in range(2 - behind):
             wait()
         return result
 
@@ -119,13 +121,13 @@ def in_step(pipeline, seed, lead=0):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("leads", [(0, 0), (2, 0), (0, 2)])
-def test_pipelines_in_threads_give_what_they_give_one_after_the_other(make, shared, leads):
+@pytest.mark.parametrize("behind", [(0, 0), (2, 0), (0, 2)])
+def test_pipelines_in_threads_give_what_they_give_one_after_the_other(make, shared, behind):
     first = make()
     second = make(first.transformer if shared else None)
     expected = [run(pipeline, seed) for seed, pipeline in enumerate((first, second))]
     before = attributes(first), attributes(second)
-    results = at_once(in_step(first, 0, leads[0]), in_step(second, 1, leads[1]))
+    results = at_once(in_step(first, 0, behind[0]), in_step(second, 1, behind[1]))
     assert all(isinstance(result, torch.Tensor) for result in results), results
     assert all(map(torch.equal, results, expected))
     assert (attributes(first), attributes(second)) == before
@@ -136,7 +138,7 @@ def intruded(pipeline, intruder):
     arrived, left, came = threading.Event(), threading.Event(), []
 
     def intrude():
-        arrived.wait(20)
+        arrived.wait(PATIENCE)
         try:
             came.append(run(intruder, seed=2))
         except Exception as error:
@@ -146,7 +148,7 @@ def intruded(pipeline, intruder):
     def callback(i, *_):
         if i == 2:
             arrived.set()
-            assert left.wait(20)
+            assert left.wait(PATIENCE)
 
     thread = threading.Thread(target=intrude)
     thread.start()
