@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a generation stands: the step, the n-th forward within it, and which branches of guidance that holds."""
 
+from typing import Optional
+
 
 class Clock:
     """What everything attached to one generation reads.
@@ -10,7 +12,10 @@ class Clock:
         forward: which of the step's forwards is running, from 0; guidance run as two forwards has a second one.
         has_branches: whether the batch is known to be [unconditional, conditional] and its halves may part.
         is_half: whether the running forward holds the conditional half only.
+        thread: whose calls it counts; None for every thread's.
     """
+
+    thread: Optional[int] = None
 
     def __init__(self) -> None:
         self.restart()

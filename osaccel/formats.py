@@ -61,7 +61,7 @@ def read_cache_config(path: str) -> DitCacheConfig:
 
 def write_cache_config(path: str, config: DitCacheConfig) -> None:
     """Write exactly the four keys, so that the file loads in msModelSlim too."""
-    _write_result(path, config.to_dict())
+    write_json(path, config.to_dict())
 
 
 _PLAN_KEYS = ("format", "steps", "skip", "conditional_only", "regions", "correction", "made_for", "measured")
@@ -253,16 +253,7 @@ def read_timesteps(path: str) -> Tuple[float, ...]:
 
 def write_timesteps(path: str, timesteps: Sequence[float]) -> None:
     """Write descending timesteps in [0, 1000] as msModelSlim's ascending JSON list in [0, 1]."""
-    _write_result(path, [value / NUM_TRAIN_TIMESTEPS for value in reversed(timesteps)])
-
-
-def _write_result(path: str, content: Any) -> None:
-    """Write what a search found; where that fails, the hours it took are not lost: it stands in the log."""
-    try:
-        write_json(path, content)
-    except OSError as error:
-        logger.error("%s cannot be written: %s; what was found: %s", path, error.strerror, json.dumps(content))
-        raise
+    write_json(path, [value / NUM_TRAIN_TIMESTEPS for value in reversed(timesteps)])
 
 
 def write_json(path: str, content: Any) -> None:

@@ -2,17 +2,20 @@
 """The scope of one `pipeline(...)` call: attaches a plan to this pipeline, and detaches it when the call ends.
 
 Invariant: after `close` the pipeline, its scheduler and its blocks are as they were before `open`, and no tensor that
-was stored is alive, however the call ended.
+was stored is alive, however the call ended. Generations in other threads, or within a step of this one, are their own;
+what counts the steps of one generation, a scheduler, is refused to a second one.
 """
 
+import contextlib
 import inspect
 import statistics
+import threading
 import time
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
 
-from osaccel.attaching import is_scheduler, wrap_scheduler
+from osaccel.attaching import hide_from_copies, is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.formats import SettingsError
 from osaccel.interceptors import Interceptor, StepCall, network_through, step_through, watches_network
@@ -23,9 +26,18 @@ from osaccel.plan import Plan
 from osaccel.sampling.standin import Corrected, StandIn
 from osaccel.targets import Target, target_of
 
+# The schedulers in use by a generation, by id.
+_in_use: Dict[int, "Generation"] = {}
+
 
 class UnsupportedPipeline(RuntimeError):
     """The pipeline does not look like the upstream that osaccel knows; the message says what is missing."""
+
+
+def is_open_for(pipeline: Any) -> bool:
+    """Whether a generation of this very pipeline is open."""
+    generation = _in_use.get(id(getattr(pipeline, "scheduler", None)))
+    return generation is not None and generation.pipeline is pipeline
 
 
 def find_blocks(pipeline: Any, block_path: str) -> torch.nn.ModuleList:
@@ -66,6 +78,7 @@ class Generation:
         UnsupportedPipeline: the pipeline has no such blocks or scheduler.
         ValueError: the plan does not fit the number of blocks.
         osaccel.sampling.UnsupportedScheduler: the scheduler cannot do what the plan asks of it.
+        RuntimeError: another generation has the scheduler.
     When the pipeline sets its timesteps, SettingsError: the plan is for another number of steps.
     """
 
@@ -83,7 +96,8 @@ class Generation:
         self.clock = Clock()
         self.cache: Optional[BlockCache] = None
         self.interceptors = [*self._of_plan(), *interceptors]
-        self._undo: List[Callable[[], None]] = []
+        self._undo = contextlib.ExitStack()
+        self._network: Optional[ReplacedForward] = None
         self._times = _StepTimes()
 
     def _of_plan(self) -> List[Interceptor]:
@@ -111,6 +125,7 @@ class Generation:
     def open(self) -> None:
         try:
             self._started = time.perf_counter()
+            self.clock.thread = threading.get_ident()
             self._attach_scheduler()
             if self.plan.touches_network:
                 self._attach_blocks()
@@ -122,10 +137,11 @@ class Generation:
 
     def close(self) -> None:
         """Detach everything, last attached first."""
-        while self._undo:
-            self._undo.pop()()
-        for interceptor in self.interceptors:
-            interceptor.close()
+        try:
+            self._undo.close()
+        finally:
+            for interceptor in self.interceptors:
+                interceptor.close()
 
     @property
     def num_inference_steps(self) -> Optional[int]:
@@ -138,16 +154,36 @@ class Generation:
         scheduler: Any = getattr(self.pipeline, "scheduler", None)
         if not is_scheduler(scheduler):
             raise UnsupportedPipeline(f"{type(self.pipeline).__name__} has no scheduler with set_timesteps and step.")
+        self._claim(scheduler)
         set_timesteps, step = scheduler.set_timesteps, scheduler.step
         if self.plan.timesteps is not None:
             from osaccel.sampling import adapter_for
 
             adapter = adapter_for(scheduler)
-            self._undo.append(adapter.restore)
+            self._undo.callback(adapter.restore)
             set_timesteps = self._with_list(adapter, set_timesteps)
             step = adapter.step or step
         self._step = step_through(self.interceptors, step)
-        self._undo.append(wrap_scheduler(scheduler, self._on_set_timesteps, self._on_step, set_timesteps, step))
+        self._undo.callback(wrap_scheduler(scheduler, self._on_set_timesteps, self._on_step, set_timesteps, step))
+
+    def _claim(self, scheduler: Any) -> None:
+        """Have the scheduler for this generation alone; it counts the steps of one, also without us."""
+        if _in_use.setdefault(id(scheduler), self) is not self:
+            name = type(scheduler).__name__
+            raise RuntimeError(
+                f"This {name} is in use by another generation, and it counts the steps of one only: pipelines that "
+                "share a scheduler must not be called at once, with or without osaccel. Give each its own "
+                f"({name}.from_config(pipeline.scheduler.config)), or call one after the other."
+            )
+        self._undo.callback(_in_use.pop, id(scheduler))
+
+    def _check_calls(self) -> None:
+        """Refuse to go on where the network's calls go to, or come from, another generation than the steps do."""
+        if self.clock.thread != threading.get_ident():
+            raise RuntimeError("The pipeline is called from two threads at once; a generation is that of one call.")
+        is_reached = self.cache is None or self.cache.is_reached()
+        if not is_reached or (self._network is not None and not self._network.is_current()):
+            raise RuntimeError("Another generation of this thread is attached to the transformer; close it first.")
 
     def _with_list(self, adapter: Any, original: Callable) -> Callable:
         def set_timesteps(num_inference_steps: Any = None, device: Any = None, **_: Any) -> None:
@@ -158,6 +194,8 @@ class Generation:
         return set_timesteps
 
     def _on_set_timesteps(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        self.clock.thread = threading.get_ident()
+        self._check_calls()
         result = wrapped(*args, **kwargs)
         self.clock.restart()
         self._times.restart()
@@ -178,6 +216,7 @@ class Generation:
             self._announce(self.opening(steps))
 
     def _on_step(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        self._check_calls()
         result = self._step(StepCall(args, kwargs)) if self.interceptors else wrapped(*args, **kwargs)
         self._times.end_step(self._is_full(self.clock.step))
         self.clock.end_step()
@@ -199,13 +238,14 @@ class Generation:
             _refuse_module_compile(module)
         states, batch_dim = HiddenStates(self.target.hidden_states), self.target.block_batch_dim()
         self.cache = BlockCache(list(blocks), self.plan, self.clock, states, batch_dim, compile_forward)
-        self._undo.append(self.cache.detach)
+        self._undo.callback(self.cache.detach)
 
     def _attach_network(self) -> None:
         def make(original: Callable) -> Callable:
             return network_through(self.interceptors, original)
 
-        self._undo.append(ReplacedForward(self.target.owner_of_blocks(self.pipeline), make).restore)
+        self._network = ReplacedForward(self.target.owner_of_blocks(self.pipeline), make, self.clock)
+        self._undo.callback(self._network.restore)
 
     def _run_compiled_transformer_eagerly(self) -> Optional[Callable]:
         """Swap a torch.compile'd transformer for its original; returns the same compilation, to be used per block.
@@ -218,7 +258,8 @@ class Generation:
         if not isinstance(compiled, torch.nn.Module) or "_orig_mod" not in compiled._modules:
             return None
         self.pipeline.__dict__[name] = compiled._orig_mod
-        self._undo.append(lambda: self.pipeline.__dict__.__setitem__(name, compiled))
+        self._undo.callback(self.pipeline.__dict__.__setitem__, name, compiled)
+        self._undo.callback(hide_from_copies(self.pipeline, lambda state: state.__setitem__(name, compiled)))
         return compiled.dynamo_ctx  # type: ignore[return-value]
 
     # What it says of itself

@@ -54,6 +54,13 @@ if mode == "sp":
 
 from osaccel.hooks import pipelines  # noqa: E402
 
+
+def say(line):
+    """In one piece: the ranks share the stream, and print writes a line's end on its own."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
 pipelines.wrap_pipeline(module)
 pipeline = OpenSoraPipeline()
 pipeline.transformer.requires_grad_(False)
@@ -62,5 +69,5 @@ for number in range(prompts):
     if mode == "dp" and number % world != rank:
         continue
     pipeline(prompt=f"prompt {number} {os.environ.get('PROMPT', '')}", num_inference_steps=steps)
-    print(f"rank {rank} sampled {number}", flush=True)
-print(f"rank {rank} reached its end after {pipeline.block_calls()} block calls", flush=True)
+    say(f"rank {rank} sampled {number}")
+say(f"rank {rank} reached its end after {pipeline.block_calls()} block calls")

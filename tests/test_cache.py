@@ -180,7 +180,7 @@ def test_attaching_twice_is_refused():
     pipeline = Pipeline()
     plan = of_dit_cache(config_of(0, 2, 0, 2))
     with Generation(pipeline, plan):
-        with pytest.raises(RuntimeError, match="already attached"):
+        with pytest.raises(RuntimeError, match="in use by another generation"):
             Generation(pipeline, plan).open()
     assert torch.equal(pipeline(), Pipeline()())
 

@@ -23,6 +23,9 @@ from osaccel.messages import LONGEST_MESSAGE, SettingsError  # noqa: E402
 EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "2000"))
 CACHE = {"cache_block_start": 2, "cache_num_blocks": 3, "cache_step_start": 4, "cache_step_interval": 2}
 TIMESTEPS = [0.0, 0.0712, 0.2, 0.45, 0.8, 0.999]
+PLAN = """{"format": "osaccel.plan/1", "steps": 12, "skip": [4, 8], "conditional_only": [2, 3, 6],
+"regions": [{"start": 0, "stop": 2, "reuse": [3, 5, 10], "order": 1}, {"start": 3, "stop": 6, "reuse": [5, 6, 7]}],
+"correction": {"predictor": 0.0, "corrector": [0, 0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1]}}"""
 YAML = """
 cache: {cache_block_start: 2, cache_num_blocks: 3, cache_step_start: 4, cache_step_interval: 2}
 sampling:
@@ -35,6 +38,7 @@ SEEDS = {
     "cache.json": json.dumps(CACHE),
     "cache.yaml": "\n".join(f"{key}: {value}" for key, value in CACHE.items()),
     "schedule.txt": json.dumps(TIMESTEPS),
+    "plan.json": PLAN,
     "all.yaml": YAML,
     "report.json": json.dumps({"fingerprint": {"steps": 100, "blocks": 32, "sampler": "X", "resolution": [9, 64, 64]}}),
 }
@@ -105,7 +109,15 @@ def fuzz(share):
     )
 
 
-SHARES = {"cache.json": 0.15, "cache.yaml": 0.15, "schedule.txt": 0.15, "all.yaml": 0.25, "report.json": 0.1}
+VARIABLES = {"all.yaml": "OSACCEL_CONFIG", "schedule.txt": "OSACCEL_TIMESTEPS", "plan.json": "OSACCEL_PLAN"}
+SHARES = {
+    "cache.json": 0.15,
+    "cache.yaml": 0.15,
+    "schedule.txt": 0.15,
+    "plan.json": 0.1,
+    "all.yaml": 0.15,
+    "report.json": 0.1,
+}
 
 
 @pytest.mark.parametrize("name", list(SEEDS))
@@ -120,10 +132,7 @@ def test_files(name, tmp_path):
         if name == "report.json":
             checked(binding.mismatches, path[: -len(".report.json")] or path, {"steps": 50, "blocks": 32})
         else:
-            variable = {"all.yaml": "OSACCEL_CONFIG", "schedule.txt": "OSACCEL_TIMESTEPS"}.get(
-                name, "OSACCEL_CACHE_CONFIG"
-            )
-            checked(settings.load, {variable: path})
+            checked(settings.load, {VARIABLES.get(name, "OSACCEL_CACHE_CONFIG"): path})
 
     check()
 

@@ -340,20 +340,6 @@ def test_a_result_that_cannot_be_written_is_in_the_log_and_written_by_the_next_r
     assert json.loads((tmp_path / "found.json").read_text()) == report["chosen"]
 
 
-def test_outputs_that_cannot_be_written_are_found_before_the_first_forward(tmp_path):
-    import tiny
-
-    pipeline = tiny.UnseededPipeline()
-    (tmp_path / "found.json").mkdir()
-    with pytest.raises(SearchError, match="but it is a directory; name a file"):
-        search(tmp_path, pipeline)
-    (tmp_path / "found.json").rmdir()
-    (tmp_path / "found.json").symlink_to("/dev/full")
-    with pytest.raises(SearchError, match="no regular file"):
-        search(tmp_path, pipeline)
-    assert sum(pipeline.block_calls()) == 0
-
-
 # SIGKILL
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from osaccel import binding, formats
 from osaccel.dit_cache_config import DitCacheConfig
+from osaccel.plan import Plan
+from osaccel.search import outputs
 
 CONFIG = DitCacheConfig(4, 2, 2, 3)
 
@@ -86,13 +88,19 @@ def test_only_rank_0_must_be_able_to_write(tmp_path):
     assert searching(tmp_path, "/proc/found.json", RANK="1") is None
 
 
-def test_a_result_that_cannot_be_written_stands_in_the_log(tmp_path, caplog, monkeypatch):
+@pytest.mark.parametrize("write", [formats.write_cache_config, formats.write_timesteps, formats.write_plan])
+def test_a_result_that_cannot_be_written_stands_in_the_log_once(tmp_path, caplog, monkeypatch, write):
     monkeypatch.setattr(logging.getLogger("osaccel"), "propagate", True)
-    (tmp_path / "found.json").mkdir()
-    with caplog.at_level("ERROR", "osaccel"), pytest.raises(OSError):
-        formats.write_cache_config(str(tmp_path / "found.json"), CONFIG)
-    assert json.dumps(CONFIG.to_dict()) in caplog.text
-    assert [path.name for path in tmp_path.iterdir()] == ["found.json"], "no temporary file stays behind"
+    path = str(tmp_path / "found.json")
+    os.mkdir(path)
+    found = {"write_cache_config": CONFIG, "write_timesteps": [999.0, 0.0], "write_plan": Plan(steps=2)}[write.__name__]
+    assert outputs.deliver(path, "what it is", lambda: write(path, found)) is False
+    assert [record.getMessage() for record in caplog.records] == [
+        f'{path} cannot be written: Is a directory. This is what was found: "what it is"'
+    ]
+    assert os.listdir(tmp_path) == ["found.json"], "no temporary file stays behind"
+    os.rmdir(path)
+    assert outputs.deliver(path, "what it is", lambda: write(path, found)) is True
 
 
 def test_a_written_file_follows_a_link_and_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
@@ -235,3 +243,12 @@ def test_a_video_is_measured_before_it_is_decoded(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         message, spent = result.stdout.strip().rsplit("\n", 1)
         assert expected in message and int(spent) < most, (result.stdout, result.stderr[-2000:])
+
+
+def test_without_the_launcher_an_output_that_cannot_be_written_is_found_before_the_first_forward(tmp_path):
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    environ = dict(os.environ, PYTHONPATH=path, OSACCEL_SEARCH="1", OSACCEL_CACHE_CONFIG=str(tmp_path))
+    code = SAMPLE + "assert False, 'not refused'"
+    code = code.replace("class OpenSora", "tiny.Pipeline.predict = lambda *_: 1 / 0\nclass OpenSora", 1)
+    result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
+    assert result.stderr.splitlines()[-1].endswith(f"{tmp_path} cannot be written: Is a directory."), result.stderr

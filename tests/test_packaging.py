@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matrix
 import pytest
 
 import osaccel
+
+pytest.importorskip("packaging")
+from packaging.requirements import Requirement  # noqa: E402
+from packaging.specifiers import SpecifierSet  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -32,6 +37,40 @@ def test_license_types_and_data_are_in_the_package():
 
 def test_no_extra_brings_another_torch():
     assert "torch_npu" not in text("pyproject.toml") and "download.pytorch.org" not in text("constraints.txt")
+
+
+def requirements():
+    """What the package asks for in any case, by name."""
+    (listed,) = re.findall(r"^dependencies = \[(.*?)^\]", text("pyproject.toml"), re.MULTILINE | re.DOTALL)
+    found = map(Requirement, re.findall(r'"(.+?)"', listed))
+    return {requirement.name: requirement.specifier for requirement in found}
+
+
+def test_the_upstream_s_pins_are_kept():
+    pins = {"torch": "2.1.0", "numpy": "1.24.4", "PyYAML": "6.0.1"}
+    assert requirements().keys() - pins == {"wrapt"}
+    assert [name for name, version in pins.items() if version not in requirements()[name]] == []
+    # Of a build that names its device: as torch_npu's and the CPU's are.
+    assert "2.1.0+cpu" in requirements()["torch"]
+
+
+def test_the_matrix_has_the_oldest_of_what_is_allowed():
+    """And every cell of it is allowed, and names a Python that is announced."""
+    specifiers, oldest = requirements(), set()
+    for cell in matrix.CELLS.values():
+        assert f'"Programming Language :: Python :: {cell.python}"' in text("pyproject.toml")
+        for name, version in re.findall(r"(\w+)==(\S+)", " ".join(cell.requirements)):
+            assert version in specifiers.get(name, SpecifierSet(">=0.28")), cell
+            oldest.add((name, version))
+    assert {("wrapt", "1.14.0"), ("torch", "2.1.0"), ("diffusers", "0.28.0")} <= oldest
+
+
+def test_the_matrix_says_what_could_not_be_installed(tmp_path, monkeypatch):
+    assert matrix.try_cell(matrix.Cell("3.99", []), str(tmp_path / "a"), []).words == "not installed: no Python 3.99"
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    cell = matrix.Cell("{}.{}".format(*sys.version_info), ["no-such-thing==1"])
+    outcome = matrix.try_cell(cell, str(tmp_path / "b"), [])
+    assert "no-such-thing==1" in outcome.words and outcome.words.startswith("not installed") and not outcome.failed
 
 
 @pytest.mark.parametrize("module", ["run", "report", "doctor"])

@@ -214,6 +214,29 @@ def test_a_module_that_is_reloaded_is_wrapped_again(fakes, again):
     assert result.stdout.split()[1:] == ["5", "SourceFileLoader", "SourceFileLoader"]
 
 
+THEIRS = """
+import wrapt
+P = m.OpenSoraPipeline
+P.__call__ = wrapt.FunctionWrapper(vars(P)['__call__'], lambda w, i, a, k: print('theirs') or w(*a, **k))
+"""
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_another_tool_s_wrapt_wrapper_keeps_ours_neither_out_nor_twice(fakes, tmp_path, first):
+    path = tmp_path / "fakes" / (MODULE.replace(".", "/") + ".py")
+    if first:
+        path.write_text(path.read_text() + "import sys; m = sys.modules[__name__]" + THEIRS)
+    code = f"import {MODULE} as m; from osaccel import hooks\n{'' if first else THEIRS}\nC = m.OpenSoraPipeline()"
+    code += "\nfrom osaccel.hooks.pipelines import wrap_pipeline; wrap_pipeline(m); C()"
+    result = python(code + "; print(hasattr(vars(type(C))['__call__'], '__wrapped__'))", fakes)
+    assert result.stdout == "theirs\nTrue\n" and result.stderr.count("runs unaccelerated") == 1, result.stderr
+    assert "never reached" not in result.stderr
+    undone = python(code.replace("; C()", "; hooks.uninstall(); C()"), fakes)
+    assert undone.stdout == "theirs\n" and "unaccelerated" not in undone.stderr, undone.stderr
+    again = python(code.replace("; C()", "; hooks.uninstall(); hooks.install(); C()"), fakes)
+    assert again.stderr.count("runs unaccelerated") == 1, again.stderr
+
+
 def test_a_python_without_wrapt_samples_unaccelerated_with_one_line(fakes, tmp_path):
     (tmp_path / "fakes" / "wrapt.py").write_text("raise ImportError(\"No module named 'wrapt'\")\n")
     code = f"from {MODULE} import OpenSoraPipeline as P; print(P()())"

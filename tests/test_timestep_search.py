@@ -2,6 +2,7 @@
 """The timestep search: exact programme, no extra forwards, calibration errors, msModelSlim's API, sums over ranks."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -424,6 +425,15 @@ def test_adaptor_returns_and_writes_an_ascending_list(tmp_path, method):
     found = ReStepAdaptor(Pipeline(), config, method=method).search()
     assert len(found) == 8 and sorted(found) == found and 0 <= found[0] and found[-1] <= 1
     assert formats.read_file(str(tmp_path / "out" / "searched_schedule.txt")) == pytest.approx(found)
+
+
+def test_adaptor_returns_and_logs_a_list_that_cannot_be_written(tmp_path, caplog):
+    write_videos(tmp_path)
+    (tmp_path / "out").write_text("")
+    config = ReStepSearchConfig(str(tmp_path), str(tmp_path / "out"), num_sampling_steps=8)
+    found = ReStepAdaptor(Pipeline(), config, method="arctan").search()
+    (line,) = [record.getMessage() for record in caplog.records if "cannot be written" in record.getMessage()]
+    assert [time / 1000 for time in reversed(json.loads(line.split("found: ")[1]))] == pytest.approx(found)
 
 
 @pytest.mark.parametrize(

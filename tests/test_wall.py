@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dealing tiles, choosing a kernel, leaving out a mask: decisions as functions, and ranks that decode together."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
 import types
@@ -117,6 +119,40 @@ def test_a_kernel_serves_only_calls_whose_mask_hides_nothing():
     assert model(VISIBLE, attention_mask=None) == (None, {"flash"})
     undo()
     assert model(VISIBLE)[1] == {"xformers"}
+
+
+@pytest.mark.parametrize("duplicate", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_made_meanwhile_have_neither_hook_nor_kernel(duplicate):
+    model = OpenSoraT2V()
+    undo = attention.Entry([block.attn1.processor for block in model.transformer_blocks], "flash").attach(model)
+    assert model(VISIBLE, attention_mask=VISIBLE)[1] == {"flash"}
+    copied = duplicate(model)
+    assert not copied._forward_pre_hooks and copied(VISIBLE, attention_mask=VISIBLE)[0] is VISIBLE
+    assert duplicate is copy.copy or copied(VISIBLE)[1] == {"xformers"}
+    assert model(VISIBLE, attention_mask=VISIBLE) == (None, {"flash"})
+    undo()
+    assert "__getstate__" not in vars(model)
+
+
+def test_two_generations_at_once_do_not_choose_one_transformer_s_kernel():
+    model = OpenSoraT2V()
+    processors = [block.attn1.processor for block in model.transformer_blocks]
+    undo = attention.Entry(processors, "flash").attach(model)
+    with pytest.raises(RuntimeError, match="share a transformer cannot use it at once"):
+        attention.Entry(processors, "flash").attach(model)
+    assert len(model._forward_pre_hooks) == 1
+    undo()
+    attention.Entry(processors, "flash").attach(model)()
+    assert not model._forward_pre_hooks and model(VISIBLE)[1] == {"xformers"}
+
+
+def test_what_is_attached_is_detached_when_the_next_one_fails():
+    model = OpenSoraT2V()
+    pipeline = types.SimpleNamespace(transformer=model)
+    with pytest.raises((AttributeError, ValueError, TypeError)):
+        with attached(pipeline, "no group", settings.load({"OSACCEL_PARALLEL_VAE": "1"})):
+            pass
+    assert not model._forward_pre_hooks
 
 
 def test_another_transformer_is_untouched():

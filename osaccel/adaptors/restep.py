@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from osaccel import formats
+from osaccel.search import outputs
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps import calibration, runner
@@ -96,7 +97,7 @@ class ReStepAdaptor:
         return [os.path.join(config.videos_path, name) for name in names]
 
     def search(self) -> List[float]:
-        """The list found, ascending, in [0, 1]; also written to save_dir/searched_schedule.txt."""
+        """The list found, ascending, in [0, 1]; also written to save_dir/searched_schedule.txt, or else to the log."""
         config, count = self.search_config, self.search_config.num_sampling_steps
         self._check_pipeline_steps()
         if self.method == "arctan" or count < 3:
@@ -106,10 +107,14 @@ class ReStepAdaptor:
         found = self.team.share([float(value) for value in found])
         path = os.path.join(str(config.save_dir), FILE_NAME)
         if self.team.is_first:
-            formats.write_timesteps(path, found)
-            formats.write_json(path + ".report.json", report)
+            outputs.deliver(path, found, lambda: self._write(path, found, report))
         self.team.barrier()
         return [value / formats.NUM_TRAIN_TIMESTEPS for value in reversed(found)]
+
+    @staticmethod
+    def _write(path: str, found: List[float], report: Dict[str, Any]) -> None:
+        formats.write_timesteps(path, found)
+        formats.write_json(path + ".report.json", report)
 
     @staticmethod
     def seed_everything(seed: int) -> None:

@@ -4,8 +4,9 @@
 import inspect
 import logging
 import os
+import threading
 from dataclasses import replace
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Dict, Optional
 
 import wrapt
 
@@ -20,7 +21,9 @@ logger = logging.getLogger("osaccel")
 
 _settings: Optional[Settings] = None
 _session: Optional[Any] = None
-_running = set()  # type: ignore[var-annotated]
+# The thread in which a pipeline runs, by the pipeline's id.
+_running: Dict[int, int] = {}
+_entering = threading.Lock()
 _warned = set()  # type: ignore[var-annotated]
 
 
@@ -32,9 +35,11 @@ def wrap_pipeline(module: Any) -> None:
     if pipeline_class is None or "__call__" not in vars(pipeline_class):
         _warn_unrecognised(f"{module.__name__} has no class {target.pipeline_class} with a __call__ of its own")
         return
-    if isinstance(vars(pipeline_class)["__call__"], wrapt.FunctionWrapper):
+    own = _own_wrapper(pipeline_class)
+    if own is not None:
+        own._self_wrapper.is_active = True
         return
-    wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _caller(target))
+    wrapt.wrap_function_wrapper(module, target.pipeline_class + ".__call__", _Call(target))
     agreement.announce()
     try:
         current_settings()
@@ -45,10 +50,21 @@ def wrap_pipeline(module: Any) -> None:
 
 def unwrap_pipeline(module: Any) -> None:
     """Undo `wrap_pipeline`."""
-    pipeline_class = getattr(module, TARGETS[module.__name__].pipeline_class, None)
-    wrapper = vars(pipeline_class or object).get("__call__")
-    if pipeline_class is not None and isinstance(wrapper, wrapt.FunctionWrapper):
+    pipeline_class: Any = getattr(module, TARGETS[module.__name__].pipeline_class, object)
+    wrapper = _own_wrapper(pipeline_class)
+    if wrapper is not None and wrapper is vars(pipeline_class)["__call__"]:
         pipeline_class.__call__ = wrapper.__wrapped__
+    elif wrapper is not None:
+        # Another tool has wrapped it since, and keeps what it wrapped.
+        wrapper._self_wrapper.is_active = False
+
+
+def _own_wrapper(pipeline_class: Any) -> Any:
+    """Our wrapper of the class's `__call__`, which other tools may have wrapped before and after; None without one."""
+    found = vars(pipeline_class).get("__call__")
+    while found is not None and not isinstance(getattr(found, "_self_wrapper", None), _Call):
+        found = getattr(found, "__wrapped__", None)
+    return found
 
 
 def current_settings() -> Settings:
@@ -74,22 +90,45 @@ def _agreed_settings(target: Target) -> Settings:
     return _settings
 
 
-def _caller(target: Target) -> Callable:
-    def call(wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        log.prepare()
-        settings = _agreed_settings(target)
-        # A pipeline that calls itself is still one generation.
-        if settings.disable or not (settings.accelerates or settings.search) or id(instance) in _running:
+class _Call:
+    """A wrapt wrapper for a known pipeline's `__call__`; its type tells it from other tools' wrappers."""
+
+    def __init__(self, target: Target):
+        self.target, self.is_active = target, True
+
+    def __call__(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        if not self.is_active:
             return wrapped(*args, **kwargs)
-        _running.add(id(instance))
+        log.prepare()
+        settings = _agreed_settings(self.target)
+        if settings.disable or not (settings.accelerates or settings.search) or not _enter(instance, settings):
+            return wrapped(*args, **kwargs)
         try:
             if settings.search:
-                return _search(wrapped, instance, args, kwargs, target, settings)
-            return _generate(wrapped, instance, args, kwargs, target, settings)
+                return _search(wrapped, instance, args, kwargs, self.target, settings)
+            return _generate(wrapped, instance, args, kwargs, self.target, settings)
         finally:
-            _running.discard(id(instance))
+            del _running[id(instance)]
 
-    return call
+
+def _enter(pipeline: Any, settings: Settings) -> bool:
+    """Whether a generation begins with this call; a pipeline that calls itself is still one generation."""
+    thread = threading.get_ident()
+    with _entering:
+        if _running.get(id(pipeline), thread) != thread:
+            raise RuntimeError(
+                "This pipeline is running in another thread, and its scheduler counts the steps of one generation "
+                "only: it must not be called from two threads at once, with or without osaccel. Give each thread a "
+                "pipeline with a scheduler of its own; they may share everything else."
+            )
+        if settings.search and any(other != thread for other in _running.values()):
+            raise RuntimeError(
+                "OSACCEL_SEARCH runs recorded calls again, so its process must call pipelines one after the other; "
+                "another thread is in one."
+            )
+        is_new = id(pipeline) not in _running
+        _running[id(pipeline)] = thread
+        return is_new
 
 
 def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
@@ -109,9 +148,13 @@ def _search(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target:
 def _generate(wrapped: Callable, pipeline: Any, args: tuple, kwargs: dict, target: Target, settings: Settings) -> Any:
     # Imported here: the pipeline's module has imported torch by now.
     from osaccel.attaching import is_rank_zero
-    from osaccel.generation import Generation, UnsupportedPipeline
+    from osaccel.generation import Generation, UnsupportedPipeline, is_open_for
     from osaccel.wall import attached
 
+    if is_open_for(pipeline):
+        # By the script itself, which has said what it wants of this pipeline.
+        silence.accelerated = True
+        return wrapped(*args, **kwargs)
     plan = settings.generation_plan()
     if plan.timesteps and _has_own_timesteps(wrapped, args, kwargs):
         plan = replace(plan, timesteps=None)

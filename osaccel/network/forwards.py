@@ -1,45 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
 """A module's forward replaced on the instance, and the tensors in what goes in and comes out of it."""
 
-from typing import Any, Callable, Dict, Sequence, Tuple
+import functools
+import threading
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 
+from osaccel.attaching import ABSENT, hide_from_copies, lock, put_back
+from osaccel.clock import Clock
+
 Streams = Tuple[torch.Tensor, ...]
-_ABSENT = object()
+
+
+class _Switch:
+    """A module's `forward` while replacements are attached to it: every thread gets its own, the newest it has.
+
+    Pipelines in several threads may share a module; a generation within a step of another one may, too. In a thread
+    without a replacement the module's own forward runs.
+    """
+
+    def __init__(self, module: torch.nn.Module):
+        self.module, self.original = module, module.forward
+        self.attached: Tuple[ReplacedForward, ...] = ()
+        self._previous = module.__dict__.get("forward", ABSENT)
+
+        # Torch.compile would inline past a wrapt proxy.
+        @functools.wraps(self.original)
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            current = self.current()
+            return (self.original if current is None else current.forward)(*args, **kwargs)
+
+        forward._osaccel_switch = self  # type: ignore[attr-defined]
+        module.__dict__["forward"] = forward
+        self._show_to_copies = hide_from_copies(module, self._put_back)
+
+    @staticmethod
+    def of(module: torch.nn.Module) -> "_Switch":
+        return getattr(module.__dict__.get("forward"), "_osaccel_switch", None) or _Switch(module)
+
+    def current(self) -> Optional["ReplacedForward"]:
+        thread = threading.get_ident()
+        for one in reversed(self.attached):
+            if one.thread in (thread, None):
+                return one
+        return None
+
+    def add(self, one: "ReplacedForward") -> None:
+        for other in self.attached:
+            if other.clock is one.clock or other.thread is None or one.thread is None:
+                raise RuntimeError("A cache is already attached to these transformer blocks; detach it first.")
+        self.attached += (one,)
+
+    def remove(self, one: "ReplacedForward") -> None:
+        self.attached = tuple(other for other in self.attached if other is not one)
+        if not self.attached:
+            self._put_back(self.module.__dict__)
+            self._show_to_copies()
+
+    def _put_back(self, attributes: Dict[str, Any]) -> None:
+        put_back(attributes, "forward", self._previous)
 
 
 class ReplacedForward:
     """A module's `forward` replaced on the instance, and put back by `restore`.
 
-    A plain function: torch.compile would inline past a wrapt proxy. While it is replaced, copy, deepcopy and pickle
-    (so torch.save too) give a module without the replacement.
+    A plain function. While it is replaced, copy, deepcopy and pickle (so torch.save too) give a module without the
+    replacement.
+
+    Args:
+        module: whose.
+        make: gives the replacement, from the module's own forward.
+        clock: for whose thread; None for all of them.
     """
 
-    def __init__(self, module: torch.nn.Module, make: Callable[[Callable], Callable]):
-        self.module = module
-        self.previous = {key: module.__dict__.get(key, _ABSENT) for key in ("forward", "__getstate__")}
-        if getattr(self.previous["forward"], "_osaccel_replacement", False):
-            raise RuntimeError("A cache is already attached to these transformer blocks; detach it first.")
-        replacement = make(module.forward)
-        replacement._osaccel_replacement = True  # type: ignore[attr-defined]
-        module.__dict__["forward"] = replacement
-        module.__dict__["__getstate__"] = self._original_state
+    def __init__(self, module: torch.nn.Module, make: Callable[[Callable], Callable], clock: Optional[Clock] = None):
+        self.clock = clock
+        with lock:
+            self._switch = _Switch.of(module)
+            try:
+                self.forward = make(self._switch.original)
+                self._switch.add(self)
+            except BaseException:
+                self._switch.remove(self)
+                raise
 
-    def _original_state(self) -> Dict[str, Any]:
-        state = dict(self.module.__dict__)
-        self._put_back(state)
-        return state
+    @property
+    def thread(self) -> Optional[int]:
+        return None if self.clock is None else self.clock.thread
 
-    def _put_back(self, attributes: Dict[str, Any]) -> None:
-        for key, value in self.previous.items():
-            if value is _ABSENT:
-                attributes.pop(key, None)
-            else:
-                attributes[key] = value
+    def is_current(self) -> bool:
+        """Whether it is what this thread's calls of the module reach."""
+        return self._switch.current() is self
 
     def restore(self) -> None:
-        self._put_back(self.module.__dict__)
+        with lock:
+            self._switch.remove(self)
 
 
 class HiddenStates:

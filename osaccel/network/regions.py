@@ -179,7 +179,8 @@ class BlockCache:
             for index, block in enumerate(blocks):
                 of_block = by_block.get(index)
                 if of_block or compile_forward or index == 0:
-                    self._replaced.append(ReplacedForward(block, self._maker(index, of_block, compile_forward)))
+                    make = self._maker(index, of_block, compile_forward)
+                    self._replaced.append(ReplacedForward(block, make, clock))
         except BaseException:
             self.detach()
             raise
@@ -223,6 +224,10 @@ class BlockCache:
         """Forget every stored delta."""
         for cache in self.regions:
             cache.clear()
+
+    def is_reached(self) -> bool:
+        """Whether this thread's calls of the blocks come here."""
+        return self._replaced[0].is_current()
 
     def detach(self) -> None:
         self.clear()

@@ -29,7 +29,7 @@ import torch
 from .levels import alphas_cumprod_at, checked_timesteps, sigmas_at
 
 # Instance attributes that belong to whoever opened the generation; neither saved nor restored here.
-_NOT_STATE = ("step", "set_timesteps")
+_NOT_STATE = ("step", "set_timesteps", "__getstate__")
 # What Heun's and KDPM2's steps create on a scheduler that does not have it yet; left behind, it keeps a latent alive.
 _MADE_BY_STEPS = ("sample", "dt")
 

@@ -117,8 +117,6 @@ class Session:
         self.is_delivered = outputs.deliver(path, content, write) and self.is_delivered
 
     def _record(self, call: Call) -> Any:
-        if not self.calls:
-            self.team.led(self._check_outputs)
         output = self.runner.record(call)
         self.calls.append(call)
         after = RandomState(call.state.generators)
@@ -126,11 +124,6 @@ class Session:
             self._end(self.runner.search())
             after.restore()
         return output
-
-    def _check_outputs(self) -> None:
-        for path in (self.settings.timesteps_output, self.settings.cache_output, self.settings.plan_output):
-            if path is not None:
-                outputs.check(path)
 
     def _give_up(self, error: BaseException) -> None:
         """The call failed. Most scripts end now; in one that does not, the next call is the first of a new search."""

@@ -26,10 +26,12 @@ def attached(pipeline: Any, group: Optional[Any], settings: Settings) -> Iterato
 
     with contextlib.ExitStack() as stack:
         place = settings.sources.get("attention", "OSACCEL_ATTENTION")
-        for undo in (
-            attention.attach(pipeline, settings.attention, place),
-            tiles.attach(pipeline, group, settings.parallel_vae),
+        # One by one: what is attached already is detached when the next one fails.
+        for attach in (
+            lambda: attention.attach(pipeline, settings.attention, place),
+            lambda: tiles.attach(pipeline, group, settings.parallel_vae),
         ):
+            undo = attach()
             if undo is not None:
                 stack.callback(undo)
         yield

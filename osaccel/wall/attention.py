@@ -5,13 +5,15 @@ Invariant: a mask is left out only after every latent was found visible in it, a
 checkpoint's own only for calls with such a mask; cross-attention is never touched.
 """
 
+import contextlib
+import functools
 import logging
 import sys
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from osaccel.attaching import is_rank_zero
+from osaccel.attaching import hide_from_copies, is_rank_zero, put_back
 from osaccel.formats import SettingsError
 
 logger = logging.getLogger("osaccel")
@@ -20,6 +22,8 @@ logger = logging.getLogger("osaccel")
 MODEL, PROCESSOR = "OpenSoraT2V", "AttnProcessor2_0"
 FLASH = "flash"
 _said = set()  # type: ignore[var-annotated]
+# The transformers whose kernels are chosen by an Entry, by id.
+_chosen: Dict[int, "Entry"] = {}
 
 
 class Facts(NamedTuple):
@@ -140,13 +144,25 @@ class Entry:
         self._own = [(processor, processor.attention_mode) for processor in processors]
 
     def attach(self, transformer: torch.nn.Module) -> Callable[[], None]:
+        undo = contextlib.ExitStack()
+        if self.kernel:
+            self._claim(transformer, undo)
         handle = transformer.register_forward_pre_hook(self._on_call, with_kwargs=True)
+        undo.callback(handle.remove)
+        undo.callback(hide_from_copies(transformer, lambda attributes: _without_hook(attributes, handle.id)))
+        return undo.close
 
-        def undo() -> None:
-            handle.remove()
-            self._use(None)
-
-        return undo
+    def _claim(self, transformer: torch.nn.Module, undo: contextlib.ExitStack) -> None:
+        """Have the processors for this generation alone: their kernel is one for all that call them."""
+        if _chosen.setdefault(id(transformer), self) is not self:
+            raise RuntimeError(
+                f"attention: {self.kernel} is chosen call by call, so pipelines that share a transformer cannot use it "
+                "at once; call one after the other, or use OSACCEL_ATTENTION=keep."
+            )
+        undo.callback(_chosen.pop, id(transformer))
+        undo.callback(self._use, None)
+        for processor, own in self._own:
+            undo.callback(hide_from_copies(processor, functools.partial(put_back, name="attention_mode", value=own)))
 
     def _on_call(self, module: Any, args: tuple, kwargs: dict) -> Tuple[tuple, dict]:
         visible = "attention_mask" in kwargs and _hides_nothing(kwargs["attention_mask"])
@@ -161,6 +177,11 @@ class Entry:
         for processor, own in self._own:
             processor.attention_mode = kernel or own
         self._current = kernel
+
+
+def _without_hook(attributes: Dict[str, Any], number: int) -> None:
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+        attributes[name] = type(attributes[name])(item for item in attributes[name].items() if item[0] != number)
 
 
 def _hides_nothing(mask: Optional[torch.Tensor]) -> bool:

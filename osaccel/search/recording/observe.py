@@ -39,7 +39,7 @@ def watch_blocks(
 
     try:
         for index, block in enumerate(blocks):
-            replaced.append(ReplacedForward(block, maker(index)))
+            replaced.append(ReplacedForward(block, maker(index), clock))
     except BaseException:
         detach()
         raise
