@@ -58,7 +58,12 @@ class Found(NamedTuple):
 
     @property
     def square(self) -> float:
-        """What calls to come may expect, from those at hand."""
+        """The mean squared error of the calls."""
+        return float(np.mean(np.square(self.evaluation.details["errors"])))
+
+    @property
+    def expected(self) -> float:
+        """The same as the probes' were taken."""
         return expected_square(self.evaluation.details["errors"])
 
 
@@ -242,9 +247,9 @@ class PlanRunner(JournalledRunner):
         while choice is not None and (not tried or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
             tried.append(found)
-            if self._keeps(found) and (goal.kind != "speed" or found.square <= AS_PREDICTED**2 * choice.square):
+            if self._keeps(found) and (goal.kind != "speed" or found.expected <= AS_PREDICTED**2 * choice.square):
                 break
-            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.square))
+            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             choice = self.team.share(self._another(goal, tried))
         tried += self._even(goal, limit, crew)
         best = min(tried, key=lambda found: (not self._keeps(found), found.square))
