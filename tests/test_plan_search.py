@@ -338,8 +338,10 @@ def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_ag
 
 
 def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
-    with pytest.raises(SearchError, match="No plan reaches 50x: at most .*x can be reached"):
+    with pytest.raises(SearchError, match="No plan reaches 50x: at most 15.00x can be reached"):
         search(tmp_path, ("50x",))
+    _, plan, report = search(tmp_path / "far", ("6x",))
+    assert len(plan.skip) == 25 and report["predicted_error"] is None and report["error"] == plan.measured["error"]
     sampler = Pipeline(scheduler=DPMSolverMultistepScheduler(), num_blocks=1)
     with pytest.raises(SearchError, match="guidance is off, DPMSolverMultistepScheduler cannot skip steps, and"):
         search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)

@@ -15,6 +15,8 @@ from osaccel.search.places import even_places
 FULL, HALF, SKIP, FORECAST = "full", "half", "skip", "forecast"
 # What an action may save with; each has its own kind of error.
 FAMILIES = (HALF, SKIP, FORECAST)
+# Steps that an even plan computes at least: the first and the last.
+FEWEST = 2
 # A forecast step computes the first block: through it the latents of now reach what was forecast.
 COMPUTED_BLOCKS = 1
 
@@ -142,6 +144,6 @@ def plan_of(chosen: Sequence[Action], windows: Windows, predictor: float = 0.0) 
 
 def even_plan(steps: int, work: float, predictor: float = 0.0) -> Plan:
     """The plan of at most this work that knows no windows: steps are skipped evenly, from the first on."""
-    computed = even_places(steps, max(2, int(work * steps + 1e-9)))
+    computed = even_places(steps, max(FEWEST, int(work * steps + 1e-9)))
     skip = tuple(step for step in range(steps) if step not in computed)
     return Plan(steps=steps, skip=skip, correction=Correction(predictor, corrector=1.0) if skip else Correction())

@@ -2,47 +2,18 @@
 """Runs plans on the recorded calls, from the first step that they change, and says how far the final latents move."""
 
 import time
-from typing import Any, Callable, List, Mapping, Optional, Sequence
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
 from osaccel import formats
-from osaccel.interceptors import Interceptor, StepCall
 from osaccel.plan import Plan, Schedule
-from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import check_scheduler, power_of
-from osaccel.search.evaluation import Evaluation
+from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.frames import mean_psnr
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.reference import Reference
 from osaccel.search.team import Team
-
-
-class DenoisedLog(Interceptor):
-    """Keeps the guided denoised prediction of every step, flat, float32, on the host."""
-
-    def begin(self, scheduler: Any) -> None:
-        self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
-        self.sigmas, self.rows = self.levels.of_steps(), []  # type: ignore[var-annotated]
-        # q of the sampler's step; None where its steps cannot be skipped.
-        self.power: Optional[float] = None
-
-    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
-        if not self.rows:
-            self.power = _power(self.scheduler, call)
-        denoised = self.levels.denoised(call.model_output, self.sigmas[len(self.rows)], call.sample)
-        self.rows.append(denoised.detach().flatten().cpu())
-        return proceed(call)
-
-
-def _power(scheduler: Any, call: StepCall) -> Optional[float]:
-    try:
-        check_scheduler(scheduler)
-        return power_of(scheduler, call)
-    except UnsupportedScheduler:
-        return None
 
 
 class Measure:
@@ -60,7 +31,8 @@ class Measure:
     ):
         self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
         self.reference = Reference(self.replays, team)
-        self.final: Optional[torch.Tensor] = None
+        # The first call's final latents by job, of those run here.
+        self.finals: Dict[str, torch.Tensor] = {}
 
     def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
         """Evaluate the plan whose content `job` is; `details` holds the relative error of every call."""
@@ -74,8 +46,8 @@ class Measure:
             squares.append(run.square)
             curves.append(tuple(run.curve))
             work += replay.cache.computed_blocks if replay.cache else 0.0
-            if number == 0:
-                self.final = run.last
+            if number == 0 and run.last is not None:
+                self.finals[key_of(job)] = run.last
             if run.square is None:
                 break
             if self.decode:

@@ -7,33 +7,39 @@ in `gains` and `choice`; here is what it is decided on, and in which order.
 
 import logging
 import os
-import statistics
 import time
 from dataclasses import replace
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
 
 from osaccel import binding, formats
-from osaccel.generation import Generation, find_blocks
-from osaccel.network.forwards import HiddenStates
+from osaccel.generation import find_blocks
 from osaccel.plan import Plan
-from osaccel.sampling.standin import FLOW
 from osaccel.search import frames as pictures
 from osaccel.search import outputs, recordings
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.journal import Journal
 from osaccel.search.journalled import JournalledRunner
-from osaccel.search.plan import sidecar
-from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, even_plan, plan_of
+from osaccel.search.plan import observation, sidecar
+from osaccel.search.plan.actions import (
+    FAMILIES,
+    FEWEST,
+    FORECAST,
+    HALF,
+    SKIP,
+    Action,
+    Windows,
+    actions_for,
+    even_plan,
+    plan_of,
+)
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
-from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
-from osaccel.search.plan.measure import DenoisedLog, Measure, first_change
-from osaccel.search.recording.observe import watch_blocks
+from osaccel.search.plan.local import predictor_moments, squared_sizes
+from osaccel.search.plan.measure import Measure, first_change
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.search.workers import Evaluate, Helper, Workers
@@ -92,26 +98,12 @@ class PlanRunner(JournalledRunner):
                 # What was measured belongs to the calls it was measured on.
                 self.journal.forget("evaluations-")
             self.team.barrier()
-            output, observed = self._record_anew(call, replay, blocks)
+            output, observed = observation.record(call, replay, blocks)
+            self.check_finite(replay)
             recordings.keep(self.journal, self.team, number, replay, observed)
         self.replays.append(replay)
         self.observed.append(observed)
         return output
-
-    def _record_anew(self, call: Call, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
-        """The pipeline's output, and what was observed meanwhile."""
-        denoised, deltas = DenoisedLog(), DeltaLog(len(blocks), call.target.block_batch_dim())
-
-        def attach(generation: Generation) -> Callable[[], None]:
-            return watch_blocks(blocks, generation.clock, HiddenStates(call.target.hidden_states), deltas.observe)
-
-        def before_first_forward() -> None:
-            deltas.steps = len(call.pipeline.scheduler.timesteps)
-
-        replay.before_first_forward = before_first_forward
-        output = replay.record(attach, keep_outputs=True, watchers=[denoised])
-        self.check_finite(replay)
-        return output, _observed(replay, denoised, deltas)
 
     @property
     def _decodes(self) -> bool:
@@ -196,7 +188,7 @@ class PlanRunner(JournalledRunner):
         for action in self.actions:
             sizes = np.zeros((self.windows.count, len(FAMILIES)))
             for observed in self.observed:
-                for window, size in enumerate(squared_sizes(_record(observed), action, self.windows)):
+                for window, size in enumerate(squared_sizes(observation.record_of(observed), action, self.windows)):
                     sizes[window] += [size[family] for family in FAMILIES]
             total = (self.team.sum(torch.from_numpy(sizes)) / reference).tolist()
             found[action.name] = [dict(zip(FAMILIES, values)) for values in total]
@@ -210,7 +202,9 @@ class PlanRunner(JournalledRunner):
         if not self._can(SKIP):
             return 0.0
         skips = next(action for action in self.actions if action.name == REFERENCES[SKIP])
-        moments = [predictor_moments(_record(observed), skips, self.windows) for observed in self.observed]
+        moments = [
+            predictor_moments(observation.record_of(observed), skips, self.windows) for observed in self.observed
+        ]
         against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
@@ -241,7 +235,7 @@ class PlanRunner(JournalledRunner):
         One that does worse than expected tells how errors grow with an action's strength, and another is chosen. The
         plain alternative, steps skipped evenly, is measured too: no choice need be worse than it.
         """
-        choice: Optional[Choice] = self._chosen(goal)
+        choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
         while choice is not None and (not tried or self.spent + choice.work <= limit):
@@ -251,18 +245,21 @@ class PlanRunner(JournalledRunner):
                 break
             self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             choice = self.team.share(self._another(goal, tried))
-        tried += self._even(goal, limit, crew)
+        tried += self._even(goal, limit, bool(tried), crew)
         best = min(tried, key=lambda found: (not self._keeps(found), found.square))
         if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
 
-    def _even(self, goal: Goal, limit: float, crew: Workers) -> List[Found]:
-        if goal.kind != "speed" or self.spent + 1 / goal.value > limit or not self._can(SKIP):
+    def _even(self, goal: Goal, limit: float, has_choice: bool, crew: Workers) -> List[Found]:
+        is_affordable = not has_choice or self.spent + 1 / goal.value <= limit
+        if goal.kind != "speed" or not self._can(SKIP) or not is_affordable:
             return []
         plan = even_plan(self.windows.total, 1 / goal.value, self.predictor)
         (evaluation,) = self._run([plan], crew)
         choice = Choice((), plan.work(self.num_blocks), float("nan"))
+        if evaluation.error is None and not has_choice:
+            raise SearchError(f"The plan for {goal} gave latents that are not finite.")
         return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
 
     def _can(self, family: str) -> bool:
@@ -289,13 +286,16 @@ class PlanRunner(JournalledRunner):
         # What an error of the latents is in the frames is not known before one was decoded.
         return at_error(choices, goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
-    def _chosen(self, goal: Goal) -> Choice:
+    def _chosen(self, goal: Goal) -> Optional[Choice]:
+        """The first choice; None where only skipping evenly goes as far."""
         choices = self.choices()
         chosen = self._within(goal, choices)
-        if chosen is None:
+        farthest = 1 / choices[0].work
+        if goal.kind == "speed" and self._can(SKIP):
+            farthest = max(farthest, self.windows.total / FEWEST)
+        if chosen is None and (goal.kind != "speed" or goal.value > farthest):
             raise SearchError(
-                f"No plan reaches {goal}: at most {1 / choices[0].work:.2f}x can be reached with {self.windows.count} "
-                f"windows of {self.windows.length} steps. Ask for less, or sample more steps."
+                f"No plan reaches {goal}: at most {farthest:.2f}x can be reached. Ask for less, or sample more steps."
             )
         return self.team.share(chosen)
 
@@ -353,9 +353,9 @@ class PlanRunner(JournalledRunner):
         return replace(found.plan, made_for=bound, measured=measured)
 
     def _write_frames(self, found: Found) -> None:
-        """Frames of the first call, plain and under the first plan, which ran last where only one was asked for."""
-        final = self.measure.final
-        if not self.team.all_agree(final is not None and len(self.settings.target) == 1) or final is None:
+        """Frames of the first call, plain and under the first plan, where it ran in this process."""
+        final = self.measure.finals.get(found.evaluation.key)
+        if not self.team.all_agree(final is not None) or final is None:
             return
         content = pictures.frames(self.replays[0], final, "plan")
         if self.team.is_first and content is not None:
@@ -377,47 +377,6 @@ def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
         return output
     stem, ending = os.path.splitext(output)
     return f"{stem}.{str(goals[number]).replace(':', '')}{ending}"
-
-
-def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog) -> Dict[str, Any]:
-    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
-    weights, differences = _guidance(replay)
-    one, zero = torch.ones(1), torch.zeros(1)
-    slopes = [float(log.levels.denoised(one, sigma, zero)) for sigma in log.sigmas[:-1]]
-    guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
-    return {
-        "denoised": torch.stack(log.rows),
-        "guidance": torch.stack(guidance) if guidance else torch.zeros(0),
-        "sigmas": list(log.sigmas),
-        "gram": deltas.gram(statistics.median(weights) if weights else None),
-        "slopes": slopes,
-        "power": 0.0 if log.power is None else log.power,
-    }
-
-
-def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
-    """The guidance scale and the difference of the branches' outputs, by step; nothing where guidance is off.
-
-    With e = unconditional + w (conditional - unconditional), a difference that is too large by d makes the
-    unconditional output too small by d and e too large by (w - 1) d. Here w is read off outputs and predictions.
-    """
-    recording = replay.recording
-    weights, differences = [], []
-    for step, forwards in enumerate(recording.outputs):
-        prediction = recording.predictions[step]
-        if len(forwards) != 1 or forwards[0].shape[0] != 2 * prediction.shape[0]:
-            return [], []
-        # Learned variances, where there are any, are behind the prediction's channels.
-        unconditional, conditional = (half[:, : prediction.shape[1]].float() for half in forwards[0].chunk(2))
-        difference = conditional - unconditional
-        square = difference.square().sum()
-        weights.append(float(((prediction.float() - unconditional) * difference).sum() / square) if square > 0 else 1.0)
-        differences.append(difference.flatten())
-    return weights, differences
-
-
-def _record(observed: Dict[str, Any]) -> Record:
-    return Record(**{**observed, "power": observed["power"] or FLOW})
 
 
 def _said(evaluation: Evaluation) -> str:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records a plain generation for the plan search: predictions of every step, both branches, and the blocks' deltas."""
+
+import statistics
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+
+import torch
+
+from osaccel.generation import Generation
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.network.forwards import HiddenStates
+from osaccel.sampling.levels import NoiseLevels
+from osaccel.sampling.lists import UnsupportedScheduler
+from osaccel.sampling.standin import FLOW, check_scheduler, power_of
+from osaccel.search.plan.deltas import DeltaLog
+from osaccel.search.plan.local import Record
+from osaccel.search.recording.observe import watch_blocks
+from osaccel.search.recording.replay import Call, Replay
+
+
+def record(call: Call, replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
+    """The pipeline's output, and what was observed: plain values and tensors, for `record_of`."""
+    denoised, deltas = DenoisedLog(), DeltaLog(len(blocks), call.target.block_batch_dim())
+
+    def attach(generation: Generation) -> Callable[[], None]:
+        return watch_blocks(blocks, generation.clock, HiddenStates(call.target.hidden_states), deltas.observe)
+
+    def before_first_forward() -> None:
+        deltas.steps = len(call.pipeline.scheduler.timesteps)
+
+    replay.before_first_forward = before_first_forward
+    output = replay.record(attach, keep_outputs=True, watchers=[denoised])
+    return output, _observed(replay, denoised, deltas)
+
+
+def record_of(observed: Dict[str, Any]) -> Record:
+    """What a recorded call showed."""
+    return Record(**{**observed, "power": observed["power"] or FLOW})
+
+
+class DenoisedLog(Interceptor):
+    """Keeps the guided denoised prediction of every step, flat, float32, on the host."""
+
+    def begin(self, scheduler: Any) -> None:
+        self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
+        self.sigmas, self.rows = self.levels.of_steps(), []  # type: ignore[var-annotated]
+        # q of the sampler's step; None where its steps cannot be skipped.
+        self.power: Optional[float] = None
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        if not self.rows:
+            self.power = _power(self.scheduler, call)
+        denoised = self.levels.denoised(call.model_output, self.sigmas[len(self.rows)], call.sample)
+        self.rows.append(denoised.detach().flatten().cpu())
+        return proceed(call)
+
+
+def _power(scheduler: Any, call: StepCall) -> Optional[float]:
+    try:
+        check_scheduler(scheduler)
+        return power_of(scheduler, call)
+    except UnsupportedScheduler:
+        return None
+
+
+def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog) -> Dict[str, Any]:
+    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
+    weights, differences = _guidance(replay)
+    one, zero = torch.ones(1), torch.zeros(1)
+    slopes = [float(log.levels.denoised(one, sigma, zero)) for sigma in log.sigmas[:-1]]
+    guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
+    return {
+        "denoised": torch.stack(log.rows),
+        "guidance": torch.stack(guidance) if guidance else torch.zeros(0),
+        "sigmas": list(log.sigmas),
+        "gram": deltas.gram(statistics.median(weights) if weights else None),
+        "slopes": slopes,
+        "power": 0.0 if log.power is None else log.power,
+    }
+
+
+def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
+    """The guidance scale and the difference of the branches' outputs, by step; nothing where guidance is off.
+
+    With e = unconditional + w (conditional - unconditional), a difference that is too large by d makes the
+    unconditional output too small by d and e too large by (w - 1) d. Here w is read off outputs and predictions.
+    """
+    recording = replay.recording
+    weights, differences = [], []
+    for step, forwards in enumerate(recording.outputs):
+        prediction = recording.predictions[step]
+        if len(forwards) != 1 or forwards[0].shape[0] != 2 * prediction.shape[0]:
+            return [], []
+        # Learned variances, where there are any, are behind the prediction's channels.
+        unconditional, conditional = (half[:, : prediction.shape[1]].float() for half in forwards[0].chunk(2))
+        difference = conditional - unconditional
+        square = difference.square().sum()
+        weights.append(float(((prediction.float() - unconditional) * difference).sum() / square) if square > 0 else 1.0)
+        differences.append(difference.flatten())
+    return weights, differences
