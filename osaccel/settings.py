@@ -219,7 +219,14 @@ class Setting(NamedTuple):
 
 
 TABLE: Tuple[Setting, ...] = (
-    Setting("config", (), _path, "one YAML file: cache:, sampling:, wall:, search:, log:", "FILE", is_path=True),
+    Setting(
+        "config",
+        (),
+        _path,
+        "one YAML file: plan:, correction:, cache:, sampling:, wall:, search:, log:",
+        "FILE",
+        is_path=True,
+    ),
     Setting(
         "plan",
         ("plan",),

@@ -13,6 +13,7 @@ import pytest
 
 from osaccel import binding, formats
 from osaccel.dit_cache_config import DitCacheConfig
+from osaccel.search import frames
 
 CONFIG = DitCacheConfig(4, 2, 2, 3)
 
@@ -235,3 +236,18 @@ def test_a_video_is_measured_before_it_is_decoded(tmp_path):
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         message, spent = result.stdout.strip().rsplit("\n", 1)
         assert expected in message and int(spent) < most, (result.stdout, result.stderr[-2000:])
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs modes of files")
+@pytest.mark.parametrize("umask", (0o022, 0o027))
+def test_what_a_search_leaves_is_as_readable_as_the_user_s_other_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        formats.write_json(str(tmp_path / "plan.json"), {})
+        frames.write_frames(str(tmp_path / "plan.json.report.npz"), {"plain": np.zeros((2, 4, 4, 3), np.uint8)})
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {oct(0o666 & ~umask)}
+    with np.load(tmp_path / "plan.json.report.npz") as content:
+        assert content["plain"].shape == (2, 4, 4, 3)

@@ -25,16 +25,18 @@ def test_one_version_everywhere():
 
 def test_license_types_and_data_are_in_the_package():
     assert "Apache License" in text("LICENSE") and 'KEY: "Apache-2.0"' in text("setup.py")
-    for name in ("py.typed", "report/page.html", "demo/checkpoint/README.md"):
+    for name in ("py.typed", "plan.schema.json", "report/page.html", "demo/checkpoint/README.md"):
         assert (ROOT / "osaccel" / name).exists()
-    assert 'osaccel = ["py.typed", "*.pyi"]' in text("pyproject.toml") and '["page.html"]' in text("pyproject.toml")
+    assert 'osaccel = ["py.typed", "*.pyi", "plan.schema.json"]' in text("pyproject.toml") and '["page.html"]' in text(
+        "pyproject.toml"
+    )
 
 
 def test_no_extra_brings_another_torch():
     assert "torch_npu" not in text("pyproject.toml") and "download.pytorch.org" not in text("constraints.txt")
 
 
-@pytest.mark.parametrize("module", ["run", "report", "doctor"])
+@pytest.mark.parametrize("module", ["run", "report", "doctor", "demo"])
 def test_every_command_says_its_version(module):
     command = [sys.executable, "-m", f"osaccel.{module}", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"osaccel {osaccel.__version__}\n"

@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Optional
 
+from osaccel import __version__
+
 # What the extra `demo` brings, by the names under which it is imported.
 EXTRA = ("accelerate", "diffusers", "einops", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "scipy", "tqdm",
          "transformers")  # fmt: skip
@@ -49,6 +51,7 @@ def run(out: Path, number: int, seed: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m osaccel.demo", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"osaccel {__version__}")
     parser.add_argument("--out", type=Path, default=Path("osaccel_demo"), help="folder for the videos (osaccel_demo)")
     parser.add_argument("--fast", action="store_true", help="two prompts instead of four")
     parser.add_argument("--seed", type=int, default=0)
