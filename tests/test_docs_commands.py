@@ -164,9 +164,8 @@ def ready(words, how):
         f"{DEMO}/checkpoint/text_encoder --save_img_path videos --num_sampling_steps {STEPS} --seed 0 "
         f"--text_prompt prompts.txt"
     )
-    words = words.replace("--nproc_per_node 8", "--nproc_per_node 1").replace(
-        "torchrun ...", "torchrun --nproc_per_node 1"
-    )
+    one = "torchrun --standalone --nproc_per_node 1"
+    words = words.replace("torchrun --nproc_per_node 8", one).replace("torchrun ...", one)
     words = re.sub(r"sample_t2v(_sp(_on_npu)?)?( --device cpu)? \.\.\.", rf"sample_t2v\3 {options}", words)
     assert "..." not in words
     return words
