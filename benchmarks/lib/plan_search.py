@@ -18,15 +18,15 @@ from benchmarks.lib.models import Case
 from benchmarks.lib.own import code
 from osaccel import binding, formats
 from osaccel.search.errors import SearchError
-from osaccel.search.plan.actions import HALF, SKIP, Action, Windows, plan_of, units
+from osaccel.search.plan.actions import FORECAST, HALF, SKIP, Action, Windows, alone, plan_of, units
 from osaccel.search.plan.choice import at_work, curve
 from osaccel.search.plan.runner import PlanRunner, path_of
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
 from osaccel.targets import target_of
 
-# The families that the search knows, each by what its actions must not hold.
-FAMILIES = {"conditional only": SKIP, "skipped, corrected": HALF}
+# The families that the search knows.
+FAMILIES = {"conditional only": HALF, "skipped, corrected": SKIP, "blocks forecast": FORECAST}
 # How far a rival's work may be from the found plan's, plain = 1.
 NEAR = 0.01
 # Rivals of every found plan that are drawn; how many of them run is the benchmark's option.
@@ -113,16 +113,16 @@ def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output
     generator = np.random.default_rng(0)
     return Searched(
         plans=[formats.plan_content(plan) for plan in plans],
-        families={name: _alone(runner, without, speeds) for name, without in FAMILIES.items()},
+        families={name: _alone(runner, family, speeds) for name, family in FAMILIES.items()},
         rivals=[_rivals(runner, plan.work(bench.num_blocks), generator) for plan in plans],
         generations=reports[-1]["cost"]["plain_generations"],
         measured=[{key: report[key] for key in ("work", "error", "predicted_error")} for report in reports],
     )
 
 
-def _alone(runner: PlanRunner, without: str, speeds: Sequence[float]) -> List[Any]:
+def _alone(runner: PlanRunner, family: str, speeds: Sequence[float]) -> List[Any]:
     """The same choice among the actions of one family, from the same measurements."""
-    numbers = [number for number, action in enumerate(runner.actions) if without not in action.cycle]
+    numbers = alone(runner.actions, family)
     choices = curve([runner.actions[number] for number in numbers], runner.squares[:, numbers], runner.windows)
     found = [at_work(choices, 1 / speed) for speed in speeds]
     return [None if one is None else formats.plan_content(plan_of(one.actions, runner.windows)) for one in found]
@@ -147,8 +147,9 @@ class Draw:
     def __init__(self, actions: Sequence[Action], windows: Windows, work: float):
         self.actions, self.windows = actions, windows
         self.costs = [[units(action, windows, window) for action in actions] for window in range(windows.count)]
-        whole = 2 * (windows.first + windows.length * windows.count)
-        self.most = work * whole - 2 * windows.first + 1e-6
+        each = 2 * windows.blocks
+        whole = each * windows.total
+        self.most = work * whole - each * windows.first + 1e-6
         self.least = self.most - NEAR * whole
 
     def structured(self, count: int, generator: np.random.Generator) -> List[List[Action]]:

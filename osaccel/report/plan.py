@@ -21,7 +21,7 @@ KINDS = {
     "skipped": GREY,
 }
 COMPUTED, HALF, REUSED, FORECAST, SKIPPED = range(len(KINDS))
-_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN}
+_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN, "forecast": PURPLE}
 # A matter of words alone: from here on the page says that the prediction was off,
 _FAR = 1.5
 # and that a speed-up in time beyond the ideal one is no gain of the plan's.
@@ -41,6 +41,7 @@ class Run(NamedTuple):
     error: Optional[float]
     psnr: Optional[float]
     first: int
+    calls: int
     seconds: Optional[float]
     is_chosen: bool
 
@@ -56,13 +57,16 @@ class Shown:
         self.guidance = bound.get("guidance_scale")
         self.is_guided = self.guidance is None or self.guidance > 1
         self.plain_seconds = report.get("cost", {}).get("plain_seconds")
+        self.calls = len(report.get("prompts") or [0])
         self.runs = [self._run(evaluation) for evaluation in report["evaluations"]]
 
     def _run(self, evaluation: Mapping[str, Any]) -> Run:
         plan = formats.parse_plan(dict(evaluation["config"]), "a plan of the report")
         work = plan.work(self.blocks, self.steps, self.is_guided)
         first, seconds = evaluation.get("resumed_at", 0), evaluation.get("seconds") or None
-        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, seconds, plan == self.plan)
+        calls = evaluation.get("calls", self.calls)
+        is_chosen = plan == self.plan and calls == self.calls
+        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, calls, seconds, is_chosen)
 
     @property
     def chosen(self) -> Optional[Run]:
@@ -93,7 +97,7 @@ def content(report: Dict[str, Any]) -> Content:
 
 
 def _found(shown: Shown) -> List[str]:
-    report, calls = shown.report, len(shown.report.get("prompts") or [0])
+    report, calls = shown.report, shown.calls
     psnr = "" if report.get("psnr") is None else f", PSNR of the frames {report['psnr']:.2f} dB"
     found = [
         f"{words.share(report['work'])} of the network work, an ideal speed-up of {1 / report['work']:.2f}x: "
@@ -162,13 +166,14 @@ def _runs(shown: Shown) -> Table:
             words.share(run.work),
             f"{1 / run.work:.2f}x",
             str(run.first),
+            str(run.calls),
             "–" if run.seconds is None else words.duration(run.seconds),
             words.number(run.error) if run.error is not None else "not finite",
             words.number(run.psnr),
         )
         for run in runs
     ]
-    columns = ("what it was", "network work", "ideal", "run from step", "time", "error", "PSNR in dB")
+    columns = ("what it was", "network work", "ideal", "run from step", "of calls", "time", "error", "PSNR in dB")
     text = "Every plan that this search ran, all measured, from the first step that the plan changes."
     return Table("What was run", text, columns, rows, [number for number, run in enumerate(runs) if run.is_chosen])
 
@@ -206,7 +211,9 @@ def _windows(shown: Shown) -> Table:
 def _counts(plan: Plan, steps: range) -> str:
     skipped = sum(step in plan.skip for step in steps)
     halves = sum(step in plan.conditional_only for step in steps)
-    counts = {"full": len(steps) - skipped - halves, "conditional only": halves, "skipped": skipped}
+    forecast = sum(any(step in region.reuse for region in plan.regions) for step in steps)
+    rest = len(steps) - skipped - halves - forecast
+    counts = {"full": rest, "conditional only": halves, "skipped": skipped, "forecast": forecast}
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 

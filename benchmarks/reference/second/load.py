@@ -9,7 +9,7 @@ from .data import CAPTION_WORDS, FRAMES, SIZE
 from .paths import CHECKPOINT
 from .readout import judge
 
-GUIDANCE = 6.0
+GUIDANCE = 5.0
 STEPS = 100
 
 __all__ = [

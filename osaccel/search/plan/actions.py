@@ -7,13 +7,15 @@ window begins with a full step and its error depends little on what its neighbou
 
 import math
 from dataclasses import dataclass
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Container, Dict, List, NamedTuple, Sequence, Tuple
 
-from osaccel.plan import Correction, Plan
+from osaccel.plan import Correction, Plan, Region
 
-FULL, HALF, SKIP = "full", "half", "skip"
-# Network work of a step, in halves of one forward.
-UNITS = {FULL: 2, HALF: 1, SKIP: 0}
+FULL, HALF, SKIP, FORECAST = "full", "half", "skip", "forecast"
+# What an action may save with; each has its own kind of error.
+FAMILIES = (HALF, SKIP, FORECAST)
+# A forecast step computes the first block: through it the latents of now reach what was forecast.
+COMPUTED_BLOCKS = 1
 
 
 class Action(NamedTuple):
@@ -31,9 +33,18 @@ def _skips(length: int) -> Action:
     return Action(f"s{length}", (FULL, *(SKIP,) * (length - 1)))
 
 
+def _forecasts(length: int) -> Action:
+    return Action(f"f{length}", (FULL, *(FORECAST,) * (length - 1)))
+
+
 def _skips_with_halves(length: int, halves: int = 1) -> Action:
     skips = (SKIP,) * (length - 1)
     return Action(f"s{length}c{halves + 1}", (FULL, *skips, *(HALF, *skips) * halves))
+
+
+def _skips_with_forecasts(length: int, forecasts: int = 1) -> Action:
+    skips = (SKIP,) * (length - 1)
+    return Action(f"s{length}f{forecasts + 1}", (FULL, *skips, *(FORECAST, *skips) * forecasts))
 
 
 PLAIN = Action("full", (FULL,))
@@ -41,6 +52,9 @@ ACTIONS = (
     PLAIN,
     *(_halves(length) for length in (2, 3, 4, 6, 12)),
     *(_skips(length) for length in (2, 3, 4, 6)),
+    *(_forecasts(length) for length in (2, 3, 4, 6)),
+    *(_skips_with_forecasts(length) for length in (2, 3)),
+    _skips_with_forecasts(2, forecasts=2),
     *(_skips_with_halves(length) for length in (2, 3, 6)),
     *(_skips_with_halves(length, halves=2) for length in (2, 4)),
     *(_skips_with_halves(length, halves=3) for length in (3,)),
@@ -56,60 +70,70 @@ SETTLING = 0.1
 
 @dataclass(frozen=True)
 class Windows:
-    """Consecutive windows of `length` steps; what is before the first is computed in full."""
+    """Consecutive windows of `length` steps through `blocks` blocks; what is before the first is computed in full."""
 
     first: int
     length: int
     count: int
+    blocks: int
 
     @classmethod
-    def of(cls, steps: int) -> "Windows":
+    def of(cls, steps: int, blocks: int) -> "Windows":
         """As many as fit behind the steps that settle a video, of the longest length that gives enough of them."""
         for length in LENGTHS:
             count = (steps - max(1, math.ceil(SETTLING * steps))) // length
             if count >= FEWEST_WINDOWS:
                 break
-        return cls(steps - length * count, length, count)
+        return cls(steps - length * count, length, count, blocks)
+
+    @property
+    def total(self) -> int:
+        """Steps of the generation."""
+        return self.first + self.length * self.count
 
     def steps(self, window: int) -> range:
         begin = self.first + window * self.length
         return range(begin, begin + self.length)
 
 
-def actions_for(length: int, guided: bool, can_skip: bool) -> List[Action]:
-    """The actions whose cycle fits a window and that this run can take."""
+def actions_for(length: int, kinds: Container[str]) -> List[Action]:
+    """The actions whose cycle fits a window and that save only in these ways."""
     return [
         action
         for action in ACTIONS
-        if length % len(action.cycle) == 0
-        and (guided or HALF not in action.cycle)
-        and (can_skip or SKIP not in action.cycle)
+        if length % len(action.cycle) == 0 and all(kind == FULL or kind in kinds for kind in action.cycle)
     ]
+
+
+def alone(actions: Sequence[Action], family: str) -> List[int]:
+    """The places of the actions that save in no other way."""
+    return [place for place, action in enumerate(actions) if {FULL, family}.issuperset(action.cycle)]
 
 
 def kinds(action: Action, windows: Windows, window: int) -> Dict[int, str]:
     """What each step of a window is under an action; the generation's last step is always computed in full."""
     steps = windows.steps(window)
     found = {step: action.cycle[place % len(action.cycle)] for place, step in enumerate(steps)}
-    last = windows.first + windows.count * windows.length - 1
-    return {step: FULL if step == last else kind for step, kind in found.items()}
+    return {step: FULL if step == windows.total - 1 else kind for step, kind in found.items()}
 
 
 def units(action: Action, windows: Windows, window: int) -> int:
-    """Network work of a window under an action."""
-    return sum(UNITS[kind] for kind in kinds(action, windows, window).values())
+    """Network work of a window under an action, in halves of one block."""
+    each = {FULL: 2 * windows.blocks, HALF: windows.blocks, SKIP: 0, FORECAST: 2 * COMPUTED_BLOCKS}
+    return sum(each[kind] for kind in kinds(action, windows, window).values())
 
 
 def plan_of(chosen: Sequence[Action], windows: Windows, corrector: float = 1.0) -> Plan:
     """The plan in which every window takes its action."""
-    steps = windows.first + windows.count * windows.length
     by_step: Dict[int, str] = {}
     for window, action in enumerate(chosen):
         by_step.update(kinds(action, windows, window))
-    skip = tuple(step for step, kind in by_step.items() if kind == SKIP)
+    steps = {family: tuple(step for step, kind in by_step.items() if kind == family) for family in FAMILIES}
+    region = Region(COMPUTED_BLOCKS, windows.blocks, steps[FORECAST], order=1)
     return Plan(
-        steps=steps,
-        skip=skip,
-        conditional_only=tuple(step for step, kind in by_step.items() if kind == HALF),
-        correction=Correction(corrector=corrector if skip else 0.0),
+        steps=windows.total,
+        skip=steps[SKIP],
+        conditional_only=steps[HALF],
+        regions=(region,) if steps[FORECAST] else (),
+        correction=Correction(corrector=corrector if steps[SKIP] else 0.0),
     )

@@ -2,14 +2,14 @@
 """Chooses an action for every window so that the summed squared errors are least at every network work; exact.
 
 Errors that different windows make in the final latents are nearly orthogonal, so their squares add up and the best plan
-is a multiple-choice knapsack, solved by dynamic programming over the work in halves of one forward.
+is a multiple-choice knapsack, solved by dynamic programming over the work in halves of one block.
 """
 
 from typing import List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import FULL, UNITS, Action, Windows, units
+from osaccel.search.plan.actions import Action, Windows, units
 
 
 class Choice(NamedTuple):
@@ -37,7 +37,7 @@ def curve(actions: Sequence[Action], squares: np.ndarray, windows: Windows) -> L
         squares: (window, action), the squared relative error that it adds to the final latents; may be infinite.
     """
     costs = np.array([[units(action, windows, window) for action in actions] for window in range(windows.count)])
-    before = windows.first * UNITS[FULL]
+    before = windows.first * 2 * windows.blocks
     most = int(costs.max(axis=1).sum())
     best = np.full(most + 1, np.inf)
     best[0] = 0.0

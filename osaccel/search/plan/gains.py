@@ -11,47 +11,58 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import HALF, PLAIN, SKIP, Action, Windows
+from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Windows
 
 # The mildest action of each family: errors add up while they are small.
-REFERENCES = {HALF: "c2", SKIP: "s2"}
-# The budget's measure: replays of a group run to the end of the generation, so the groups' replays of one family take
-# about (groups + 1) / 2 plain generations over their number.
-GROUPS = 4
+REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
 
 # Local squared changes of every window by family, relative to the square of the final latents.
 Sizes = Sequence[Mapping[str, float]]
 
 
+# Of every window.
+Gain = np.ndarray
+
+
 class Probe(NamedTuple):
-    """One replay: the reference action of a family in all windows of a group."""
+    """One replay of the first `calls` calls: the reference action of a family in all windows of a group."""
 
     family: str
     windows: Sequence[int]
+    calls: int
 
     def chosen(self, actions: Mapping[str, Action], count: int) -> List[Action]:
         """An action for every window."""
         return [actions[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
 
-def probes(families: Sequence[str], windows: Windows) -> List[Probe]:
-    """What to replay, the groups in the generation's order."""
-    groups = np.array_split(np.arange(windows.count), min(GROUPS, windows.count))
-    return [Probe(family, tuple(int(window) for window in group)) for family in families for group in groups]
+def probes(families: Sequence[str], windows: Windows, count: int, calls: int) -> List[Probe]:
+    """What to replay, the windows in `count` groups, the groups in the generation's order.
+
+    Calls differ most in what is done first, so the first group is replayed on all of them and each later one on half as
+    many as the one before.
+    """
+    groups = np.array_split(np.arange(windows.count), min(count, windows.count))
+    return [
+        Probe(family, tuple(int(window) for window in group), max(1, calls >> number))
+        for family in families
+        for number, group in enumerate(groups)
+    ]
 
 
-def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: Windows) -> Dict[str, np.ndarray]:
+def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sequence[Sizes]], windows: Windows) -> Dict[str, Gain]:
     """For every family, the gain of the squared error in every window.
 
     Args:
         measured: the squared relative error of the final latents that each probe made.
-        sizes: of the families' reference actions, by the action's name.
+        sizes: of the families' reference actions, by the action's name, of every call.
     """
     found = {}
     for family in {probe.family for probe in measured}:
         middles, logs = [], []
         for probe in sorted((p for p in measured if p.family == family), key=lambda p: p.windows[0]):
-            local = sum(sizes[REFERENCES[family]][window][family] for window in probe.windows)
+            own = sizes[REFERENCES[family]][: probe.calls]
+            local = float(np.mean([sum(of_call[window][family] for window in probe.windows) for of_call in own]))
             if local > 0 and measured[probe] > 0:
                 middles.append(float(np.mean(probe.windows)))
                 logs.append(math.log(measured[probe] / local))
@@ -74,12 +85,13 @@ def expected_square(errors: Sequence[float]) -> float:
     return max(float(np.mean(np.square(errors))), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
 
 
-def squares(actions: Sequence[Action], sizes: Mapping[str, Sizes], gain: Mapping[str, np.ndarray]) -> np.ndarray:
+def squares(actions: Sequence[Action], sizes: Mapping[str, Sequence[Sizes]], gain: Mapping[str, Gain]) -> np.ndarray:
     """(window, action): the squared relative error that each action is expected to add to the final latents."""
     columns = []
     for action in actions:
-        by_window = sizes[action.name]
-        columns.append(
+        of_calls = [
             [sum(gain[family][w] * local.get(family, 0.0) for family in gain) for w, local in enumerate(by_window)]
-        )
+            for by_window in sizes[action.name]
+        ]
+        columns.append(np.mean(of_calls, axis=0))
     return np.array(columns).T

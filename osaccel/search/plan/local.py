@@ -13,9 +13,7 @@ import torch
 
 from osaccel.plan import forecast
 from osaccel.sampling.standin import FLOW
-from osaccel.search.plan.actions import FULL, HALF, SKIP, Action, Windows, kinds
-
-FAMILIES = (HALF, SKIP)
+from osaccel.search.plan.actions import FORECAST, FULL, HALF, SKIP, Action, Windows, kinds
 
 
 class Record(NamedTuple):
@@ -26,12 +24,16 @@ class Record(NamedTuple):
         guidance: how D would move, were the difference of the two branches to grow by itself, (steps, entries); empty
             where guidance is off.
         sigmas: noise level of every step and the last one, 0.
+        gram: inner products of the blocks' deltas of any two steps, see `osaccel.search.plan.deltas`.
+        slopes: how far D moves with the network's output, (steps,).
         power: q of the sampler's step.
     """
 
     denoised: torch.Tensor
     guidance: torch.Tensor
     sigmas: Sequence[float]
+    gram: torch.Tensor
+    slopes: Sequence[float]
     power: float = FLOW
 
 
@@ -40,20 +42,11 @@ def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict
     found = []
     for window in range(windows.count):
         by_step = kinds(action, windows, window)
-        found.append({HALF: _squared(record, _of_halves(record, by_step), by_step),
-                      SKIP: _squared(record, _of_skips(record, by_step), by_step)})  # fmt: skip
+        weights = _weights(record, by_step)
+        found.append({HALF: _square_of_halves(record, by_step, weights),
+                      SKIP: _square_of_skips(record, by_step),
+                      FORECAST: _square_of_forecasts(record, by_step, weights)})  # fmt: skip
     return found
-
-
-def _squared(record: Record, errors: Dict[int, torch.Tensor], by_step: Dict[int, str]) -> float:
-    """The squared norm of what errors of D at some steps add up to at the end of the window."""
-    if not errors:
-        return 0.0
-    end = record.sigmas[max(by_step) + 1]
-    total = torch.zeros_like(record.denoised[0])
-    for step, error in errors.items():
-        total += _weight(record, step, end) * error
-    return float(total.double().square().sum())
 
 
 def _weight(record: Record, step: int, end: float) -> float:
@@ -66,38 +59,80 @@ def _weight(record: Record, step: int, end: float) -> float:
     return (end / following) ** record.power - (end / now) ** record.power
 
 
-def _of_halves(record: Record, by_step: Dict[int, str]) -> Dict[int, torch.Tensor]:
-    """Errors of D from forecasting the difference of the branches at conditional-only steps."""
+def _intervals(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int]]:
+    """The window's computed steps, each with the next one; behind the generation's last nothing is skipped."""
+    computed = [step for step, kind in by_step.items() if kind != SKIP] + [max(by_step) + 1]
+    return list(zip(computed, computed[1:]))
+
+
+def _share(record: Record, start: int, step: int, end: int) -> float:
+    """How far D is taken to have moved at `step` on its way between two computed steps: evenly in log s."""
+    if step == start:
+        return 0.0
+    return math.log(record.sigmas[start] / record.sigmas[step]) / math.log(record.sigmas[start] / record.sigmas[end])
+
+
+def _weights(record: Record, by_step: Dict[int, str]) -> Dict[int, float]:
+    """What an error of D at a computed step makes of x at the window's end: skipped steps lean on it too."""
+    end = record.sigmas[max(by_step) + 1]
+    weights = dict.fromkeys([*by_step, max(by_step) + 1], 0.0)
+    for start, following in _intervals(record, by_step):
+        for step in range(start, following):
+            share, weight = _share(record, start, step, following), _weight(record, step, end)
+            weights[start] += (1 - share) * weight
+            weights[following] += share * weight
+    return weights
+
+
+def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:
+    """Of forecasting the difference of the branches at conditional-only steps."""
     errors = {}
     for step, kind in by_step.items():
         if kind == HALF:
-            full = _before(step, by_step, (FULL,))
-            guess = _line(record.guidance, step, *full[:2])
-            errors[step] = guess - record.guidance[step]
-    return errors
+            newest, before = _full_before(step, by_step)
+            values = record.guidance
+            guess = values[newest] + forecast(step, newest, before) * (values[newest] - values[before])
+            errors[step] = weights[step] * (guess - values[step])
+    return _square(errors)
 
 
-def _line(values: torch.Tensor, step: int, newest: int, before: int) -> torch.Tensor:
-    return values[newest] + forecast(step, newest, before) * (values[newest] - values[before])
-
-
-def _before(step: int, by_step: Dict[int, str], wanted: Tuple[str, ...]) -> List[int]:
-    """The steps of some kinds before `step`, newest first; before the window every step is taken for full."""
+def _full_before(step: int, by_step: Dict[int, str]) -> List[int]:
+    """The two newest full steps before `step`; before the window every step is taken for one."""
     begin = min(by_step)
-    inside = [earlier for earlier in range(step - 1, begin - 1, -1) if by_step[earlier] in wanted]
-    return [*inside, begin - 1, begin - 2]
+    inside = [earlier for earlier in range(step - 1, begin - 1, -1) if by_step[earlier] == FULL]
+    return [*inside, begin - 1][:2]
 
 
-def _of_skips(record: Record, by_step: Dict[int, str]) -> Dict[int, torch.Tensor]:
-    """Errors of D that the corrector leaves: between computed steps it takes D to move evenly in log s."""
-    errors: Dict[int, torch.Tensor] = {}
-    computed = [step for step, kind in by_step.items() if kind != SKIP] + [max(by_step) + 1]
-    for start, end in zip(computed, computed[1:]):
-        # Behind the generation's last step nothing is known; there it never skips.
-        if end - start < 2 or end >= len(record.denoised):
-            continue
-        whole = math.log(record.sigmas[start] / record.sigmas[end])
-        for step in range(start + 1, end):
-            share = math.log(record.sigmas[start] / record.sigmas[step]) / whole
-            errors[step] = torch.lerp(record.denoised[start], record.denoised[end], share) - record.denoised[step]
-    return errors
+def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
+    """Of what the corrector leaves at skipped steps."""
+    errors, end = {}, record.sigmas[max(by_step) + 1]
+    for start, following in _intervals(record, by_step):
+        for step in range(start + 1, following):
+            share = _share(record, start, step, following)
+            guess = torch.lerp(record.denoised[start], record.denoised[following], share)
+            errors[step] = _weight(record, step, end) * (guess - record.denoised[step])
+    return _square(errors)
+
+
+def _square(errors: Dict[int, torch.Tensor]) -> float:
+    """The squared norm of the sum."""
+    return float(torch.stack(list(errors.values())).sum(0).double().square().sum()) if errors else 0.0
+
+
+def _square_of_forecasts(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:
+    """Of forecasting the blocks' deltas, in units of hidden states.
+
+    D answers to the hidden states through the last layers, which change little within a window; what that answer is
+    belongs to what is measured.
+    """
+    # What is put in place of what, in terms of the steps' deltas.
+    total = torch.zeros(len(record.slopes), dtype=torch.float64)
+    for step, kind in by_step.items():
+        if kind == FORECAST:
+            amount = weights[step] * record.slopes[step]
+            newest, before = _full_before(step, by_step)
+            ahead = forecast(step, newest, before)
+            total[newest] += amount * (1 + ahead)
+            total[before] -= amount * ahead
+            total[step] -= amount
+    return max(0.0, float(total @ record.gram @ total)) if total.any() else 0.0

@@ -7,16 +7,19 @@ in `gains` and `choice`; here is what it is decided on, and in which order.
 
 import logging
 import os
+import statistics
 import time
 from dataclasses import replace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 
 from osaccel import binding, formats
-from osaccel.generation import find_blocks
+from osaccel.generation import Generation, find_blocks
+from osaccel.network.forwards import HiddenStates
 from osaccel.plan import Plan
+from osaccel.sampling.standin import FLOW
 from osaccel.search import frames as pictures
 from osaccel.search import outputs, recordings
 from osaccel.search.errors import SearchError
@@ -24,14 +27,16 @@ from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.journal import Journal
 from osaccel.search.journalled import JournalledRunner
 from osaccel.search.plan import sidecar
-from osaccel.search.plan.actions import HALF, SKIP, Action, Windows, actions_for, plan_of
+from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.gains import REFERENCES, Probe, expected_square, gains, probes, squares
+from osaccel.search.plan.deltas import DeltaLog
+from osaccel.search.plan.gains import REFERENCES, Probe, Sizes, expected_square, gains, probes, squares
 from osaccel.search.plan.local import Record, squared_sizes
-from osaccel.search.plan.measure import DenoisedLog, Measure
+from osaccel.search.plan.measure import DenoisedLog, Measure, first_change, job_of
+from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
-from osaccel.search.workers import Evaluate, Helper, Workers
+from osaccel.search.workers import Evaluate, Helper, Job, Workers
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
@@ -64,7 +69,8 @@ class PlanRunner(JournalledRunner):
     # Recording
 
     def record(self, call: Call) -> Any:
-        self.num_blocks = len(find_blocks(call.pipeline, call.target.block_path))
+        blocks = list(find_blocks(call.pipeline, call.target.block_path))
+        self.num_blocks = len(blocks)
         self.open_journal(call, self._decodes, search="plan")
         number, replay = len(self.replays), Replay(call, self.timesteps)
         observed = recordings.resume(self.journal, self.team, number, replay)
@@ -76,14 +82,26 @@ class PlanRunner(JournalledRunner):
                 # What was measured belongs to the calls it was measured on.
                 self.journal.forget("evaluations-")
             self.team.barrier()
-            log = DenoisedLog()
-            output = replay.record(keep_outputs=True, watchers=[log])
-            observed = _observed(replay, log)
-            self.check_finite(replay)
+            output, observed = self._record_anew(call, replay, blocks)
             recordings.keep(self.journal, self.team, number, replay, observed)
         self.replays.append(replay)
         self.observed.append(observed)
         return output
+
+    def _record_anew(self, call: Call, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
+        """The pipeline's output, and what was observed meanwhile."""
+        denoised, deltas = DenoisedLog(), DeltaLog(len(blocks), call.target.block_batch_dim())
+
+        def attach(generation: Generation) -> Callable[[], None]:
+            return watch_blocks(blocks, generation.clock, HiddenStates(call.target.hidden_states), deltas.observe)
+
+        def before_first_forward() -> None:
+            deltas.steps = len(call.pipeline.scheduler.timesteps)
+
+        replay.before_first_forward = before_first_forward
+        output = replay.record(attach, keep_outputs=True, watchers=[denoised])
+        self.check_finite(replay)
+        return output, _observed(replay, denoised, deltas)
 
     @property
     def _decodes(self) -> bool:
@@ -96,7 +114,7 @@ class PlanRunner(JournalledRunner):
         steps = self.replays[0].recording.steps
         if any(replay.recording.steps != steps for replay in self.replays):
             raise SearchError("The recorded calls have different numbers of steps; one plan cannot fit them.")
-        self.windows = Windows.of(steps)
+        self.windows = Windows.of(steps, self.num_blocks)
         self.actions = self._actions()
         crew = Workers(self.team, self.journal)
         crew.publish(recordings.shared(self.replays))
@@ -109,25 +127,29 @@ class PlanRunner(JournalledRunner):
         return {"plan": found[0].plan}
 
     def _actions(self) -> List[Action]:
-        guided = bool(self.team.all_agree(all(len(observed["guidance"]) for observed in self.observed)))
-        can_skip = all(observed["power"] > 0 for observed in self.observed)
-        actions = actions_for(self.windows.length, guided, can_skip)
+        observed = self.observed
+        can = {
+            HALF: all(len(one["guidance"]) for one in observed),
+            SKIP: all(one["power"] > 0 for one in observed),
+            FORECAST: all(len(one["gram"]) for one in observed),
+        }
+        # One decision: what one rank cannot do, none does.
+        actions = actions_for(self.windows.length, [family for family in FAMILIES if self.team.all_agree(can[family])])
         if len(actions) == 1:
             raise SearchError(
-                f"Nothing can be saved: guidance is off, and {type(self.replays[0].call.pipeline.scheduler).__name__} "
-                "cannot skip steps. Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                f"Nothing can be saved: guidance is off, {type(self.replays[0].call.pipeline.scheduler).__name__} "
+                "cannot skip steps, and there are no blocks to forecast (one forward a step, two blocks). Sample "
+                "with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
 
     def _choices(self, crew: Workers) -> List[Choice]:
         """The curve of best choices, from local changes and measured gains."""
         sizes = self._sizes()
-        families = [family for family in (HALF, SKIP) if REFERENCES[family] in {a.name for a in self.actions}]
-        self.probes = probes(families, self.windows)
-        by_name = {action.name: action for action in self.actions}
-        plans = [plan_of(probe.chosen(by_name, self.windows.count), self.windows) for probe in self.probes]
+        self.probes = self._probes()
         self.measured: Dict[Probe, float] = {}
-        for probe, evaluation in zip(self.probes, self._run(plans, crew)):
+        jobs = [job_of(self._plan_of(probe), probe.calls) for probe in self.probes]
+        for probe, evaluation in zip(self.probes, self._run(jobs, crew)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
             self.measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
@@ -135,21 +157,41 @@ class PlanRunner(JournalledRunner):
         self.squares = squares(self.actions, sizes, self.gains)
         return curve(self.actions, self.squares, self.windows)
 
-    def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
-        """By action: for every window and family, the squared local change relative to the final latents."""
-        reference, found = sum(self.measure.reference.squares()), {}
-        for action in self.actions:
-            sizes = np.zeros((self.windows.count, 2))
-            for observed in self.observed:
-                for window, size in enumerate(squared_sizes(_record(observed), action, self.windows)):
-                    sizes[window] += size[HALF], size[SKIP]
-            total = self.team.sum(torch.from_numpy(sizes)).tolist()
-            found[action.name] = [{HALF: half / reference, SKIP: skip / reference} for half, skip in total]
+    def _probes(self) -> List[Probe]:
+        """Replays of as many groups as the budget allows beside the recorded generations and the first plan."""
+        names = {action.name for action in self.actions}
+        families = [family for family in FAMILIES if REFERENCES[family] in names]
+        goal = self.settings.target[0]
+        rest = BUDGET - 1 - (1 / goal.value if goal.kind == "speed" else 1.0)
+        for groups in range(self.windows.count, 0, -1):
+            found = probes(families, self.windows, groups, len(self.replays))
+            if sum(map(self._price, found)) <= rest:
+                break
         return found
 
-    def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
-        """The plans' evaluations; what the journal knows is not run again."""
-        jobs = [formats.plan_content(plan) for plan in plans]
+    def _plan_of(self, probe: Probe) -> Plan:
+        by_name = {action.name: action for action in self.actions}
+        return plan_of(probe.chosen(by_name, self.windows.count), self.windows)
+
+    def _price(self, probe: Probe) -> float:
+        """Plain generations' worth of replaying a probe: nothing before its first change is computed."""
+        plan = self._plan_of(probe)
+        computed = plan.work(self.num_blocks) - first_change(plan) / self.windows.total
+        return computed * probe.calls / len(self.replays)
+
+    def _sizes(self) -> Dict[str, List[Sizes]]:
+        """By action and call: for every window and family, the squared local change relative to the final latents."""
+        found: Dict[str, List[Sizes]] = {action.name: [] for action in self.actions}
+        for observed, reference in zip(self.observed, self.measure.reference.squares()):
+            record = _record(observed)
+            for action in self.actions:
+                sizes = [[size[family] for family in FAMILIES] for size in squared_sizes(record, action, self.windows)]
+                total = (self.team.sum(torch.tensor(sizes, dtype=torch.float64)) / reference).tolist()
+                found[action.name].append([dict(zip(FAMILIES, values)) for values in total])
+        return found
+
+    def _run(self, jobs: Sequence[Job], crew: Workers) -> List[Evaluation]:
+        """The jobs' evaluations; what the journal knows is not run again."""
         missing = [job for job in jobs if key_of(job) not in self.known]
         for start in range(0, len(missing), self.team.workers):
             round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
@@ -171,13 +213,13 @@ class PlanRunner(JournalledRunner):
 
         Where a video has turned, what is done first is given up: nothing later can turn it.
         """
-        best, choice = None, self._chosen(goal, choices)
+        best, choice, squares = None, self._chosen(goal, choices), self.squares.copy()
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         while choice is not None and (best is None or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
             best = found if best is None or self._is_better(found, best) else best
             if _has_turned(found):
-                choices = self._without_the_first(found.choice)
+                choices = self._without_the_first(found.choice, squares)
                 choice = self.team.share(self._within(goal, choices))
             elif goal.kind == "speed" or self._keeps(found):
                 return best
@@ -192,11 +234,11 @@ class PlanRunner(JournalledRunner):
         assert found.evaluation.error is not None and best.evaluation.error is not None
         return found.evaluation.error < best.evaluation.error
 
-    def _without_the_first(self, choice: Choice) -> List[Choice]:
-        """The curve when the windows up to the first that is not full stay full."""
+    def _without_the_first(self, choice: Choice, squares: np.ndarray) -> List[Choice]:
+        """The curve when the windows up to the first that is not full stay full, which `squares` is told."""
         first = next(window for window, action in enumerate(choice.actions) if action is not self.actions[0])
-        self.squares[: first + 1, 1:] = np.inf
-        return curve(self.actions, self.squares, self.windows)
+        squares[: first + 1, 1:] = np.inf
+        return curve(self.actions, squares, self.windows)
 
     def _within(self, goal: Goal, choices: Sequence[Choice]) -> Optional[Choice]:
         """What is predicted to reach a goal; None where nothing is."""
@@ -216,7 +258,7 @@ class PlanRunner(JournalledRunner):
 
     def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
         plan = plan_of(choice.actions, self.windows)
-        (evaluation,) = self._run([plan], crew)
+        (evaluation,) = self._run([job_of(plan, len(self.replays))], crew)
         if evaluation.error is None:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
         return Found(goal, choice, plan, evaluation)
@@ -305,41 +347,45 @@ def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
     return f"{stem}.{str(goals[number]).replace(':', '')}{ending}"
 
 
-def _observed(replay: Replay, log: DenoisedLog) -> Dict[str, Any]:
+def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog) -> Dict[str, Any]:
     """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
+    weights, differences = _guidance(replay)
+    one, zero = torch.ones(1), torch.zeros(1)
+    slopes = [float(log.levels.denoised(one, sigma, zero)) for sigma in log.sigmas[:-1]]
+    guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
     return {
         "denoised": torch.stack(log.rows),
-        "guidance": _guidance(replay, log),
+        "guidance": torch.stack(guidance) if guidance else torch.zeros(0),
         "sigmas": list(log.sigmas),
+        "gram": deltas.gram(statistics.median(weights) if weights else None),
+        "slopes": slopes,
         "power": 0.0 if log.power is None else log.power,
     }
 
 
-def _guidance(replay: Replay, log: DenoisedLog) -> torch.Tensor:
-    """How far D moves with the difference of the branches, by step; empty where guidance is off.
+def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
+    """The guidance scale and the difference of the branches' outputs, by step; nothing where guidance is off.
 
     With e = unconditional + w (conditional - unconditional), a difference that is too large by d makes the
     unconditional output too small by d and e too large by (w - 1) d. Here w is read off outputs and predictions.
     """
     recording = replay.recording
-    rows = []
+    weights, differences = [], []
     for step, forwards in enumerate(recording.outputs):
         prediction = recording.predictions[step]
         if len(forwards) != 1 or forwards[0].shape[0] != 2 * prediction.shape[0]:
-            return torch.zeros(0)
+            return [], []
         # Learned variances, where there are any, are behind the prediction's channels.
         unconditional, conditional = (half[:, : prediction.shape[1]].float() for half in forwards[0].chunk(2))
         difference = conditional - unconditional
         square = difference.square().sum()
-        weight = float(((prediction.float() - unconditional) * difference).sum() / square) if square > 0 else 1.0
-        zero, sigma = torch.zeros_like(difference), log.sigmas[step]
-        rows.append(((weight - 1) * log.levels.denoised(difference, sigma, zero)).flatten())
-    return torch.stack(rows)
+        weights.append(float(((prediction.float() - unconditional) * difference).sum() / square) if square > 0 else 1.0)
+        differences.append(difference.flatten())
+    return weights, differences
 
 
 def _record(observed: Dict[str, Any]) -> Record:
-    power = observed["power"] or 1.0
-    return Record(observed["denoised"], observed["guidance"], observed["sigmas"], power)
+    return Record(**{**observed, "power": observed["power"] or FLOW})
 
 
 def _has_turned(found: Found) -> bool:

@@ -6,8 +6,11 @@ from typing import Any, Dict, List, Sequence
 import numpy as np
 
 from osaccel import binding, formats
-from osaccel.search.plan.actions import HALF, SKIP
+from osaccel.search.plan.actions import FORECAST, HALF, SKIP, alone
 from osaccel.search.plan.choice import Choice, curve
+
+# Of the families, as people read them.
+NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast"}
 
 
 def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -> Dict[str, Any]:
@@ -48,16 +51,16 @@ def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -
 def _row(evaluation: Any) -> Dict[str, Any]:
     content = evaluation.to_json()
     del content["curves"]
-    return content
+    return {**content, "config": content["config"]["plan"], "calls": content["config"]["calls"]}
 
 
 def _curves(runner: Any, choices: Sequence[Choice]) -> Dict[str, List[List[float]]]:
     """(work, predicted error) of the best choices, all families together and each alone."""
     found = {"together": [[choice.work, choice.error] for choice in choices]}
-    for name, other in (("conditional only", SKIP), ("skipped", HALF)):
-        alone = [number for number, action in enumerate(runner.actions) if other not in action.cycle]
-        if 1 < len(alone) < len(runner.actions):
-            actions = [runner.actions[number] for number in alone]
-            best = curve(actions, runner.squares[:, alone], runner.windows)
+    for family, name in NAMES.items():
+        places = alone(runner.actions, family)
+        if 1 < len(places) < len(runner.actions):
+            actions = [runner.actions[place] for place in places]
+            best = curve(actions, runner.squares[:, places], runner.windows)
             found[name] = [[choice.work, choice.error] for choice in best]
     return found
