@@ -32,7 +32,8 @@ from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import REFERENCES, Probe, Sizes, expected_square, gains, probes, squares
 from osaccel.search.plan.local import Record, squared_sizes
-from osaccel.search.plan.measure import DenoisedLog, Measure, first_change, job_of
+from osaccel.search.plan.measure import DenoisedLog, Measure, job_of
+from osaccel.search.plan.progress import PlanProgress, price_of
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
@@ -118,10 +119,11 @@ class PlanRunner(JournalledRunner):
         self.actions = self._actions()
         crew = Workers(self.team, self.journal)
         crew.publish(recordings.shared(self.replays))
-        self.measure = Measure(self.replays, self.team, self._decodes)
+        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         choices = self._choices(crew)
         found = [self._reach(goal, choices, crew) for goal in self.settings.target]
+        self.progress.close()
         self._conclude(found, choices, time.time() - started)
         crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
         return {"plan": found[0].plan}
@@ -149,6 +151,7 @@ class PlanRunner(JournalledRunner):
         self.probes = self._probes()
         self.measured: Dict[Probe, float] = {}
         jobs = [job_of(self._plan_of(probe), probe.calls) for probe in self.probes]
+        self.progress = self._progress(jobs)
         for probe, evaluation in zip(self.probes, self._run(jobs, crew)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
@@ -174,10 +177,23 @@ class PlanRunner(JournalledRunner):
         return plan_of(probe.chosen(by_name, self.windows.count), self.windows)
 
     def _price(self, probe: Probe) -> float:
-        """Plain generations' worth of replaying a probe: nothing before its first change is computed."""
-        plan = self._plan_of(probe)
-        computed = plan.work(self.num_blocks) - first_change(plan) / self.windows.total
-        return computed * probe.calls / len(self.replays)
+        """Plain generations' worth of replaying a probe."""
+        return price_of(self._plan_of(probe), probe.calls, self.num_blocks) / len(self.replays)
+
+    def _progress(self, jobs: Sequence[Job]) -> PlanProgress:
+        """Of the probes that are not known yet, and of a plan for each target."""
+        expected = [
+            price_of(self._plan_of(probe), probe.calls, self.num_blocks)
+            for probe, job in zip(self.probes, jobs)
+            if key_of(job) not in self.known
+        ]
+        for goal in self.settings.target:
+            work = 1 / goal.value if goal.kind == "speed" else 1.0
+            expected.append(len(self.replays) * max(0.0, work - self.windows.first / self.windows.total))
+        return PlanProgress(sum(expected), self.num_blocks, self.team.is_first)
+
+    def _on_step(self) -> None:
+        self.progress.step()
 
     def _sizes(self) -> Dict[str, List[Sizes]]:
         """By action and call: for every window and family, the squared local change relative to the final latents."""
@@ -194,12 +210,11 @@ class PlanRunner(JournalledRunner):
         """The jobs' evaluations; what the journal knows is not run again."""
         missing = [job for job in jobs if key_of(job) not in self.known]
         for start in range(0, len(missing), self.team.workers):
-            round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
+            now = missing[start : start + self.team.workers]
+            self.progress.begin(now)
+            round_ = crew.run_round(now, self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
-            self.say(
-                "plan search: %d of about %d replays, %.2f plain generations so far",
-                len(self.known), len(self.probes) + len(self.settings.target), self.spent,
-            )  # fmt: skip
+            self.progress.end()
         return [self.known[key_of(job)] for job in jobs]
 
     @property
@@ -218,6 +233,7 @@ class PlanRunner(JournalledRunner):
         while choice is not None and (best is None or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
             best = found if best is None or self._is_better(found, best) else best
+            self.progress.line.best = f"{goal} with {_said(best.evaluation)}"
             if _has_turned(found):
                 choices = self._without_the_first(found.choice, squares)
                 choice = self.team.share(self._within(goal, choices))
