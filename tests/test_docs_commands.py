@@ -130,7 +130,7 @@ HOW = {
     "OSACCEL_UPSTREAM=/path/to/Open-Sora-Plan-1.2.0 python -m pytest tests/upstream": NotHere("needs the upstream"),
     "python -m pytest": NotHere("is what runs this"),
     ".ci/run": NotHere("runs this, in a fresh environment"),
-    "python -m build && twine check --strict dist/*": NotHere("needs build and twine; test_packaging.py has a wheel"),
+    "python -m build && twine check --strict dist/*": NotHere("needs build and twine, which no extra brings"),
     "python -m benchmarks.reference.curve --out DIR": NotHere("needs a training's folder"),
     "python -m benchmarks.reference.export --out DIR": NotHere("needs a training's folder, and writes the checkpoint"),
     "python -m benchmarks.reference.errors --out DIR": NotHere("needs a training's folder"),

@@ -42,6 +42,16 @@ def test_every_command_says_its_version(module):
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"osaccel {osaccel.__version__}\n"
 
 
+MISSPELT = {"run --plann": "--plan", "doctor --jsn": "--json", "report x --otu": "--out", "demo --fats": "--fast"}
+
+
+@pytest.mark.parametrize("wrong, meant", MISSPELT.items())
+def test_every_command_answers_a_misspelt_option_with_the_one_that_is_meant(wrong, meant):
+    result = subprocess.run([sys.executable, "-m", *f"osaccel.{wrong}".split()], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.endswith(f": unknown option. Did you mean {meant!r}?\n") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(name):
     for target in re.findall(r"\]\(([^)#:]+)\)", text(name)):

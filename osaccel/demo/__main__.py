@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Optional
 
 from osaccel import __version__
+from osaccel.messages import closest
 
 # What the extra `demo` brings, by the names under which it is imported.
 EXTRA = ("accelerate", "diffusers", "einops", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "scipy", "tqdm",
          "transformers")  # fmt: skip
+
+OPTIONS = ("--out", "--fast", "--seed", "--version", "--help")
 
 
 def problem(out: Path) -> Optional[str]:
@@ -55,8 +58,11 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("osaccel_demo"), help="folder for the videos (osaccel_demo)")
     parser.add_argument("--fast", action="store_true", help="two prompts instead of four")
     parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-    found = problem(arguments.out)
+    arguments, unknown = parser.parse_known_args()
+    if unknown:
+        found: Optional[str] = f"{unknown[0]}: unknown option. {closest(unknown[0], OPTIONS)}"
+    else:
+        found = problem(arguments.out)
     if found is not None:
         print(f"osaccel.demo: {found}", file=sys.stderr)
         return 2
