@@ -5,6 +5,7 @@ import atexit
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -33,7 +34,8 @@ from osaccel.search.plan.actions import (
 )
 from osaccel.search.plan.choice import at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.local import Record, squared_sizes
+from osaccel.search.plan.gains import Expectation, expected_square
+from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
 from osaccel.targets import target_of
@@ -189,6 +191,40 @@ def test_a_choice_of_tokens_is_scaled_up_and_two_forwards_a_step_say_nothing():
     assert len(every.gram()) == 0
 
 
+def test_the_predictor_is_fitted_to_how_predictions_move():
+    """All of it where D is linear in s; none where D is a martingale, whose last value is its best forecast."""
+    windows, steps = Windows(4, 12, 8, 2), 100
+    sigmas = [float(20 * 0.96**k) for k in range(steps)] + [0.0]
+    straight = torch.tensor(sigmas[:-1])[:, None] * torch.ones(1, 2000)
+    walk = torch.randn(steps, 2000, generator=torch.Generator().manual_seed(3)).cumsum(0)
+    s2 = next(action for action in ACTIONS if action.name == "s2")
+    for denoised, power, wanted in ((straight, 1.0, 1.0), (straight, 2.0, 1.0), (walk, 2.0, 0.0)):
+        record = Record(denoised, torch.zeros(steps, 1), sigmas, torch.zeros(0), [0.0] * steps, power)
+        against, along = predictor_moments(record, s2, windows)
+        assert -against / along == pytest.approx(wanted, abs=0.06)
+
+
+def test_calls_that_differ_are_taken_for_more_dangerous_than_calls_that_agree():
+    apart, alike = [0.002, 0.002, 0.002, 0.03], [0.005, 0.0055, 0.006, 0.0052]
+    rms = [float(np.sqrt(np.mean(np.square(errors)))) for errors in (apart, alike)]
+    assert expected_square(apart) ** 0.5 > 1.2 * rms[0] and expected_square(alike) ** 0.5 < 1.02 * rms[1]
+    assert expected_square([0.004]) == pytest.approx(0.004**2)
+
+
+def test_a_plan_that_does_worse_than_expected_tells_how_errors_grow():
+    sizes = {"full": [{SKIP: 0.0}] * 2, "s2": [{SKIP: 1.0}] * 2, "s4": [{SKIP: 4.0}] * 2}
+    mild, strong = (next(action for action in ACTIONS if action.name == name) for name in ("s2", "s4"))
+    first = Expectation(sizes, {SKIP: np.array([1.0, 10.0])})
+    assert first.of([strong, mild]) == 14.0 and first.squares([PLAIN, strong]).tolist() == [[0, 4], [0, 40]]
+    learned = first.learned([strong, mild], 26.0)
+    assert learned.growth == pytest.approx(2.0) and learned.of([mild, mild]) == 11.0
+    assert learned.of([mild, strong]) == pytest.approx(161.0)
+    # Mild actions alone say nothing of growth, and no growth explains everything.
+    assert learned.learned([mild, mild], 22.0).of([mild, mild]) == pytest.approx(22.0)
+    assert first.learned([strong, mild], 1e4).of([strong, mild]) == pytest.approx(1e4)
+    assert first.learned([strong, mild], 1.0).of([strong, mild]) == pytest.approx(14.0)
+
+
 # The whole search ---------------------------------------------------------------------------------------------------
 
 
@@ -233,15 +269,20 @@ def test_the_plan_is_better_than_even_patterns_of_the_same_work(tmp_path):
     assert nearest and report["error"] <= 1.05 * min(nearest)
 
 
-@pytest.mark.parametrize("share", [0.04, 0.2])
-def test_on_the_miniature_little_depends_on_how_many_first_steps_are_kept(tmp_path, monkeypatch, share):
+def miniature(sampler):
+    """The embedded model's pipeline, and the arguments of a call that it was trained for."""
     from benchmarks.reference import data, load
 
-    pipeline, found = load.load_pipeline(), {}
     call = {
         "prompt": load.calibration_prompts(3)[2], "num_frames": data.FRAMES, "height": data.SIZE, "width": data.SIZE,
         "output_type": "latent", "max_sequence_length": data.CAPTION_WORDS, "guidance_scale": 2.0,
     }  # fmt: skip
+    return load.load_pipeline(sampler), call
+
+
+@pytest.mark.parametrize("share", [0.04, 0.2])
+def test_on_the_miniature_little_depends_on_how_many_first_steps_are_kept(tmp_path, monkeypatch, share):
+    (pipeline, call), found = miniature("EulerAncestralDiscrete"), {}
     for kept in (actions.SETTLING, share):
         monkeypatch.setattr(actions, "SETTLING", kept)
         _, plan, found[kept] = search(tmp_path / str(kept), steps=50, pipeline=pipeline, **call)
@@ -261,6 +302,18 @@ def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
     assert read_plan(str(tmp_path / "plan.error0.05.json")).measured["error"] <= 0.05
     works = [work for work, _ in report["curves"]["together"]]
     assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped", "forecast"}
+
+
+def test_a_deterministic_sampler_is_given_the_predictor(tmp_path):
+    pipeline, call = miniature("EulerDiscrete")
+    _, plan, report = search(tmp_path, ("1.7x",), steps=40, pipeline=pipeline, **call)
+    assert plan.skip and plan.correction.predictor > 0.5
+    torch.manual_seed(5)
+    plain = pipeline(num_inference_steps=40, **call).images
+    torch.manual_seed(5)
+    with Generation(pipeline, replace(plan, correction=replace(plan.correction, predictor=0.0))):
+        without = pipeline(num_inference_steps=40, **call).images
+    assert report["error"] < 0.8 * relative(without, plain)
 
 
 def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):

@@ -19,7 +19,7 @@ from benchmarks.lib.own import code
 from osaccel import binding, formats
 from osaccel.search.errors import SearchError
 from osaccel.search.plan.actions import FORECAST, HALF, SKIP, Action, Windows, alone, plan_of, units
-from osaccel.search.plan.choice import at_work, curve
+from osaccel.search.plan.choice import at_work
 from osaccel.search.plan.runner import PlanRunner, path_of
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -122,10 +122,12 @@ def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output
 
 def _alone(runner: PlanRunner, family: str, speeds: Sequence[float]) -> List[Any]:
     """The same choice among the actions of one family, from the same measurements."""
-    numbers = alone(runner.actions, family)
-    choices = curve([runner.actions[number] for number in numbers], runner.squares[:, numbers], runner.windows)
+    choices = runner.choices(alone(runner.actions, family))
     found = [at_work(choices, 1 / speed) for speed in speeds]
-    return [None if one is None else formats.plan_content(plan_of(one.actions, runner.windows)) for one in found]
+    return [
+        None if one is None else formats.plan_content(plan_of(one.actions, runner.windows, runner.predictor))
+        for one in found
+    ]
 
 
 # Rivals --------------------------------------------------------------------------------------------------------------
@@ -138,7 +140,7 @@ def _rivals(runner: PlanRunner, work: float, generator: np.random.Generator) -> 
     random = draw.random(RIVALS - len(structured), generator)
     pairs = [pair for both in zip(structured, random) for pair in zip((STRUCTURED, RANDOM), both)]
     pairs += [(RANDOM, chosen) for chosen in random[len(structured) :]]
-    return [[kind, formats.plan_content(plan_of(chosen, runner.windows))] for kind, chosen in pairs]
+    return [[kind, formats.plan_content(plan_of(chosen, runner.windows, runner.predictor))] for kind, chosen in pairs]
 
 
 class Draw:

@@ -41,7 +41,6 @@ class Run(NamedTuple):
     error: Optional[float]
     psnr: Optional[float]
     first: int
-    calls: int
     seconds: Optional[float]
     is_chosen: bool
 
@@ -57,16 +56,13 @@ class Shown:
         self.guidance = bound.get("guidance_scale")
         self.is_guided = self.guidance is None or self.guidance > 1
         self.plain_seconds = report.get("cost", {}).get("plain_seconds")
-        self.calls = len(report.get("prompts") or [0])
         self.runs = [self._run(evaluation) for evaluation in report["evaluations"]]
 
     def _run(self, evaluation: Mapping[str, Any]) -> Run:
         plan = formats.parse_plan(dict(evaluation["config"]), "a plan of the report")
         work = plan.work(self.blocks, self.steps, self.is_guided)
         first, seconds = evaluation.get("resumed_at", 0), evaluation.get("seconds") or None
-        calls = evaluation.get("calls", self.calls)
-        is_chosen = plan == self.plan and calls == self.calls
-        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, calls, seconds, is_chosen)
+        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, seconds, plan == self.plan)
 
     @property
     def chosen(self) -> Optional[Run]:
@@ -97,7 +93,7 @@ def content(report: Dict[str, Any]) -> Content:
 
 
 def _found(shown: Shown) -> List[str]:
-    report, calls = shown.report, shown.calls
+    report, calls = shown.report, len(shown.report.get("prompts") or [0])
     psnr = "" if report.get("psnr") is None else f", PSNR of the frames {report['psnr']:.2f} dB"
     found = [
         f"{words.share(report['work'])} of the network work, an ideal speed-up of {1 / report['work']:.2f}x: "
@@ -166,14 +162,13 @@ def _runs(shown: Shown) -> Table:
             words.share(run.work),
             f"{1 / run.work:.2f}x",
             str(run.first),
-            str(run.calls),
             "–" if run.seconds is None else words.duration(run.seconds),
             words.number(run.error) if run.error is not None else "not finite",
             words.number(run.psnr),
         )
         for run in runs
     ]
-    columns = ("what it was", "network work", "ideal", "run from step", "of calls", "time", "error", "PSNR in dB")
+    columns = ("what it was", "network work", "ideal", "run from step", "time", "error", "PSNR in dB")
     text = "Every plan that this search ran, all measured, from the first step that the plan changes."
     return Table("What was run", text, columns, rows, [number for number, run in enumerate(runs) if run.is_chosen])
 

@@ -103,7 +103,7 @@ class Corrected(Interceptor):
             return 0.0
         earlier, start = self.sigmas[newest.before], self.sigmas[newest.step]
         if self._skip:
-            return strength * min((start - self.sigmas[step]) / (earlier - start), start / earlier)
+            return strength * followed(earlier, start, self.sigmas[step])
         return strength * reach(earlier, start, self.sigmas[step + 1], power)
 
     def _corrected(self, sample: torch.Tensor, newest: _Computed, power: float) -> torch.Tensor:
@@ -175,6 +175,11 @@ def mean_share(whole: float, power: float) -> float:
     """The mean over an interval, by the weight of s^-power, of ln(p/s) / ln(p/t), for ln(p/t) = `whole` > 0."""
     grown = power * whole
     return 1 / -math.expm1(-grown) - 1 / grown
+
+
+def followed(earlier: float, start: float, sigma: float) -> float:
+    """How far D has moved on at a skipped step, in units of D_s - D_p: linear in s, no farther than an even ratio."""
+    return min((start - sigma) / (earlier - start), start / earlier)
 
 
 def reach(earlier: float, start: float, end: float, power: float) -> float:

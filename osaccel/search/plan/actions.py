@@ -123,8 +123,8 @@ def units(action: Action, windows: Windows, window: int) -> int:
     return sum(each[kind] for kind in kinds(action, windows, window).values())
 
 
-def plan_of(chosen: Sequence[Action], windows: Windows, corrector: float = 1.0) -> Plan:
-    """The plan in which every window takes its action."""
+def plan_of(chosen: Sequence[Action], windows: Windows, predictor: float = 0.0) -> Plan:
+    """The plan in which every window takes its action; what is skipped is corrected, with this predictor."""
     by_step: Dict[int, str] = {}
     for window, action in enumerate(chosen):
         by_step.update(kinds(action, windows, window))
@@ -135,5 +135,5 @@ def plan_of(chosen: Sequence[Action], windows: Windows, corrector: float = 1.0) 
         skip=steps[SKIP],
         conditional_only=steps[HALF],
         regions=(region,) if steps[FORECAST] else (),
-        correction=Correction(corrector=corrector if steps[SKIP] else 0.0),
+        correction=Correction(predictor, corrector=1.0) if steps[SKIP] else Correction(),
     )

@@ -15,54 +15,44 @@ from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Win
 
 # The mildest action of each family: errors add up while they are small.
 REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
+# The most groups; fewer where their replays do not fit into the budget.
+GROUPS = 4
 
+# Errors that are proportional have 1; one that grows with the square of its cause's square, 2. More is another matter.
+MOST_GROWTH = 3.0
 # Local squared changes of every window by family, relative to the square of the final latents.
 Sizes = Sequence[Mapping[str, float]]
 
 
-# Of every window.
-Gain = np.ndarray
-
-
 class Probe(NamedTuple):
-    """One replay of the first `calls` calls: the reference action of a family in all windows of a group."""
+    """One replay: the reference action of a family in all windows of a group."""
 
     family: str
     windows: Sequence[int]
-    calls: int
 
     def chosen(self, actions: Mapping[str, Action], count: int) -> List[Action]:
         """An action for every window."""
         return [actions[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
 
-def probes(families: Sequence[str], windows: Windows, count: int, calls: int) -> List[Probe]:
-    """What to replay, the windows in `count` groups, the groups in the generation's order.
-
-    Calls differ most in what is done first, so the first group is replayed on all of them and each later one on half as
-    many as the one before.
-    """
+def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
+    """What to replay, the windows in `count` groups, the groups in the generation's order."""
     groups = np.array_split(np.arange(windows.count), min(count, windows.count))
-    return [
-        Probe(family, tuple(int(window) for window in group), max(1, calls >> number))
-        for family in families
-        for number, group in enumerate(groups)
-    ]
+    return [Probe(family, tuple(int(window) for window in group)) for family in families for group in groups]
 
 
-def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sequence[Sizes]], windows: Windows) -> Dict[str, Gain]:
+def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: Windows) -> Dict[str, np.ndarray]:
     """For every family, the gain of the squared error in every window.
 
     Args:
         measured: the squared relative error of the final latents that each probe made.
-        sizes: of the families' reference actions, by the action's name, of every call.
+        sizes: of the families' reference actions, by the action's name.
     """
     found = {}
     for family in {probe.family for probe in measured}:
         middles, logs = [], []
         for probe in sorted((p for p in measured if p.family == family), key=lambda p: p.windows[0]):
-            own = sizes[REFERENCES[family]][: probe.calls]
-            local = float(np.mean([sum(of_call[window][family] for window in probe.windows) for of_call in own]))
+            local = sum(sizes[REFERENCES[family]][window][family] for window in probe.windows)
             if local > 0 and measured[probe] > 0:
                 middles.append(float(np.mean(probe.windows)))
                 logs.append(math.log(measured[probe] / local))
@@ -85,13 +75,48 @@ def expected_square(errors: Sequence[float]) -> float:
     return max(float(np.mean(np.square(errors))), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
 
 
-def squares(actions: Sequence[Action], sizes: Mapping[str, Sequence[Sizes]], gain: Mapping[str, Gain]) -> np.ndarray:
-    """(window, action): the squared relative error that each action is expected to add to the final latents."""
-    columns = []
-    for action in actions:
-        of_calls = [
-            [sum(gain[family][w] * local.get(family, 0.0) for family in gain) for w, local in enumerate(by_window)]
-            for by_window in sizes[action.name]
-        ]
-        columns.append(np.mean(of_calls, axis=0))
-    return np.array(columns).T
+class Expectation(NamedTuple):
+    """What actions are expected to do to the final latents: squared relative errors, which add up over the windows.
+
+    Attributes:
+        sizes: by action, what it does locally; gain: by family, how much of it is left, in every window.
+        growth: the power of the local change by which the squared error of actions stronger than the reference grows.
+            1 where errors are proportional; a plan that was measured and did worse than expected shows more.
+        scale: what is left to explain of such a plan.
+    """
+
+    sizes: Mapping[str, Sizes]
+    gain: Mapping[str, np.ndarray]
+    growth: float = 1.0
+    scale: float = 1.0
+
+    def square(self, action: Action, window: int) -> float:
+        """That an action adds in a window."""
+        total = 0.0
+        for family, gain in self.gain.items():
+            local, mild = (self.sizes[name][window][family] for name in (action.name, REFERENCES[family]))
+            beyond = max(1.0, local / mild) if mild > 0 else 1.0
+            total += gain[window] * local * beyond ** (self.growth - 1)
+        return self.scale * total
+
+    def squares(self, actions: Sequence[Action]) -> np.ndarray:
+        """(window, action)."""
+        windows = range(len(self.sizes[PLAIN.name]))
+        return np.array([[self.square(action, window) for action in actions] for window in windows])
+
+    def of(self, chosen: Sequence[Action]) -> float:
+        """Of an action for every window."""
+        return sum(self.square(action, window) for window, action in enumerate(chosen))
+
+    def learned(self, chosen: Sequence[Action], square: float) -> "Expectation":
+        """With the growth that explains the squared error measured of a choice, where it is larger than expected."""
+        low, high = self.growth, MOST_GROWTH
+        if self._replace(growth=high).of(chosen) > square:
+            for _ in range(40):
+                middle = (low + high) / 2
+                is_less = self._replace(growth=middle).of(chosen) < square
+                low, high = (middle, high) if is_less else (low, middle)
+            return self._replace(growth=high)
+        grown = self._replace(growth=high)
+        expected = grown.of(chosen)
+        return grown._replace(scale=self.scale * square / expected) if expected > 0 else self

@@ -12,7 +12,7 @@ from typing import Dict, List, NamedTuple, Sequence, Tuple
 import torch
 
 from osaccel.plan import forecast
-from osaccel.sampling.standin import FLOW
+from osaccel.sampling.standin import FLOW, followed
 from osaccel.search.plan.actions import FORECAST, FULL, HALF, SKIP, Action, Windows, kinds
 
 
@@ -112,6 +112,36 @@ def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
             guess = torch.lerp(record.denoised[start], record.denoised[following], share)
             errors[step] = _weight(record, step, end) * (guess - record.denoised[step])
     return _square(errors)
+
+
+def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple[float, float]:
+    """How the predictor meets what x lacks at computed steps, in this rank's entries: products to fit its strength by.
+
+    A stand-in that repeats D_i leaves x wrong by u until the next computed step, one that follows the newest change by
+    u + g v. The squares' sum is least at g = -(u, v) / (v, v); here are (u, v) and (v, v), summed over the generation.
+    """
+    against = along = 0.0
+    for window in range(windows.count):
+        by_step = kinds(action, windows, window)
+        before = min(by_step) - 1
+        for start, following in _intervals(record, by_step):
+            if following > start + 1:
+                held, led = _stand_ins(record, before, start, following)
+                against += float((held * led).double().sum())
+                along += float(led.double().square().sum())
+            before = start
+    return against, along
+
+
+def _stand_ins(record: Record, before: int, start: int, end: int) -> Tuple[torch.Tensor, torch.Tensor]:
+    """What x is wrong by at `end` when D stands still from `start` on, and what following its last change adds."""
+    denoised, sigmas = record.denoised, record.sigmas
+    held, led = torch.zeros_like(denoised[0]), 0.0
+    for step in range(start + 1, end):
+        weight = _weight(record, step, sigmas[end])
+        held += weight * (denoised[start] - denoised[step])
+        led += weight * followed(sigmas[before], sigmas[start], sigmas[step])
+    return held, led * (denoised[start] - denoised[before])
 
 
 def _square(errors: Dict[int, torch.Tensor]) -> float:

@@ -2,7 +2,7 @@
 """Runs plans on the recorded calls, from the first step that they change, and says how far the final latents move."""
 
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
@@ -63,12 +63,12 @@ class Measure:
         self.final: Optional[torch.Tensor] = None
 
     def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
-        """Evaluate a job, see `job_of`; `details` holds the relative error of every call that it was run on."""
+        """Evaluate the plan whose content `job` is; `details` holds the relative error of every call."""
         started = time.perf_counter()
-        plan = formats.parse_plan(dict(job["plan"]), "the plan under test")
+        plan = formats.parse_plan(dict(job), "the plan under test")
         resume = first_change(plan)
         squares, work, psnrs, curves = [], 0.0, [], []
-        for number, replay in enumerate(self.replays[: job["calls"]]):
+        for number, replay in enumerate(self.replays):
             run = _Run(replay, self.team, self.on_step)
             output = run.go(plan, resume, self.decode)
             squares.append(run.square)
@@ -85,8 +85,8 @@ class Measure:
     def _evaluation(
         self, job: Any, squares: Any, work: float, psnrs: Any, curves: Any, resume: int, seconds: float
     ) -> Evaluation:
-        is_finite = None not in squares
-        references = self.reference.squares()[: len(squares)]
+        is_finite = len(squares) == len(self.replays) and None not in squares
+        references = self.reference.squares()
         errors = [(s / r) ** 0.5 for s, r in zip(squares, references)] if is_finite else []
         return Evaluation(
             config=job,
@@ -98,11 +98,6 @@ class Measure:
             curves=tuple(curves),
             details={"errors": errors},
         )
-
-
-def job_of(plan: Plan, calls: int) -> Dict[str, Any]:
-    """What a worker is asked to evaluate: a plan on the first `calls` recorded calls."""
-    return {"plan": formats.plan_content(plan), "calls": calls}
 
 
 def first_change(plan: Plan) -> int:

@@ -9,9 +9,9 @@ from osaccel.search.plan.measure import first_change
 from osaccel.search.progress import Progress
 
 
-def price_of(plan: Plan, calls: int, num_blocks: int) -> float:
-    """Plain generations of one call that a replay computes: nothing before its first change."""
-    return calls * (plan.work(num_blocks) - first_change(plan) / (plan.steps or 1))
+def price_of(plan: Plan, num_blocks: int) -> float:
+    """Plain generations' worth of replaying a plan: nothing before its first change is computed."""
+    return plan.work(num_blocks) - first_change(plan) / (plan.steps or 1)
 
 
 class PlanProgress:
@@ -19,19 +19,20 @@ class PlanProgress:
 
     Args:
         expected: the replays' work before the first one, see `price_of`.
+        calls: recorded calls, on each of which a plan is replayed.
     """
 
-    def __init__(self, expected: float, num_blocks: int, shown: bool):
+    def __init__(self, expected: float, num_blocks: int, calls: int, shown: bool):
         self.line = Progress("plan search", shown)
-        self.expected, self.num_blocks = expected, num_blocks
+        self.expected, self.num_blocks, self.calls = expected, num_blocks, calls
         self._done = self._round = 0.0
         self._steps, self._of = 0, 1
 
     def begin(self, jobs: Sequence[Mapping[str, Any]]) -> None:
         """A round begins: this process runs the first of these jobs, other workers the others meanwhile."""
-        plans = [formats.parse_plan(dict(job["plan"]), "a job") for job in jobs]
-        self._round = sum(price_of(plan, job["calls"], self.num_blocks) for plan, job in zip(plans, jobs))
-        self._steps, self._of = 0, jobs[0]["calls"] * ((plans[0].steps or 1) - first_change(plans[0])) or 1
+        plans = [formats.parse_plan(dict(job), "a job") for job in jobs]
+        self._round = sum(price_of(plan, self.num_blocks) for plan in plans)
+        self._steps, self._of = 0, self.calls * ((plans[0].steps or 1) - first_change(plans[0])) or 1
 
     def step(self) -> None:
         """A step of one call was replayed."""

@@ -30,14 +30,14 @@ from osaccel.search.plan import sidecar
 from osaccel.search.plan.actions import FAMILIES, FORECAST, HALF, SKIP, Action, Windows, actions_for, plan_of
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.gains import REFERENCES, Probe, Sizes, expected_square, gains, probes, squares
-from osaccel.search.plan.local import Record, squared_sizes
-from osaccel.search.plan.measure import DenoisedLog, Measure, job_of
+from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
+from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
+from osaccel.search.plan.measure import DenoisedLog, Measure
 from osaccel.search.plan.progress import PlanProgress, price_of
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
-from osaccel.search.workers import Evaluate, Helper, Job, Workers
+from osaccel.search.workers import Evaluate, Helper, Workers
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
@@ -45,9 +45,8 @@ logger = logging.getLogger("osaccel")
 # Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
 # in; and for each further one.
 BUDGET, FURTHER = 6.0, 1.0
-# Windows' errors add up within some tens of per cent. A measured error so many times the predicted one is another
-# thing: a video that has turned into another.
-TURNED = 2.0
+# Windows' errors add up within some tens of per cent; a plan so much worse than predicted is followed by another.
+AS_PREDICTED = 1.25
 
 
 class Found(NamedTuple):
@@ -57,6 +56,11 @@ class Found(NamedTuple):
     choice: Choice
     plan: Plan
     evaluation: Evaluation
+
+    @property
+    def square(self) -> float:
+        """What calls to come may expect, from those at hand."""
+        return expected_square(self.evaluation.details["errors"])
 
 
 class PlanRunner(JournalledRunner):
@@ -121,10 +125,10 @@ class PlanRunner(JournalledRunner):
         crew.publish(recordings.shared(self.replays))
         self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
-        choices = self._choices(crew)
-        found = [self._reach(goal, choices, crew) for goal in self.settings.target]
+        self.expectation = self._measured_gains(crew)
+        found = [self._reach(goal, crew) for goal in self.settings.target]
         self.progress.close()
-        self._conclude(found, choices, time.time() - started)
+        self._conclude(found, time.time() - started)
         crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
         return {"plan": found[0].plan}
 
@@ -145,20 +149,23 @@ class PlanRunner(JournalledRunner):
             )
         return actions
 
-    def _choices(self, crew: Workers) -> List[Choice]:
-        """The curve of best choices, from local changes and measured gains."""
+    def _measured_gains(self, crew: Workers) -> Expectation:
         sizes = self._sizes()
-        self.probes = self._probes()
-        self.measured: Dict[Probe, float] = {}
-        jobs = [job_of(self._plan_of(probe), probe.calls) for probe in self.probes]
-        self.progress = self._progress(jobs)
-        for probe, evaluation in zip(self.probes, self._run(jobs, crew)):
+        self.predictor = self._predictor()
+        probes = self._probes()
+        plans = [self._plan_of(probe) for probe in probes]
+        self.progress = self._progress(plans)
+        measured = {}
+        for probe, evaluation in zip(probes, self._run(plans, crew)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
-            self.measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
-        self.gains = gains(self.measured, sizes, self.windows)
-        self.squares = squares(self.actions, sizes, self.gains)
-        return curve(self.actions, self.squares, self.windows)
+            measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
+        return Expectation(sizes, gains(measured, sizes, self.windows))
+
+    def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
+        """The curve of best choices as far as is known, among all actions or those at some places."""
+        actions = self.actions if places is None else [self.actions[place] for place in places]
+        return curve(actions, self.expectation.squares(actions), self.windows)
 
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plan."""
@@ -166,48 +173,59 @@ class PlanRunner(JournalledRunner):
         families = [family for family in FAMILIES if REFERENCES[family] in names]
         goal = self.settings.target[0]
         rest = BUDGET - 1 - (1 / goal.value if goal.kind == "speed" else 1.0)
-        for groups in range(self.windows.count, 0, -1):
-            found = probes(families, self.windows, groups, len(self.replays))
-            if sum(map(self._price, found)) <= rest:
+        for groups in range(GROUPS, 0, -1):
+            found = probes(families, self.windows, groups)
+            if groups == 1 or sum(map(self._price, found)) <= rest:
                 break
         return found
 
     def _plan_of(self, probe: Probe) -> Plan:
         by_name = {action.name: action for action in self.actions}
-        return plan_of(probe.chosen(by_name, self.windows.count), self.windows)
+        return plan_of(probe.chosen(by_name, self.windows.count), self.windows, self.predictor)
 
     def _price(self, probe: Probe) -> float:
         """Plain generations' worth of replaying a probe."""
-        return price_of(self._plan_of(probe), probe.calls, self.num_blocks) / len(self.replays)
+        return price_of(self._plan_of(probe), self.num_blocks)
 
-    def _progress(self, jobs: Sequence[Job]) -> PlanProgress:
+    def _progress(self, plans: Sequence[Plan]) -> PlanProgress:
         """Of the probes that are not known yet, and of a plan for each target."""
-        expected = [
-            price_of(self._plan_of(probe), probe.calls, self.num_blocks)
-            for probe, job in zip(self.probes, jobs)
-            if key_of(job) not in self.known
-        ]
+        missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
+        expected = [price_of(plan, self.num_blocks) for plan in missing]
         for goal in self.settings.target:
             work = 1 / goal.value if goal.kind == "speed" else 1.0
-            expected.append(len(self.replays) * max(0.0, work - self.windows.first / self.windows.total))
-        return PlanProgress(sum(expected), self.num_blocks, self.team.is_first)
+            expected.append(max(0.0, work - self.windows.first / self.windows.total))
+        return PlanProgress(sum(expected), self.num_blocks, len(self.replays), self.team.is_first)
 
     def _on_step(self) -> None:
         self.progress.step()
 
-    def _sizes(self) -> Dict[str, List[Sizes]]:
-        """By action and call: for every window and family, the squared local change relative to the final latents."""
-        found: Dict[str, List[Sizes]] = {action.name: [] for action in self.actions}
-        for observed, reference in zip(self.observed, self.measure.reference.squares()):
-            record = _record(observed)
-            for action in self.actions:
-                sizes = [[size[family] for family in FAMILIES] for size in squared_sizes(record, action, self.windows)]
-                total = (self.team.sum(torch.tensor(sizes, dtype=torch.float64)) / reference).tolist()
-                found[action.name].append([dict(zip(FAMILIES, values)) for values in total])
+    def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
+        """By action: for every window and family, the squared local change relative to the final latents."""
+        reference, found = sum(self.measure.reference.squares()), {}
+        for action in self.actions:
+            sizes = np.zeros((self.windows.count, len(FAMILIES)))
+            for observed in self.observed:
+                for window, size in enumerate(squared_sizes(_record(observed), action, self.windows)):
+                    sizes[window] += [size[family] for family in FAMILIES]
+            total = (self.team.sum(torch.from_numpy(sizes)) / reference).tolist()
+            found[action.name] = [dict(zip(FAMILIES, values)) for values in total]
         return found
 
-    def _run(self, jobs: Sequence[Job], crew: Workers) -> List[Evaluation]:
-        """The jobs' evaluations; what the journal knows is not run again."""
+    def _predictor(self) -> float:
+        """The strength that fits the recorded predictions best where every other step is skipped.
+
+        Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion.
+        """
+        skips = next((action for action in self.actions if action.name == REFERENCES[SKIP]), None)
+        if skips is None:
+            return 0.0
+        moments = [predictor_moments(_record(observed), skips, self.windows) for observed in self.observed]
+        against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
+        return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
+
+    def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
+        """The plans' evaluations; what the journal knows is not run again."""
+        jobs = [formats.plan_content(plan) for plan in plans]
         missing = [job for job in jobs if key_of(job) not in self.known]
         for start in range(0, len(missing), self.team.workers):
             now = missing[start : start + self.team.workers]
@@ -223,38 +241,43 @@ class PlanRunner(JournalledRunner):
         plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
         return 1.0 + sum(evaluation.block_forwards for evaluation in self.known.values()) / plain
 
-    def _reach(self, goal: Goal, choices: Sequence[Choice], crew: Workers) -> Found:
-        """The verified plan for a goal; one that misses its error or PSNR is followed by a milder one.
+    def _reach(self, goal: Goal, crew: Workers) -> Found:
+        """The best verified plan for a goal.
 
-        Where a video has turned, what is done first is given up: nothing later can turn it.
+        One that does worse than expected tells how errors grow with an action's strength, and another is chosen.
         """
-        best, choice, squares = None, self._chosen(goal, choices), self.squares.copy()
+        choice: Optional[Choice] = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
-        while choice is not None and (best is None or self.spent + choice.work <= limit):
+        tried: List[Found] = []
+        while choice is not None and (not tried or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
-            best = found if best is None or self._is_better(found, best) else best
-            self.progress.line.best = f"{goal} with {_said(best.evaluation)}"
-            if _has_turned(found):
-                choices = self._without_the_first(found.choice, squares)
-                choice = self.team.share(self._within(goal, choices))
-            elif goal.kind == "speed" or self._keeps(found):
-                return best
-            else:
-                choice = self.team.share(self._milder(found, choices))
-        assert best is not None
-        if goal.kind != "speed" and not self._keeps(best):
+            tried.append(found)
+            self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
+            if self._keeps(found) and (goal.kind != "speed" or found.square <= AS_PREDICTED**2 * choice.square):
+                break
+            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.square))
+            choice = self.team.share(self._another(goal, tried))
+        best = self._best(tried)
+        if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
 
-    def _is_better(self, found: Found, best: Found) -> bool:
-        assert found.evaluation.error is not None and best.evaluation.error is not None
-        return found.evaluation.error < best.evaluation.error
+    def _best(self, tried: Sequence[Found]) -> Found:
+        return min(tried, key=lambda found: (not self._keeps(found), found.square))
 
-    def _without_the_first(self, choice: Choice, squares: np.ndarray) -> List[Choice]:
-        """The curve when the windows up to the first that is not full stay full, which `squares` is told."""
-        first = next(window for window, action in enumerate(choice.actions) if action is not self.actions[0])
-        squares[: first + 1, 1:] = np.inf
-        return curve(self.actions, squares, self.windows)
+    def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
+        """What is to be tried next; None where there is nothing new."""
+        choices, last = self.choices(), tried[-1]
+        if goal.kind == "speed":
+            choice = self._within(goal, choices)
+            return choice if choice is not None and all(choice.actions != one.choice.actions for one in tried) else None
+        needed = goal.value
+        if goal.kind == "psnr":
+            # As the frames' error goes with that of the latents.
+            assert last.evaluation.psnr is not None and last.evaluation.error is not None
+            needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - goal.value) / 20)
+        milder = [choice for choice in choices if choice.work > last.choice.work]
+        return at_error(milder, needed) or (milder[-1] if milder else None)
 
     def _within(self, goal: Goal, choices: Sequence[Choice]) -> Optional[Choice]:
         """What is predicted to reach a goal; None where nothing is."""
@@ -263,7 +286,8 @@ class PlanRunner(JournalledRunner):
         # What an error of the latents is in the frames is not known before one was decoded.
         return at_error(choices, goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
-    def _chosen(self, goal: Goal, choices: Sequence[Choice]) -> Choice:
+    def _chosen(self, goal: Goal) -> Choice:
+        choices = self.choices()
         chosen = self._within(goal, choices)
         if chosen is None:
             raise SearchError(
@@ -273,39 +297,28 @@ class PlanRunner(JournalledRunner):
         return self.team.share(chosen)
 
     def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
-        plan = plan_of(choice.actions, self.windows)
-        (evaluation,) = self._run([job_of(plan, len(self.replays))], crew)
+        plan = plan_of(choice.actions, self.windows, self.predictor)
+        (evaluation,) = self._run([plan], crew)
         if evaluation.error is None:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
         return Found(goal, choice, plan, evaluation)
 
     def _keeps(self, found: Found) -> bool:
         goal, evaluation = found.goal, found.evaluation
+        if goal.kind == "speed":
+            return True
         if goal.kind == "psnr":
             return evaluation.psnr is not None and evaluation.psnr >= goal.value
         return evaluation.error is not None and evaluation.error <= goal.value
 
-    def _milder(self, found: Found, choices: Sequence[Choice]) -> Optional[Choice]:
-        """The cheapest choice that keeps the goal if predictions err everywhere as they did here."""
-        goal, evaluation = found.goal, found.evaluation
-        assert evaluation.error is not None
-        if goal.kind == "psnr":
-            assert evaluation.psnr is not None
-            needed = evaluation.error * 10 ** ((evaluation.psnr - goal.value) / 20)
-        else:
-            needed = goal.value
-        ratio = evaluation.error / found.choice.error if found.choice.error > 0 else 1.0
-        milder = [choice for choice in choices if choice.work > found.choice.work]
-        return at_error(milder, needed / ratio) or (milder[-1] if milder else None)
-
     # Results
 
-    def _conclude(self, found: Sequence[Found], choices: Sequence[Choice], seconds: float) -> None:
+    def _conclude(self, found: Sequence[Found], seconds: float) -> None:
         goals = [one.goal for one in found]
         for number, one in enumerate(found):
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
-                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, choices, seconds))
+                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, seconds))
                 self.say(
                     "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
                     one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.known), self.spent,
@@ -402,11 +415,6 @@ def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
 
 def _record(observed: Dict[str, Any]) -> Record:
     return Record(**{**observed, "power": observed["power"] or FLOW})
-
-
-def _has_turned(found: Found) -> bool:
-    """Whether some call's video seems to have become another one."""
-    return (found.evaluation.error or 0.0) > TURNED * found.choice.error
 
 
 def _said(evaluation: Evaluation) -> str:

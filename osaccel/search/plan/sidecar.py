@@ -7,17 +7,17 @@ import numpy as np
 
 from osaccel import binding, formats
 from osaccel.search.plan.actions import FORECAST, HALF, SKIP, alone
-from osaccel.search.plan.choice import Choice, curve
+from osaccel.search.plan.choice import Choice
 
 # Of the families, as people read them.
 NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast"}
 
 
-def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -> Dict[str, Any]:
+def report(runner: Any, found: Any, seconds: float) -> Dict[str, Any]:
     """The JSON-able report of one found plan.
 
     Args:
-        runner: the PlanRunner; found: its Found; choices: the whole curve.
+        runner: the PlanRunner; found: its Found.
         seconds: of the search, without the plain generations.
     """
     replays = runner.replays
@@ -42,8 +42,9 @@ def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -
             "first": runner.windows.first, "length": runner.windows.length,
             "actions": [action.name for action in found.choice.actions],
         },
-        "gains": {family: np.sqrt(values).tolist() for family, values in runner.gains.items()},
-        "curves": _curves(runner, choices),
+        "gains": {family: np.sqrt(values).tolist() for family, values in runner.expectation.gain.items()},
+        "growth": runner.expectation.growth,
+        "curves": _curves(runner),
         "evaluations": [_row(evaluation) for evaluation in runner.known.values()],
     }  # fmt: skip
 
@@ -51,16 +52,18 @@ def report(runner: Any, found: Any, choices: Sequence[Choice], seconds: float) -
 def _row(evaluation: Any) -> Dict[str, Any]:
     content = evaluation.to_json()
     del content["curves"]
-    return {**content, "config": content["config"]["plan"], "calls": content["config"]["calls"]}
+    return content
 
 
-def _curves(runner: Any, choices: Sequence[Choice]) -> Dict[str, List[List[float]]]:
+def _curves(runner: Any) -> Dict[str, List[List[float]]]:
     """(work, predicted error) of the best choices, all families together and each alone."""
-    found = {"together": [[choice.work, choice.error] for choice in choices]}
+    found = {"together": _points(runner.choices())}
     for family, name in NAMES.items():
         places = alone(runner.actions, family)
         if 1 < len(places) < len(runner.actions):
-            actions = [runner.actions[place] for place in places]
-            best = curve(actions, runner.squares[:, places], runner.windows)
-            found[name] = [[choice.work, choice.error] for choice in best]
+            found[name] = _points(runner.choices(places))
     return found
+
+
+def _points(choices: Sequence[Choice]) -> List[List[float]]:
+    return [[choice.work, choice.error] for choice in choices]
