@@ -25,7 +25,7 @@ import numpy as np
 
 from benchmarks import wall_steps
 from benchmarks.wall_rank import PARTS, PROCESSOR
-from osaccel.demo import __main__ as demo
+from osaccel.demo import arms as demo
 
 ROOT = Path(__file__).resolve().parents[1]
 # The tiny checkpoint has 6 blocks; all but the first rest at every other step.
@@ -53,8 +53,9 @@ Videos = List[List[Dict[str, Any]]]  # by rank, then by video
 
 
 def miniature_arms(steps: int) -> List[Arm]:
-    """The demo's own; its searched list brings its own number of steps."""
-    return [Arm("plain", None), *(Arm(arm.name, arm.options) for arm in demo.arms(steps)[1:])]
+    """The demo's own; its searched list brings its own number of steps, and its plan fits one number only."""
+    fitting = [arm for arm in demo.arms(steps)[1:] if "--plan" not in arm.options or steps == demo.PLAN_STEPS]
+    return [Arm("plain", None), *(Arm(arm.name, arm.options) for arm in fitting)]
 
 
 def upstream_arms(folder: Path) -> List[Arm]:

@@ -19,7 +19,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 
 from benchmarks.lib.own import masked
-from osaccel.demo import __main__ as demo
+from osaccel.demo import arms as demo
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
 from osaccel.plan import Plan, Region, of_dit_cache

@@ -46,7 +46,8 @@ class Region:
         return self.reuse.every > 1 if isinstance(self.reuse, Interval) else bool(self.reuse)
 
     def __str__(self) -> str:
-        return f"blocks {self.start} to {self.stop - 1}"
+        last = self.stop - 1
+        return f"blocks {self.start} to {last}" if self.start < last else f"block {last}"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ class Plan:
 
     def describe(self) -> str:
         """What it does, in a few words."""
-        parts = [f"{len(self.skip)} steps skipped"] if self.skip else []
+        parts = [f"{_steps_in_words(self.skip)} skipped"] if self.skip else []
         if self.conditional_only:
             parts.append(f"{len(self.conditional_only)} conditional only")
         for region in self.used_regions:
@@ -184,11 +185,15 @@ class Plan:
             if isinstance(region.reuse, Interval):
                 when = f"from step {region.reuse.first} on but at 1 step in {region.reuse.every}"
             else:
-                when = f"at {len(region.reuse)} steps"
+                when = f"at {_steps_in_words(region.reuse)}"
             parts.append(f"{region} {how} {when}")
         if self.correction.is_used:
             parts.append(f"corrected ({self.correction})")
         return ", ".join(parts) or "every step in full"
+
+
+def _steps_in_words(steps: Sequence[int]) -> str:
+    return "1 step" if len(steps) == 1 else f"{len(steps)} steps"
 
 
 def _extent(strength: Union[float, Tuple[float, ...]]) -> str:

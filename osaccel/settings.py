@@ -219,7 +219,14 @@ class Setting(NamedTuple):
 
 
 TABLE: Tuple[Setting, ...] = (
-    Setting("config", (), _path, "one YAML file: cache:, sampling:, wall:, search:, log:", "FILE", is_path=True),
+    Setting(
+        "config",
+        (),
+        _path,
+        "one YAML file: plan:, correction:, cache:, sampling:, wall:, search:, log:",
+        "FILE",
+        is_path=True,
+    ),
     Setting(
         "plan",
         ("plan",),
@@ -308,7 +315,7 @@ TABLE: Tuple[Setting, ...] = (
         "DIR",
         is_path=True,
     ),
-    Setting("strict", ("strict",), _boolean, "an unrecognised upstream is an error instead of a warning"),
+    Setting("strict", ("strict",), _boolean, "what would only be warned of is an error"),
     Setting("log", ("log",), _log_level, "log level: " + ", ".join(LOG_LEVELS) + " (default INFO)", "LEVEL"),
     Setting("disable", ("disable",), _boolean, "run the command as if osaccel were not installed"),
 )

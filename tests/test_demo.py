@@ -1,30 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo as a first-time user runs it."""
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("imageio")
+pytest.importorskip("scipy")
+
+import imageio  # noqa: E402
+import numpy as np  # noqa: E402
+
+from osaccel.demo import compare  # noqa: E402
+from osaccel.demo.__main__ import EXTRA  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def demo(*options, **more):
+    command = [sys.executable, "-m", "osaccel.demo", *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **more)
 
 
 def test_fast_demo_prints_its_table_and_writes_its_pictures(tmp_path):
-    command = [sys.executable, "-m", "osaccel.demo", "--fast", "--out", str(tmp_path)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    result = demo("--fast", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
-    rows = [line for line in result.stdout.splitlines() if re.search(r"\d+\.\d+x", line)]
-    assert [row.split("  ")[0] for row in rows] == [
-        "plain, 100 steps",
-        "DiT cache",
-        "50 searched steps",
-        "cache + 50 steps",
-    ]
-    assert all(row.endswith(" %") for row in rows)
-    computed, total = map(int, re.search(r"(\d+) of (\d+)", rows[1]).groups())
-    assert 0 < computed < total == 1200
-    decibels = float(rows[1].split(str(total))[1].split()[0])
-    # Far from equal noise (about 10 dB), not bit-identical (infinite).
-    assert 15 < decibels < 100
+    rows = [re.split("  +", line) for line in result.stdout.splitlines() if re.search(r"\d+\.\d+x", line)]
+    assert [row[0] for row in rows] == ["plain, 100 steps", "plan, 2x", "DiT cache", "50 searched steps"]
+    assert [row[3] for row in rows] == ["1.00x", "2.00x", "1.52x", "2.00x"]
+    assert [row[6] for row in rows] == ["100.0 %", "50.0 %", "66.0 %", "50.0 %"]
+    assert all(row[-1].endswith(" %") for row in rows)
+    # Far from equal noise (about 10 dB), not bit-identical (200).
+    assert 25 < float(rows[2][7]) < float(rows[1][7]) < 100
+    # In turns: the second round begins where the first has ended.
+    order = re.findall(r"^sampling \d of 2: (.+) \.\.\.$", result.stdout, re.MULTILINE)
+    assert order[4:] == order[3::-1] and len(order) == 8
     assert (tmp_path / "side_by_side.mp4").stat().st_size > 1000
     assert (tmp_path / "side_by_side.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_extras_are_one_line_before_anything_is_sampled(tmp_path):
+    for name in EXTRA:
+        if name not in ("imageio", "scipy"):
+            (tmp_path / f"{name}.py").touch()
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    # -S: without this environment's own packages.
+    command = [sys.executable, "-S", "-m", "osaccel.demo", "--out", str(tmp_path / "out")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60, env={**os.environ, "PYTHONPATH": path})
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == (
+        "osaccel.demo: imageio, scipy are not installed; the extra 'demo' has them: pip install -e \".[demo]\"\n"
+    )
+
+
+def test_the_extra_is_what_the_demo_asks_for():
+    (line,) = re.findall(r"^demo = \[(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE | re.DOTALL)
+    named = [re.match(r"[\w-]+", name).group().replace("-", "_") for name in re.findall(r'"(.+?)"', line)]
+    assert sorted(named) == sorted(EXTRA)
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_anything_is_sampled(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for out, why in ((file, "File exists"), (file / "below", "Not a directory")):
+        result = demo("--fast", "--out", str(out))
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == f"osaccel.demo: --out {out} cannot be written: {why}\n"
+
+
+def test_labels_and_differences_can_be_seen(tmp_path):
+    arms = {"plain": [np.full((9, 32, 32, 3), 100, np.uint8)], "star": [np.full((9, 32, 32, 3), 103, np.uint8)]}
+    shown = compare.with_difference(arms)
+    assert list(shown) == ["plain", "star", "difference x 32"]
+    assert (shown["difference x 32"][0] == 96).all()
+    compare.write_video(tmp_path / "all.mp4", arms)
+    frames = np.stack(imageio.mimread(tmp_path / "all.mp4"))
+    assert frames.shape == (9, 24 + 192, 3 * 192, 3)
+    strips = frames[:, :24].reshape(9, 24, 3, 192, 3)
+    # White letters on black above every column, and the columns as they are.
+    assert (strips.max((0, 1, 3, 4)) > 150).all() and (np.median(strips, (0, 1, 3, 4)) < 20).all()
+    assert np.abs(frames[4, 100, [96, 288, 480]].mean(-1) - [100, 103, 96]).max() < 6
 
 
 def test_models_saved_during_a_generation_are_plain(tmp_path):

@@ -19,7 +19,7 @@ SEARCH_ORDER = (
     ("session", "recordings"),
     ("workers", "outputs"),
     ("journal",),
-    ("recording", "team", "lock", "presence", "stored", "evaluation"),
+    ("recording", "team", "lock", "presence", "stored", "evaluation", "progress"),
     ("errors", "places"),
 )
 

@@ -14,7 +14,7 @@ import pytest
 from osaccel import binding, formats
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.plan import Plan
-from osaccel.search import outputs
+from osaccel.search import frames, outputs
 
 CONFIG = DitCacheConfig(4, 2, 2, 3)
 
@@ -252,3 +252,18 @@ def test_without_the_launcher_an_output_that_cannot_be_written_is_found_before_t
     code = code.replace("class OpenSora", "tiny.Pipeline.predict = lambda *_: 1 / 0\nclass OpenSora", 1)
     result = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=120)
     assert result.stderr.splitlines()[-1].endswith(f"{tmp_path} cannot be written: Is a directory."), result.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs modes of files")
+@pytest.mark.parametrize("umask", (0o022, 0o027))
+def test_what_a_search_leaves_is_as_readable_as_the_user_s_other_files(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        formats.write_json(str(tmp_path / "plan.json"), {})
+        frames.write_frames(str(tmp_path / "plan.json.report.npz"), {"plain": np.zeros((2, 4, 4, 3), np.uint8)})
+        (tmp_path / "other").touch()
+    finally:
+        os.umask(before)
+    assert {oct(path.stat().st_mode & 0o777) for path in tmp_path.iterdir()} == {oct(0o666 & ~umask)}
+    with np.load(tmp_path / "plan.json.report.npz") as content:
+        assert content["plain"].shape == (2, 4, 4, 3)

@@ -30,9 +30,11 @@ def test_one_version_everywhere():
 
 def test_license_types_and_data_are_in_the_package():
     assert "Apache License" in text("LICENSE") and 'KEY: "Apache-2.0"' in text("setup.py")
-    for name in ("py.typed", "report/page.html", "demo/checkpoint/README.md"):
+    for name in ("py.typed", "plan.schema.json", "report/page.html", "demo/checkpoint/README.md"):
         assert (ROOT / "osaccel" / name).exists()
-    assert 'osaccel = ["py.typed", "*.pyi"]' in text("pyproject.toml") and '["page.html"]' in text("pyproject.toml")
+    assert 'osaccel = ["py.typed", "*.pyi", "plan.schema.json"]' in text("pyproject.toml") and '["page.html"]' in text(
+        "pyproject.toml"
+    )
 
 
 def test_no_extra_brings_another_torch():
@@ -73,10 +75,20 @@ def test_the_matrix_says_what_could_not_be_installed(tmp_path, monkeypatch):
     assert "no-such-thing==1" in outcome.words and outcome.words.startswith("not installed") and not outcome.failed
 
 
-@pytest.mark.parametrize("module", ["run", "report", "doctor"])
+@pytest.mark.parametrize("module", ["run", "report", "doctor", "demo"])
 def test_every_command_says_its_version(module):
     command = [sys.executable, "-m", f"osaccel.{module}", "--version"]
     assert subprocess.run(command, capture_output=True, text=True).stdout == f"osaccel {osaccel.__version__}\n"
+
+
+MISSPELT = {"run --plann": "--plan", "doctor --jsn": "--json", "report x --otu": "--out", "demo --fats": "--fast"}
+
+
+@pytest.mark.parametrize("wrong, meant", MISSPELT.items())
+def test_every_command_answers_a_misspelt_option_with_the_one_that_is_meant(wrong, meant):
+    result = subprocess.run([sys.executable, "-m", *f"osaccel.{wrong}".split()], capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.endswith(f": unknown option. Did you mean {meant!r}?\n") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])

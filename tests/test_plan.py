@@ -415,6 +415,11 @@ def test_the_lines_say_what_is_expected_and_what_was_done():
     assert f"network work {work:.1f} %" in generation.summary() and "measured" in generation.summary()
 
 
+def test_one_step_and_one_block_are_said_so():
+    one = Plan(steps=8, skip=(2,), regions=(Region(3, 4, (5,)), Region(0, 2, (1, 3), order=1)))
+    assert one.describe() == "1 step skipped, block 3 reused at 1 step, blocks 0 to 1 forecast at 2 steps"
+
+
 # Files --------------------------------------------------------------------------------------------------------------
 
 GOOD = {

@@ -122,7 +122,7 @@ def test_the_plan_page_says_what_was_measured_and_what_predicted(tmp_path):
     assert "4.0 times as large as predicted" in said and "more than the saved work explains" in said
     runs = shown.tables[0]
     assert len(runs.rows) == 3 and runs.rows[runs.marked[0]][0] == plan_page.said(PLAN)
-    assert "skipped 2; conditional only 4–5; blocks 1 to 2 reused at 3; blocks 3 to 3 forecast at 6" in runs.rows[0][0]
+    assert "skipped 2; conditional only 4–5; blocks 1 to 2 reused at 3; block 3 forecast at 6" in runs.rows[0][0]
     assert shown.facts["What the search took"]["recordings kept"] == "3.0 MiB"
     assert shown.prompts == [NASTY, "two", "three"]
 

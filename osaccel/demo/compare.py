@@ -2,11 +2,14 @@
 """Compares videos with the plain run's, frame by frame before any lossy encoding, and shows them side by side."""
 
 from pathlib import Path
-from typing import Any, Mapping, Sequence
+from typing import Any, Dict, Mapping, Sequence
 
 import imageio
 import numpy as np
 from scipy.ndimage import uniform_filter
+
+# A good plan is one grey level away from the plain run, which nobody sees.
+AMPLIFIED = 32
 
 
 def ssim(video: np.ndarray, plain: np.ndarray, window: int = 7) -> float:
@@ -24,16 +27,41 @@ def ssim(video: np.ndarray, plain: np.ndarray, window: int = 7) -> float:
     )
 
 
+def difference(video: np.ndarray, plain: np.ndarray) -> np.ndarray:
+    """How far two uint8 videos are apart, made visible."""
+    apart = np.abs(video.astype(np.int16) - plain.astype(np.int16))
+    return (apart * AMPLIFIED).clip(0, 255).astype(np.uint8)
+
+
+def with_difference(arms: Mapping[str, Sequence[np.ndarray]]) -> Dict[str, Sequence[np.ndarray]]:
+    """The arms, and behind the second one how far it is from the first."""
+    plain, star, *others = arms
+    apart = [difference(*pair) for pair in zip(arms[star], arms[plain])]
+    rows = {plain: arms[plain], star: arms[star], f"difference x {AMPLIFIED}": apart}
+    return {**rows, **{name: arms[name] for name in others}}
+
+
 def enlarge(frames: np.ndarray, factor: int) -> np.ndarray:
     return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
-def write_video(path: Path, arms: Mapping[str, Sequence[np.ndarray]], fps: int = 8, factor: int = 4) -> None:
-    """One mp4: a column per arm, a row per prompt."""
-    columns = [np.concatenate(list(videos), axis=1) for videos in arms.values()]
-    imageio.mimwrite(
-        path, list(enlarge(np.concatenate(columns, axis=2), factor)), fps=fps, quality=8, macro_block_size=1
-    )
+def label(text: str, width: int, height: int) -> np.ndarray:
+    """A black strip with white text, uint8 (H, W, 3)."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (width, height))
+    ImageDraw.Draw(strip).text((6, height // 4), text, fill="white")
+    return np.asarray(strip)
+
+
+def write_video(path: Path, arms: Mapping[str, Sequence[np.ndarray]], fps: int = 8, factor: int = 6) -> None:
+    """One mp4: a column per arm with its name above it, a row per prompt."""
+    columns = []
+    for name, videos in with_difference(arms).items():
+        column = enlarge(np.concatenate(list(videos), axis=1), factor)
+        strip = label(name, column.shape[2], 24)
+        columns.append(np.concatenate([np.broadcast_to(strip, (len(column), *strip.shape)), column], axis=1))
+    imageio.mimwrite(path, list(np.concatenate(columns, axis=2)), fps=fps, quality=8, macro_block_size=2)
 
 
 def write_picture(path: Path, arms: Mapping[str, Sequence[np.ndarray]], prompts: Sequence[str], shown: int = 6) -> None:
@@ -43,12 +71,17 @@ def write_picture(path: Path, arms: Mapping[str, Sequence[np.ndarray]], prompts:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = len(prompts) * len(arms)
-    figure, axes = pyplot.subplots(rows, shown, figsize=(1.3 * shown, 1.4 * rows + 0.4), squeeze=False)
+    arms = with_difference(arms)
+    # Above every prompt's rows is one for the prompt itself.
+    heights = [0.3, *[1.0] * len(arms)] * len(prompts)
+    figure = pyplot.figure(figsize=(1.2 * (shown + 1.3), 1.22 * sum(heights)))
+    grid = figure.add_gridspec(len(heights), shown, height_ratios=heights)
     for number, prompt in enumerate(prompts):
-        for row, (name, videos) in enumerate(arms.items(), start=number * len(arms)):
-            _show(axes[row], videos[number], name, prompt if row == number * len(arms) else "")
-    figure.subplots_adjust(left=0.2, right=0.99, top=0.97, bottom=0.01, wspace=0.05, hspace=0.25)
+        first = number * (len(arms) + 1) + 1
+        for row, (name, videos) in enumerate(arms.items(), start=first):
+            axes = [figure.add_subplot(grid[row, column]) for column in range(shown)]
+            _show(axes, videos[number], name, prompt if row == first else "")
+    figure.subplots_adjust(left=0.18, right=0.995, top=1, bottom=0.005, wspace=0.03, hspace=0.03)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

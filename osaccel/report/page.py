@@ -12,6 +12,7 @@ import numpy as np
 
 from osaccel import __version__, formats
 from osaccel.formats import SettingsError
+from osaccel.messages import closest
 from osaccel.report import cache, figures, plan, timesteps
 from osaccel.report.content import Content
 
@@ -98,7 +99,11 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("path", help="what the search wrote: a plan, a cache configuration, a list, or a .report.json")
     parser.add_argument("--out", metavar="DIR", help="where to write (default: beside the report)")
     parser.add_argument("--version", action="version", version=f"osaccel {__version__}")
-    options = parser.parse_args(arguments)
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = closest(unknown[0], ["--out", "--version", "--help"])
+        print(f"osaccel: error: {unknown[0]}: unknown option. {known}", file=sys.stderr)
+        return 2
     try:
         print(write(load(options.path), options.out))
     except (SettingsError, OSError) as error:

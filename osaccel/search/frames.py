@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Sequence
 import numpy as np
 import torch
 
+from osaccel import formats
 from osaccel.search import stored
 from osaccel.search.recording.replay import Replay
 
@@ -60,5 +61,6 @@ def write_frames(path: str, content: Dict[str, Any]) -> None:
     """Write what `frames` gave so that it is there whole or not at all."""
     try:
         stored.write_whole(path, lambda file: np.savez_compressed(file, **content))
+        formats.make_readable(path)
     except OSError as error:
         logger.warning("%s cannot be written: %s; the report has no frames", path, error.strerror)

@@ -107,6 +107,9 @@ class Session:
                 call.state.restore()
                 # This rank's own call was not made yet; it is the first one with what was found.
                 return function(*args, **kwargs)
+            if self.team.is_first:
+                which = f"{len(self.calls) + 1} of {self.settings.search_prompts}"
+                logger.info("search (%s): generation %s is recorded", self.settings.search, which)
             return self._record(call)
         except BaseException as error:
             self._give_up(error)

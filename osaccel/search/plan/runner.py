@@ -39,7 +39,8 @@ from osaccel.search.plan.actions import (
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
 from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
 from osaccel.search.plan.local import predictor_moments, squared_sizes
-from osaccel.search.plan.measure import Measure, first_change
+from osaccel.search.plan.measure import Measure
+from osaccel.search.plan.progress import PlanProgress, price_of
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.search.workers import Evaluate, Helper, Workers
@@ -120,10 +121,11 @@ class PlanRunner(JournalledRunner):
         self.actions = self._actions()
         crew = Workers(self.team, self.journal)
         crew.publish(recordings.shared(self.replays))
-        self.measure = Measure(self.replays, self.team, self._decodes)
+        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         self.expectation = self._measured_gains(crew)
         found = [self._reach(goal, crew) for goal in self.settings.target]
+        self.progress.close()
         self._conclude(found, time.time() - started)
         crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
         return {"plan": found[0].plan}
@@ -149,9 +151,10 @@ class PlanRunner(JournalledRunner):
         sizes = self._sizes()
         self.predictor = self._predictor()
         probes = self._probes()
-        self.replays_to_come = len(probes) + len(self.settings.target)
+        plans = [self._plan_of(probe) for probe in probes]
+        self.progress = self._progress(plans)
         measured = {}
-        for probe, evaluation in zip(probes, self._run([self._plan_of(probe) for probe in probes], crew)):
+        for probe, evaluation in zip(probes, self._run(plans, crew)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
             measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
@@ -178,9 +181,22 @@ class PlanRunner(JournalledRunner):
         return plan_of(probe.chosen(by_name, self.windows.count), self.windows, self.predictor)
 
     def _price(self, probe: Probe) -> float:
-        """Plain generations' worth of replaying a probe: nothing before its first change is computed."""
-        plan = self._plan_of(probe)
-        return plan.work(self.num_blocks) - first_change(plan) / self.windows.total
+        """Plain generations' worth of replaying a probe."""
+        return price_of(self._plan_of(probe), self.num_blocks)
+
+    def _progress(self, plans: Sequence[Plan]) -> PlanProgress:
+        """Of the probes that are not known yet, and of a choice and an even plan for each target."""
+        missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
+        expected = [price_of(plan, self.num_blocks) for plan in missing]
+        for goal in self.settings.target:
+            work = 1 / goal.value if goal.kind == "speed" else 1.0
+            expected.append(max(0.0, work - self.windows.first / self.windows.total))
+            if goal.kind == "speed" and self._can(SKIP):
+                expected.append(work)
+        return PlanProgress(sum(expected), self.num_blocks, len(self.replays), self.team.is_first)
+
+    def _on_step(self) -> None:
+        self.progress.step()
 
     def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
         """By action: for every window and family, the squared local change relative to the final latents."""
@@ -213,9 +229,11 @@ class PlanRunner(JournalledRunner):
         jobs = [formats.plan_content(plan) for plan in plans]
         missing = [job for job in jobs if key_of(job) not in self.known]
         for start in range(0, len(missing), self.team.workers):
-            round_ = crew.run_round(missing[start : start + self.team.workers], self.measure, None)
+            now = missing[start : start + self.team.workers]
+            self.progress.begin(now)
+            round_ = crew.run_round(now, self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
-            self.say("plan search: %d of about %d replays", len(self.known), self.replays_to_come)
+            self.progress.end()
         found = [self.known[key_of(job)] for job in jobs]
         self.asked.update((evaluation.key, evaluation) for evaluation in found)
         return found
@@ -241,12 +259,13 @@ class PlanRunner(JournalledRunner):
         while choice is not None and (not tried or self.spent + choice.work <= limit):
             found = self._verified(goal, choice, crew)
             tried.append(found)
+            self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
             if self._keeps(found) and (goal.kind != "speed" or found.expected <= AS_PREDICTED**2 * choice.square):
                 break
             self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             choice = self.team.share(self._another(goal, tried))
         tried += self._even(goal, limit, bool(tried), crew)
-        best = min(tried, key=lambda found: (not self._keeps(found), found.square))
+        best = self._best(tried)
         if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
@@ -264,6 +283,9 @@ class PlanRunner(JournalledRunner):
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
+
+    def _best(self, tried: Sequence[Found]) -> Found:
+        return min(tried, key=lambda found: (not self._keeps(found), found.square))
 
     def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
         """What is to be tried next; None where there is nothing new."""

@@ -17,6 +17,7 @@ from osaccel.formats import SettingsError
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, with_latents
 from osaccel.search.errors import SearchError
+from osaccel.search.progress import Progress
 from osaccel.search.recording.replay import Call
 from osaccel.search.team import Team
 from osaccel.search.timesteps.denoised import DenoiserLog
@@ -185,15 +186,18 @@ def evaluate(
     steps = steps or int(call.arguments["num_inference_steps"])
     paths = number_of_paths(len(videos.paths), steps)
     evaluations = 0
-    for path in videos.paths:
+    progress = Progress("calibration videos", team.is_first)
+    for number, path in enumerate(videos.paths):
         clean = videos.encoded(path, call.pipeline.vae)
-        for _ in range(paths):
+        for motion in range(paths):
             oracle = _NoisedPath(clean, log, team)
             args, kwargs = call.with_arguments(num_inference_steps=steps, output_type="latent", callback=None)
             with Generation(call.pipeline, None, call.target, [oracle, *watchers]):
                 call.function(*args, **kwargs)
             log.end_generation()
             evaluations += oracle.calls
+            progress.at(number * paths + motion + 1, len(videos.paths) * paths)
+    progress.close()
     return evaluations
 
 
