@@ -33,6 +33,7 @@ from osaccel.search.plan.actions import (
     Action,
     Windows,
     actions_for,
+    alone,
     even_plan,
     plan_of,
 )
@@ -250,8 +251,8 @@ class PlanRunner(JournalledRunner):
     def _reach(self, goal: Goal, crew: Workers) -> Found:
         """The best verified plan for a goal.
 
-        One that does worse than expected tells how errors grow with an action's strength, and another is chosen. The
-        plain alternative, steps skipped evenly, is measured too: no choice need be worse than it.
+        One that does worse than expected tells how errors grow with an action's strength, and another is chosen.
+        Plainer plans are measured too: no choice need be worse than they are.
         """
         choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
@@ -264,22 +265,29 @@ class PlanRunner(JournalledRunner):
                 break
             self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             choice = self.team.share(self._another(goal, tried))
-        tried += self._even(goal, limit, bool(tried), crew)
+        tried += self._plainer(goal, limit, tried, crew)
         best = self._best(tried)
         if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
 
-    def _even(self, goal: Goal, limit: float, has_choice: bool, crew: Workers) -> List[Found]:
-        is_affordable = not has_choice or self.spent + 1 / goal.value <= limit
-        if goal.kind != "speed" or not self._can(SKIP) or not is_affordable:
+    def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found], crew: Workers) -> List[Found]:
+        """Steps skipped and nothing else, as the windows have it and evenly; as far as the budget allows."""
+        if goal.kind != "speed" or not self._can(SKIP):
             return []
-        plan = even_plan(self.windows.total, 1 / goal.value, self.predictor)
-        (evaluation,) = self._run([plan], crew)
-        choice = Choice((), plan.work(self.num_blocks), float("nan"))
-        if evaluation.error is None and not has_choice:
+        even = even_plan(self.windows.total, 1 / goal.value, self.predictor)
+        others = [(Choice((), even.work(self.num_blocks), float("nan")), even)]
+        skips = self.team.share(self._within(goal, self.choices(alone(self.actions, SKIP))))
+        if skips is not None and all(skips.actions != one.choice.actions for one in tried):
+            others.insert(0, (skips, plan_of(skips.actions, self.windows, self.predictor)))
+        found = []
+        for choice, plan in others:
+            if not tried or self.spent + price_of(plan, self.num_blocks) <= limit:
+                (evaluation,) = self._run([plan], crew)
+                found += [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
+        if not tried and not found:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
-        return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
+        return found
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
