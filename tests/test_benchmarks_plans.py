@@ -99,11 +99,15 @@ def test_rivals_cost_what_the_found_plan_does():
     actions = actions_for(windows.length, FAMILIES)
     half = next(action for action in actions if action.name == "s2")
     own = plan_of([half] * windows.count, windows)
-    draw, generator = plan_search.Draw(actions, windows, own.work(1)), np.random.default_rng(0)
+    draw, generator = plan_search.Draw(actions, windows, own.work(BLOCKS)), np.random.default_rng(0)
     structured, random = draw.structured(20, generator), draw.random(20, generator)
     assert len(structured) == len(random) == 20 and all(len(set(chosen)) <= 2 for chosen in structured)
     for chosen in (*structured, *random):
-        assert own.work(1) - plan_search.NEAR - 1e-6 <= plan_of(chosen, windows).work(1) <= own.work(1) + 1e-6
+        assert (
+            own.work(BLOCKS) - plan_search.NEAR - 1e-6
+            <= plan_of(chosen, windows).work(BLOCKS)
+            <= own.work(BLOCKS) + 1e-6
+        )
     assert plan_search.Draw(actions, windows, 0.01).random(2, generator) == []
 
 

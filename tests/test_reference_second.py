@@ -90,15 +90,10 @@ def test_an_export_samples_like_the_training_model(tmp_path):
     assert all(torch.allclose(wanted[name], found[name], atol=1e-3) for name in wanted)
 
 
-needs_checkpoint = pytest.mark.skipif(not load.CHECKPOINT.exists(), reason="the second model is not trained yet")
-
-
-@needs_checkpoint
 def test_checkpoint_is_small():
     assert sum(path.stat().st_size for path in load.CHECKPOINT.rglob("*") if path.is_file()) <= 12e6
 
 
-@needs_checkpoint
 def test_checkpoint_samples():
     pipeline = load.load_pipeline()
     assert {parameter.dtype for parameter in pipeline.transformer.parameters()} == {torch.float32}
@@ -111,7 +106,7 @@ def test_checkpoint_samples():
         return pipeline(prompts, generator=noise, output_type=output_type, **options).images
 
     latents, frames = sample("latent"), sample("pil")
-    assert latents.shape == (2, 10, 4, 6, 6) and 0.5 < latents.std() < 2
+    assert latents.shape == (2, 10, 4, 6, 6) and 0.5 < latents.std() < 5  # guidance raises it
     assert torch.equal(frames, pipeline.decode_latents(latents))
     verdicts = [load.judge(video, prompt) for video, prompt in zip(frames.numpy(), prompts)]
-    assert all(verdict["ink"] and verdict["paper"] for verdict in verdicts)
+    assert all(verdict["light"] and verdict["side"] for verdict in verdicts)
