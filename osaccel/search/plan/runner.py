@@ -52,8 +52,9 @@ logger = logging.getLogger("osaccel")
 # Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
 # in; and for each further one.
 BUDGET, FURTHER = 6.0, 1.0
-# Windows' errors add up within some tens of per cent; a plan so much worse than predicted is followed by another.
-AS_PREDICTED = 1.25
+# Errors of calls to come are known within about a quarter. A plan that does so much worse than predicted is followed by
+# another; one that skips among the first steps, where few calls do not show what turns a video, must be so much better.
+TOLERANCE = 1.25
 
 
 class Found(NamedTuple):
@@ -261,7 +262,7 @@ class PlanRunner(JournalledRunner):
             found = self._verified(goal, choice, crew)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
-            if self._keeps(found) and (goal.kind != "speed" or found.expected <= AS_PREDICTED**2 * choice.square):
+            if self._keeps(found) and (goal.kind != "speed" or found.expected <= TOLERANCE**2 * choice.square):
                 break
             self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             choice = self.team.share(self._another(goal, tried))
@@ -293,7 +294,10 @@ class PlanRunner(JournalledRunner):
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        return min(tried, key=lambda found: (not self._keeps(found), found.square))
+        return min(tried, key=lambda found: (not self._keeps(found), found.square * self._doubt(found)))
+
+    def _doubt(self, found: Found) -> float:
+        return TOLERANCE**2 if min(found.plan.skip, default=self.windows.first) < self.windows.first else 1.0
 
     def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
         """What is to be tried next; None where there is nothing new."""
