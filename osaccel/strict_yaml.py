@@ -18,6 +18,7 @@ from yaml.scanner import Scanner
 from osaccel.messages import shown
 
 DEEPEST = 20
+_TOO_DEEP = f"nested more than {DEEPEST} levels deep"
 
 
 class InvalidYaml(ValueError):
@@ -35,6 +36,12 @@ class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
         BaseResolver.__init__(self)
         self.depth = 0
 
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        # The scanner looks 1,024 characters ahead of the composer, and a bracket costs it time for all that are open.
+        if self.flow_level >= DEEPEST:
+            raise InvalidYaml(f"line {self.line + 1}: {_TOO_DEEP}")
+        super().fetch_flow_collection_start(token_class)
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent):
@@ -43,7 +50,7 @@ class _Composer(Reader, Scanner, Parser, Composer, BaseResolver):
             raise _at(event, f"the tag {shown(event.tag)} is not allowed")
         self.depth += 1
         if self.depth > DEEPEST:
-            raise _at(event, f"nested more than {DEEPEST} levels deep")
+            raise _at(event, _TOO_DEEP)
         node = super().compose_node(parent, index)
         self.depth -= 1
         return node

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
-from tiny import Block, Pipeline, reference_loop
+from tiny import Block, Pipeline, needs_compile, needs_pickling, reference_loop
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig
 from osaccel.generation import Generation, UnsupportedPipeline
@@ -196,7 +196,11 @@ def save_and_load(module):
     return torch.load(buffer, weights_only=False)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, roundtrip, save_and_load], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, *(pytest.param(f, marks=needs_pickling) for f in (roundtrip, save_and_load))],
+    ids=lambda f: f.__name__,
+)
 def test_copies_made_during_a_generation_are_plain_models(duplicate):
     pipeline = Pipeline()
     copies = []
@@ -216,6 +220,7 @@ def test_state_dict_is_the_plain_one_during_a_generation():
         assert list(pipeline.transformer.state_dict()) == plain
 
 
+@needs_compile
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_a_compiled_transformer_gives_the_cached_result_without_more_graphs_per_step(backend):
     config = config_of(1, 4, 2, 2)
@@ -234,6 +239,7 @@ def test_a_compiled_transformer_gives_the_cached_result_without_more_graphs_per_
     assert 0 < graphs[0] == graphs[1] == graphs[2]
 
 
+@needs_compile
 def test_a_model_compiled_in_place_is_refused_with_the_way_out():
     pipeline = Pipeline()
     pipeline.transformer.compile(backend="eager")

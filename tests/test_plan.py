@@ -20,7 +20,7 @@ from diffusers import (
     KDPM2AncestralDiscreteScheduler,
     PNDMScheduler,
 )
-from tiny import SEQUENCE_FIRST, TARGET, Block, Pipeline
+from tiny import SEQUENCE_FIRST, TARGET, Block, Pipeline, needs_compile
 
 from osaccel import settings
 from osaccel.dit_cache_config import DitCacheConfig
@@ -342,6 +342,10 @@ def test_skipping_equals_the_coarse_run_with_the_merged_noise(make, kind, every)
     ],
 )
 def test_samplers_that_cannot_skip_are_refused_before_the_first_forward(make, reason):
+    try:
+        make().set_timesteps(12)
+    except ValueError as error:  # DPMSolverSinglestepScheduler of diffusers 0.28 to 0.32 with numpy 2
+        pytest.skip(f"without osaccel this diffusers' sampler cannot run with this numpy: {error}")
     pipeline = Pipeline(scheduler=make())
     for plan in (Plan(steps=None, correction=Correction(0, 1)), Plan(steps=12, skip=(3,))):
         with pytest.raises((UnsupportedScheduler, SettingsError), match=f"{reason}|the plan is for 12 steps"):
@@ -392,6 +396,7 @@ def test_a_second_generation_starts_anew():
     assert torch.equal(accelerated(EVERYTHING, pipeline=pipeline)[0], first)
 
 
+@needs_compile
 def test_a_compiled_transformer_gives_the_same():
     expected, _, _ = accelerated(EVERYTHING)
     pipeline = Pipeline(block=Block)

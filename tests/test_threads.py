@@ -273,7 +273,7 @@ SAMPLERS = {
     "Euler ancestral": EulerAncestralDiscreteScheduler,
     "DDIM": functools.partial(DDIMScheduler, clip_sample=False),
 }
-DUPLICATES = [copy.copy, copy.deepcopy, pickled]
+DUPLICATES = [copy.copy, copy.deepcopy, pytest.param(pickled, marks=tiny.needs_pickling)]
 
 
 @pytest.mark.parametrize("duplicate", DUPLICATES, ids=lambda function: function.__name__)

@@ -2,7 +2,9 @@
 """The smallest pipeline that shows the behaviour under test: real diffusers schedulers, the upstream's loop."""
 
 import inspect
+import sys
 
+import pytest
 import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from torch import nn
@@ -13,6 +15,12 @@ WIDTH = 8
 # The pipelines below run guidance as the upstream does.
 TARGET = Target(guidance=Guidance(batch_first=("hidden_states", "timestep"), block_dim_parallel=1))
 SEQUENCE_FIRST = TARGET._replace(guidance=TARGET.guidance._replace(block_dim=1))
+
+
+# Torch 2.5 is there for Python 3.13, but with it torch.save, pickle of a tensor and torch.compile fail: plainly, too.
+HALF_A_TORCH = sys.version_info >= (3, 13) and torch.__version__.startswith("2.5.")
+needs_pickling = pytest.mark.skipif(HALF_A_TORCH, reason="torch 2.5 cannot pickle tensors on Python 3.13")
+needs_compile = pytest.mark.skipif(HALF_A_TORCH, reason="torch 2.5 has no torch.compile on Python 3.13")
 
 
 class Block(nn.Module):
