@@ -252,8 +252,8 @@ class PlanRunner(JournalledRunner):
     def _reach(self, goal: Goal, crew: Workers) -> Found:
         """The best verified plan for a goal.
 
-        One that does worse than expected tells how errors grow with an action's strength, and another is chosen.
-        Plainer plans are measured too: no choice need be worse than they are.
+        Every one tells how errors grow with an action's strength; after one that does worse than expected another is
+        chosen. Plainer plans are measured too: no choice need be worse than they are.
         """
         choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
@@ -262,9 +262,9 @@ class PlanRunner(JournalledRunner):
             found = self._verified(goal, choice, crew)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
+            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             if self._keeps(found) and (goal.kind != "speed" or found.expected <= TOLERANCE**2 * choice.square):
                 break
-            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             choice = self.team.share(self._another(goal, tried))
         tried += self._plainer(goal, limit, tried, crew)
         best = self._best(tried)
