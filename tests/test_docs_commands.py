@@ -71,11 +71,11 @@ SAMPLES, BLOCKS = "save path videos", "blocks computed"
 INSTALLS = NotHere("installs from the index; .ci/run does so in a fresh environment")
 ALONE = NotHere("a name in a sentence, not a whole command")
 SEARCH = (
-    "OSACCEL_SEARCH=plan OSACCEL_TARGET=2x OSACCEL_SEARCH_PROMPTS=4 OSACCEL_PLAN=plan.json python -m osaccel.run "
+    "OSACCEL_SEARCH=plan OSACCEL_TARGET=2x OSACCEL_SEARCH_PROMPTS=8 OSACCEL_PLAN=plan.json python -m osaccel.run "
     "torchrun --nproc_per_node 8 -m opensora.sample.sample_t2v_sp ..."
 )
 HOW = {
-    SEARCH: Run("found a plan for 2x", quick=True),
+    SEARCH: Run("found a plan for 2x", (("PROMPTS=8", "PROMPTS=4"),), quick=True),
     "OSACCEL_PLAN=plan.json python -m osaccel.run torchrun --nproc_per_node 8 -m opensora.sample.sample_t2v_sp ...":
         Run(BLOCKS, quick=True),
     "python -m osaccel.report plan.json": Run("plan.json.report.html", quick=True),
@@ -118,11 +118,14 @@ HOW = {
     "python -m benchmarks.reference.redundancy --prompts 4": Run("", (("--prompts 4", "--prompts 1 --steps 5"),)),
     "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": Tested("test_demo.py", '"osaccel.demo"'),
     "pip install -c constraints.txt -e \".[test]\" && python -m pytest": Tested("../.ci/run", "python -m pytest"),
-    "python -m benchmarks.plans --kept DIR":
-        Run("osaccel plan", (("DIR", "kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
-    "python -m benchmarks.corrections --work DIR --prompts 16":
-        Run("gap to 100 steps closed",
-            (("DIR --prompts 16", "work --prompts 2 --batch 2 --computed 12 --steps 12 --samplers"),)),
+    "python -m benchmarks.plans --prompts 8 --kept DIR [--model second]":
+        Run("osaccel plan", (("--prompts 8 --kept DIR [--model second]",
+            "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
+    "python -m benchmarks.corrections --work DIR --prompts 16 [--model second]":
+        Run("gap to 100 steps closed", (("DIR --prompts 16 [--model second]",
+            "work --prompts 2 --batch 2 --computed 12 --steps 12 --samplers"),)),
+    "SOAK=200 python -m pytest tests/test_soak.py": Tested("test_soak.py", '"SOAK"'),
+    "python tests/matrix.py": Tested("test_packaging.py", "matrix.try_cell("),
     "python -m benchmarks.wall miniature": Tested("test_wall_benchmark.py", "wall.miniature("),
     "python -m benchmarks.reference.train --out DIR": Tested("test_reference.py", "train"),
     "python -m osaccel.report": Tested("test_report.py", "report.main("),

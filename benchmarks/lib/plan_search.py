@@ -124,10 +124,7 @@ def _alone(runner: PlanRunner, family: str, speeds: Sequence[float]) -> List[Any
     """The same choice among the actions of one family, from the same measurements."""
     choices = runner.choices(alone(runner.actions, family))
     found = [at_work(choices, 1 / speed) for speed in speeds]
-    return [
-        None if one is None else formats.plan_content(plan_of(one.actions, runner.windows, runner.predictor))
-        for one in found
-    ]
+    return [None if one is None else formats.plan_content(plan_of(one.actions, runner.windows)) for one in found]
 
 
 # Rivals --------------------------------------------------------------------------------------------------------------
@@ -140,7 +137,7 @@ def _rivals(runner: PlanRunner, work: float, generator: np.random.Generator) -> 
     random = draw.random(RIVALS - len(structured), generator)
     pairs = [pair for both in zip(structured, random) for pair in zip((STRUCTURED, RANDOM), both)]
     pairs += [(RANDOM, chosen) for chosen in random[len(structured) :]]
-    return [[kind, formats.plan_content(plan_of(chosen, runner.windows, runner.predictor))] for kind, chosen in pairs]
+    return [[kind, formats.plan_content(plan_of(chosen, runner.windows))] for kind, chosen in pairs]
 
 
 class Draw:

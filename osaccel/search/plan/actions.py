@@ -126,8 +126,8 @@ def units(action: Action, windows: Windows, window: int) -> int:
     return sum(each[kind] for kind in kinds(action, windows, window).values())
 
 
-def plan_of(chosen: Sequence[Action], windows: Windows, predictor: float = 0.0) -> Plan:
-    """The plan in which every window takes its action; what is skipped is corrected, with this predictor."""
+def plan_of(chosen: Sequence[Action], windows: Windows) -> Plan:
+    """The plan in which every window takes its action; what is skipped is corrected."""
     by_step: Dict[int, str] = {}
     for window, action in enumerate(chosen):
         by_step.update(kinds(action, windows, window))
@@ -138,12 +138,12 @@ def plan_of(chosen: Sequence[Action], windows: Windows, predictor: float = 0.0) 
         skip=steps[SKIP],
         conditional_only=steps[HALF],
         regions=(region,) if steps[FORECAST] else (),
-        correction=Correction(predictor, corrector=1.0) if steps[SKIP] else Correction(),
+        correction=Correction(corrector=1.0) if steps[SKIP] else Correction(),
     )
 
 
-def even_plan(steps: int, work: float, predictor: float = 0.0) -> Plan:
+def even_plan(steps: int, work: float) -> Plan:
     """The plan of at most this work that knows no windows: steps are skipped evenly, from the first on."""
     computed = even_places(steps, max(FEWEST, int(work * steps + 1e-9)))
     skip = tuple(step for step in range(steps) if step not in computed)
-    return Plan(steps=steps, skip=skip, correction=Correction(predictor, corrector=1.0) if skip else Correction())
+    return Plan(steps=steps, skip=skip, correction=Correction(corrector=1.0) if skip else Correction())

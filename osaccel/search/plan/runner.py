@@ -151,7 +151,7 @@ class PlanRunner(JournalledRunner):
 
     def _measured_gains(self, crew: Workers) -> Expectation:
         sizes = self._sizes()
-        self.predictor = self._predictor()
+        self.fitted = self._fitted_predictor()
         probes = self._probes()
         plans = [self._plan_of(probe) for probe in probes]
         self.progress = self._progress(plans)
@@ -180,22 +180,22 @@ class PlanRunner(JournalledRunner):
 
     def _plan_of(self, probe: Probe) -> Plan:
         by_name = {action.name: action for action in self.actions}
-        return plan_of(probe.chosen(by_name, self.windows.count), self.windows, self.predictor)
+        return plan_of(probe.chosen(by_name, self.windows.count), self.windows)
 
     def _price(self, probe: Probe) -> float:
         """Plain generations' worth of replaying a probe."""
         return price_of(self._plan_of(probe), self.num_blocks)
 
     def _progress(self, plans: Sequence[Plan]) -> PlanProgress:
-        """Of the probes that are not known yet, and of a choice and an even plan for each target."""
+        """Of the probes that are not known yet, and of what each target's choice and plainer plans may take."""
         missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
-        expected = [price_of(plan, self.num_blocks) for plan in missing]
+        expected = sum(price_of(plan, self.num_blocks) for plan in missing)
         for goal in self.settings.target:
             work = 1 / goal.value if goal.kind == "speed" else 1.0
-            expected.append(max(0.0, work - self.windows.first / self.windows.total))
-            if goal.kind == "speed" and self._can(SKIP):
-                expected.append(work)
-        return PlanProgress(sum(expected), self.num_blocks, len(self.replays), self.team.is_first)
+            behind = max(0.0, work - self.windows.first / self.windows.total)
+            expected += 2 * behind + work if goal.kind == "speed" and self._can(SKIP) else behind
+        most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
+        return PlanProgress(min(expected, most), self.num_blocks, len(self.replays), self.team.is_first)
 
     def _on_step(self) -> None:
         self.progress.step()
@@ -212,7 +212,7 @@ class PlanRunner(JournalledRunner):
             found[action.name] = [dict(zip(FAMILIES, values)) for values in total]
         return found
 
-    def _predictor(self) -> float:
+    def _fitted_predictor(self) -> float:
         """The strength that fits the recorded predictions best where every other step is skipped.
 
         Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion.
@@ -267,6 +267,7 @@ class PlanRunner(JournalledRunner):
                 break
             choice = self.team.share(self._another(goal, tried))
         tried += self._plainer(goal, limit, tried, crew)
+        tried += self._led(goal, limit, self._best(tried), crew)
         best = self._best(tried)
         if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
@@ -276,11 +277,11 @@ class PlanRunner(JournalledRunner):
         """Steps skipped and nothing else, as the windows have it and evenly; as far as the budget allows."""
         if goal.kind != "speed" or not self._can(SKIP):
             return []
-        even = even_plan(self.windows.total, 1 / goal.value, self.predictor)
+        even = even_plan(self.windows.total, 1 / goal.value)
         others = [(Choice((), even.work(self.num_blocks), float("nan")), even)]
         skips = self.team.share(self._within(goal, self.choices(alone(self.actions, SKIP))))
         if skips is not None and all(skips.actions != one.choice.actions for one in tried):
-            others.insert(0, (skips, plan_of(skips.actions, self.windows, self.predictor)))
+            others.insert(0, (skips, plan_of(skips.actions, self.windows)))
         found = []
         for choice, plan in others:
             if not tried or self.spent + price_of(plan, self.num_blocks) <= limit:
@@ -289,6 +290,19 @@ class PlanRunner(JournalledRunner):
         if not tried and not found:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
         return found
+
+    def _led(self, goal: Goal, limit: float, best: Found, crew: Workers) -> List[Found]:
+        """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
+
+        The fit is about what x lacks at computed steps; what the network makes of it can go either way.
+        """
+        if not best.plan.skip or not self.fitted:
+            return []
+        plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
+        if self.spent + price_of(plan, self.num_blocks) > limit:
+            return []
+        (evaluation,) = self._run([plan], crew)
+        return [Found(goal, best.choice, plan, evaluation)] if evaluation.error is not None else []
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
@@ -334,7 +348,7 @@ class PlanRunner(JournalledRunner):
         return self.team.share(chosen)
 
     def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
-        plan = plan_of(choice.actions, self.windows, self.predictor)
+        plan = plan_of(choice.actions, self.windows)
         (evaluation,) = self._run([plan], crew)
         if evaluation.error is None:
             raise SearchError(f"The plan for {goal} gave latents that are not finite.")
