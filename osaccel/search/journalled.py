@@ -2,12 +2,12 @@
 """What searches that keep a journal beside their output have in common: opening it, closing it, and saying so."""
 
 import logging
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
 from osaccel import binding
-from osaccel.search import workers
+from osaccel.search import recordings, workers
 from osaccel.search.errors import SearchError
 from osaccel.search.journal import Journal
 from osaccel.search.recording.replay import Call, Replay
@@ -16,6 +16,8 @@ from osaccel.search.workers import Held, Workers
 
 logger = logging.getLogger("osaccel")
 
+# What a recorded call showed, plain values and tensors.
+Observed = Dict[str, Any]
 # The journal of a search is beside its output.
 SUFFIX = ".search"
 
@@ -73,6 +75,25 @@ class JournalledRunner(Runner):
             self.say("what was searched before does not fit any more, starting anew: %s", self.journal.started_anew)
         elif self.journal.evaluations():
             self.say("resuming: %d evaluations are finished", len(self.journal.evaluations()))
+
+    def recorded(self, call: Call, anew: Callable[[Replay], Tuple[Any, Observed]]) -> Tuple[Any, Observed]:
+        """The output of a call, and what was observed of it; `anew` runs it where the journal does not have it."""
+        number, replay = len(self.replays), Replay(call, self.timesteps)
+        observed = recordings.resume(self.journal, self.team, number, replay)
+        if observed is not None:
+            self.say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
+            output = replay.decode()
+        else:
+            output, observed = anew(replay)
+            recordings.keep(self.journal, self.team, number, replay, observed)
+        self.replays.append(replay)
+        return output, observed
+
+    def forget(self, *names: str) -> None:
+        """Forget, for the whole team, what in the journal begins like this."""
+        if self.team.is_leader:
+            self.journal.forget(*names)
+        self.team.barrier()
 
     def check_finite(self, replay: Replay) -> None:
         """Raise SearchError, on every rank of the team, when a plain generation is nothing to compare with."""

@@ -59,26 +59,18 @@ class CacheRunner(JournalledRunner):
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        replay = Replay(call, self.timesteps)
         self.open_journal(call, self._decodes)
-        number = len(self.replays)
-        observed = recordings.resume(self.journal, self.team, number, replay)
-        if observed is not None:
-            self.say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
-            output = replay.decode()
-        else:
-            if self.team.share(bool(self.journal.evaluations())):
-                self.say("starting anew: call %d is not the one that was recorded", number + 1)
-            self._forget_evaluations()
-            output, observed = self._record_anew(call, replay, blocks)
-            recordings.keep(self.journal, self.team, number, replay, observed)
-        self.replays.append(replay)
+        output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.grams.append(observed["grams"])
         self.bytes_used = max(self.bytes_used, observed["bytes_used"])
         return output
 
-    def _record_anew(self, call: Call, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
+    def _record_anew(self, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
         """The pipeline's output, and what was observed of its blocks."""
+        if self.team.share(bool(self.journal.evaluations())):
+            self.say("starting anew: call %d is not the one that was recorded", len(self.replays) + 1)
+        self.forget("evaluations-", "final-", "gains-")
+        call = replay.call
         errors = RegionErrors(len(blocks), MAX_INTERVAL - 1)
         kept = replay.boundaries = Boundaries(boundaries.MEMORY // self.session.settings.search_prompts)
 
@@ -112,11 +104,6 @@ class CacheRunner(JournalledRunner):
     @property
     def _decodes(self) -> bool:
         return self.goal.min_psnr is not None
-
-    def _forget_evaluations(self) -> None:
-        if self.team.is_leader:
-            self.journal.forget("evaluations-", "final-", "gains-")
-        self.team.barrier()
 
     # Searching
 

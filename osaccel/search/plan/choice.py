@@ -46,10 +46,11 @@ def curve(actions: Sequence[Action], squares: np.ndarray, windows: Windows) -> L
         best, taken[window] = _extend(best, costs[window], squares[window])
     whole = before + most
     found: List[Choice] = []
-    for cost in range(most, -1, -1):
-        if np.isfinite(best[cost]):
-            found.append(Choice(_trace(taken, costs, actions, cost), (before + cost) / whole, float(best[cost])))
-    return _pareto(found)
+    for cost, square in enumerate(best):
+        # Only what no cheaper choice is as good as.
+        if np.isfinite(square) and (not found or square < found[-1].square):
+            found.append(Choice(_trace(taken, costs, actions, cost), (before + cost) / whole, float(square)))
+    return found
 
 
 def _extend(best: np.ndarray, costs: np.ndarray, squares: np.ndarray) -> "tuple[np.ndarray, np.ndarray]":
@@ -68,15 +69,6 @@ def _trace(taken: np.ndarray, costs: np.ndarray, actions: Sequence[Action], cost
         found.append(actions[number])
         cost -= int(costs[window, number])
     return found[::-1]
-
-
-def _pareto(choices: Sequence[Choice]) -> List[Choice]:
-    """From the least work up, those that no cheaper one is as good as."""
-    found: List[Choice] = []
-    for choice in sorted(choices, key=lambda choice: (choice.work, choice.square)):
-        if not found or choice.square < found[-1].square:
-            found.append(choice)
-    return found
 
 
 def at_work(choices: Sequence[Choice], work: float) -> Optional[Choice]:

@@ -15,11 +15,12 @@ from osaccel.sampling.standin import FLOW, check_scheduler, power_of
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.local import Record
 from osaccel.search.recording.observe import watch_blocks
-from osaccel.search.recording.replay import Call, Replay
+from osaccel.search.recording.replay import Replay
 
 
-def record(call: Call, replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
+def record(replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
     """The pipeline's output, and what was observed: plain values and tensors, for `record_of`."""
+    call = replay.call
     denoised, deltas = DenoisedLog(), DeltaLog(len(blocks), call.target.block_batch_dim())
 
     def attach(generation: Generation) -> Callable[[], None]:

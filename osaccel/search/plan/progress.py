@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan search's progress: network work of its replays, which are known beforehand but for the last ones."""
 
-from typing import Any, Mapping, Sequence
+from typing import Sequence
 
-from osaccel import formats
 from osaccel.plan import Plan
 from osaccel.search.plan.measure import first_change
 from osaccel.search.progress import Progress
@@ -28,9 +27,8 @@ class PlanProgress:
         self._done = self._round = 0.0
         self._steps, self._of = 0, 1
 
-    def begin(self, jobs: Sequence[Mapping[str, Any]]) -> None:
-        """A round begins: this process runs the first of these jobs, other workers the others meanwhile."""
-        plans = [formats.parse_plan(dict(job), "a job") for job in jobs]
+    def begin(self, plans: Sequence[Plan]) -> None:
+        """A round begins: this process runs the first of these plans, other workers the others meanwhile."""
         self._round = sum(price_of(plan, self.num_blocks) for plan in plans)
         self._steps, self._of = 0, self.calls * ((plans[0].steps or 1) - first_change(plans[0])) or 1
 

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from dataclasses import replace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -91,22 +91,16 @@ class PlanRunner(JournalledRunner):
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
         self.open_journal(call, self._decodes, search="plan")
-        number, replay = len(self.replays), Replay(call, self.timesteps)
-        observed = recordings.resume(self.journal, self.team, number, replay)
-        if observed is not None:
-            self.say("call %d was recorded before the search was interrupted; it is not generated again", number + 1)
-            output = replay.decode()
-        else:
-            if self.team.is_leader:
-                # What was measured belongs to the calls it was measured on.
-                self.journal.forget("evaluations-")
-            self.team.barrier()
-            output, observed = observation.record(call, replay, blocks)
-            self.check_finite(replay)
-            recordings.keep(self.journal, self.team, number, replay, observed)
-        self.replays.append(replay)
+        output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         return output
+
+    def _record_anew(self, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
+        # What was measured belongs to the calls it was measured on.
+        self.forget("evaluations-")
+        output, observed = observation.record(replay, blocks)
+        self.check_finite(replay)
+        return output, observed
 
     @property
     def _decodes(self) -> bool:
@@ -229,11 +223,11 @@ class PlanRunner(JournalledRunner):
     def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
         """The plans' evaluations; what the journal knows is not run again."""
         jobs = [formats.plan_content(plan) for plan in plans]
-        missing = [job for job in jobs if key_of(job) not in self.known]
+        missing = [(plan, job) for plan, job in zip(plans, jobs) if key_of(job) not in self.known]
         for start in range(0, len(missing), self.team.workers):
             now = missing[start : start + self.team.workers]
-            self.progress.begin(now)
-            round_ = crew.run_round(now, self.measure, None)
+            self.progress.begin([plan for plan, _ in now])
+            round_ = crew.run_round([job for _, job in now], self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
             self.progress.end()
         found = [self.known[key_of(job)] for job in jobs]
@@ -282,13 +276,12 @@ class PlanRunner(JournalledRunner):
         skips = self.team.share(self._within(goal, self.choices(alone(self.actions, SKIP))))
         if skips is not None and all(skips.actions != one.choice.actions for one in tried):
             others.insert(0, (skips, plan_of(skips.actions, self.windows)))
-        found = []
+        found: List[Found] = []
         for choice, plan in others:
             if not tried or self.spent + price_of(plan, self.num_blocks) <= limit:
-                (evaluation,) = self._run([plan], crew)
-                found += [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
+                found += self._measured(goal, choice, plan, crew)
         if not tried and not found:
-            raise SearchError(f"The plan for {goal} gave latents that are not finite.")
+            raise _not_finite(goal)
         return found
 
     def _led(self, goal: Goal, limit: float, best: Found, crew: Workers) -> List[Found]:
@@ -301,8 +294,7 @@ class PlanRunner(JournalledRunner):
         plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
         if self.spent + price_of(plan, self.num_blocks) > limit:
             return []
-        (evaluation,) = self._run([plan], crew)
-        return [Found(goal, best.choice, plan, evaluation)] if evaluation.error is not None else []
+        return self._measured(goal, best.choice, plan, crew)
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
@@ -348,11 +340,15 @@ class PlanRunner(JournalledRunner):
         return self.team.share(chosen)
 
     def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
-        plan = plan_of(choice.actions, self.windows)
+        found = self._measured(goal, choice, plan_of(choice.actions, self.windows), crew)
+        if not found:
+            raise _not_finite(goal)
+        return found[0]
+
+    def _measured(self, goal: Goal, choice: Choice, plan: Plan, crew: Workers) -> List[Found]:
+        """A plan with what was measured of it; nothing where its latents are not finite."""
         (evaluation,) = self._run([plan], crew)
-        if evaluation.error is None:
-            raise SearchError(f"The plan for {goal} gave latents that are not finite.")
-        return Found(goal, choice, plan, evaluation)
+        return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
 
     def _keeps(self, found: Found) -> bool:
         goal, evaluation = found.goal, found.evaluation
@@ -366,10 +362,11 @@ class PlanRunner(JournalledRunner):
 
     def _conclude(self, found: Sequence[Found], seconds: float) -> None:
         goals = [one.goal for one in found]
+        curves = sidecar.curves(self) if self.team.is_first else {}
         for number, one in enumerate(found):
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
-                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, seconds))
+                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, curves, seconds))
                 self.say(
                     "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
                     one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.asked), self.spent,
@@ -425,6 +422,10 @@ def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
         return output
     stem, ending = os.path.splitext(output)
     return f"{stem}.{str(goals[number]).replace(':', '')}{ending}"
+
+
+def _not_finite(goal: Goal) -> SearchError:
+    return SearchError(f"The plan for {goal} gave latents that are not finite.")
 
 
 def _said(evaluation: Evaluation) -> str:

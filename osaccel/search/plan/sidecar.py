@@ -14,11 +14,15 @@ from osaccel.search.plan.choice import Choice
 NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast"}
 
 
-def report(runner: Any, found: Any, seconds: float) -> Dict[str, Any]:
+# (work, predicted error), by what may be chosen among.
+Curves = Dict[str, List[List[float]]]
+
+
+def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str, Any]:
     """The JSON-able report of one found plan.
 
     Args:
-        runner: the PlanRunner; found: its Found.
+        runner: the PlanRunner; found: its Found; curves: see `curves`.
         seconds: of the search, without the plain generations.
     """
     replays = runner.replays
@@ -45,7 +49,7 @@ def report(runner: Any, found: Any, seconds: float) -> Dict[str, Any]:
         },
         "gains": {family: np.sqrt(values).tolist() for family, values in runner.expectation.gain.items()},
         "growth": runner.expectation.growth,
-        "curves": _curves(runner),
+        "curves": curves,
         "evaluations": [_row(evaluation) for evaluation in runner.asked.values()],
     }  # fmt: skip
 
@@ -61,8 +65,8 @@ def _row(evaluation: Any) -> Dict[str, Any]:
     return content
 
 
-def _curves(runner: Any) -> Dict[str, List[List[float]]]:
-    """(work, predicted error) of the best choices, all families together and each alone."""
+def curves(runner: Any) -> Curves:
+    """Of the best choices, all families together and each alone."""
     found = {"together": _points(runner.choices())}
     for family, name in NAMES.items():
         places = alone(runner.actions, family)
