@@ -14,7 +14,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 
 from osaccel import settings
-from osaccel.formats import SettingsError, read_plan
+from osaccel.binding import report_path
+from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
 from osaccel.generation import Generation
 from osaccel.search.errors import SearchError
 from osaccel.search.plan import actions, runner
@@ -34,7 +35,7 @@ from osaccel.search.plan.actions import (
 )
 from osaccel.search.plan.choice import at_error, at_work, curve
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.gains import Expectation, expected_square
+from osaccel.search.plan.gains import Expectation
 from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -204,13 +205,6 @@ def test_the_predictor_is_fitted_to_how_predictions_move():
         assert -against / along == pytest.approx(wanted, abs=0.06)
 
 
-def test_calls_that_differ_are_taken_for_more_dangerous_than_calls_that_agree():
-    apart, alike = [0.002, 0.002, 0.002, 0.03], [0.005, 0.0055, 0.006, 0.0052]
-    rms = [float(np.sqrt(np.mean(np.square(errors)))) for errors in (apart, alike)]
-    assert expected_square(apart) ** 0.5 > 1.2 * rms[0] and expected_square(alike) ** 0.5 < 1.02 * rms[1]
-    assert expected_square([0.004]) == pytest.approx(0.004**2)
-
-
 def test_a_plan_that_does_worse_than_expected_tells_how_errors_grow():
     sizes = {"full": [{SKIP: 0.0}] * 2, "s2": [{SKIP: 1.0}] * 2, "s4": [{SKIP: 4.0}] * 2}
     mild, strong = (next(action for action in ACTIONS if action.name == name) for name in ("s2", "s4"))
@@ -303,6 +297,26 @@ def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
     assert read_plan(str(tmp_path / "plan.error0.05.json")).measured["error"] <= 0.05
     works = [work for work, _ in report["curves"]["together"]]
     assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped", "forecast"}
+
+
+def test_no_plan_is_worse_than_one_that_was_measured_for_more_speed(tmp_path):
+    """On a model whose errors do not add up as supposed, an even plan for 3x may be the best there is for 2x."""
+    goals = ("3x", "2x", "1.5x")
+    search(tmp_path, goals, prompts=2)
+    files = ["plan.json", "plan.2x.json", "plan.1.5x.json"]
+    reports = [read_file(report_path(str(tmp_path / name))) for name in files]
+    compared = 0
+    for report in reports:
+        enough = []
+        for one in reports[-1]["evaluations"]:
+            plan = parse_plan(one["config"], "a replay")
+            is_late = min(plan.skip, default=STEPS) >= report["windows"]["first"]
+            if is_late and plan.work(6) <= 1 / float(report["goal"].rstrip("x")) + 1e-9:
+                enough.append(one["error"])
+        # The search compares means over calls; the report states the error of all calls together.
+        assert report["error"] <= 1.02 * min(enough, default=math.inf), report["goal"]
+        compared += len(enough)
+    assert compared > 3
 
 
 @pytest.mark.parametrize("steps", [40, 60])

@@ -11,6 +11,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
+from osaccel.search.evaluation import Evaluation
 from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Windows
 
 # The mildest action of each family: errors add up while they are small.
@@ -62,17 +63,9 @@ def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: 
     return found
 
 
-def expected_square(errors: Sequence[float]) -> float:
-    """The mean squared error over calls to come, from the relative errors of those at hand.
-
-    Where little is settled yet, most calls hardly change and a few become other videos, so that the mean of a few calls
-    says little. Their logarithms tell more: the mean of a log-normal distribution is exp(mean + variance / 2). With one
-    call there is no spread to see.
-    """
-    if min(errors) <= 0 or len(errors) == 1:
-        return float(np.mean(np.square(errors)))
-    logs = 2 * np.log(errors)
-    return max(float(np.mean(np.square(errors))), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
+def mean_square(evaluation: Evaluation) -> float:
+    """The mean squared relative error over the calls; infinite where latents are not finite: not to be touched there."""
+    return float(np.mean(np.square(evaluation.details["errors"]))) if evaluation.error is not None else math.inf
 
 
 class Expectation(NamedTuple):
@@ -87,7 +80,7 @@ class Expectation(NamedTuple):
 
     sizes: Mapping[str, Sizes]
     gain: Mapping[str, np.ndarray]
-    growth: float = 2.0
+    growth: float = 1.0
     scale: float = 1.0
 
     def square(self, action: Action, window: int) -> float:

@@ -38,7 +38,7 @@ from osaccel.search.plan.actions import (
     plan_of,
 )
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
+from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, gains, mean_square, probes
 from osaccel.search.plan.local import predictor_moments, squared_sizes
 from osaccel.search.plan.measure import Measure
 from osaccel.search.plan.progress import PlanProgress, price_of
@@ -67,13 +67,7 @@ class Found(NamedTuple):
 
     @property
     def square(self) -> float:
-        """The mean squared error of the calls."""
-        return float(np.mean(np.square(self.evaluation.details["errors"])))
-
-    @property
-    def expected(self) -> float:
-        """The same as the probes' were taken."""
-        return expected_square(self.evaluation.details["errors"])
+        return mean_square(self.evaluation)
 
 
 class PlanRunner(JournalledRunner):
@@ -120,7 +114,8 @@ class PlanRunner(JournalledRunner):
         self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         self.expectation = self._measured_gains(crew)
-        found = [self._reach(goal, crew) for goal in self.settings.target]
+        tried = [self._reach(goal, crew) for goal in self.settings.target]
+        found = [self._best([*some, *self._others(goal)]) for goal, some in zip(self.settings.target, tried)]
         self.progress.close()
         self._conclude(found, time.time() - started)
         crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
@@ -149,11 +144,7 @@ class PlanRunner(JournalledRunner):
         probes = self._probes()
         plans = [self._plan_of(probe) for probe in probes]
         self.progress = self._progress(plans)
-        measured = {}
-        for probe, evaluation in zip(probes, self._run(plans, crew)):
-            # What is not finite is not to be touched there.
-            is_finite = evaluation.error is not None
-            measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
+        measured = {probe: mean_square(evaluation) for probe, evaluation in zip(probes, self._run(plans, crew))}
         return Expectation(sizes, gains(measured, sizes, self.windows))
 
     def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
@@ -243,8 +234,8 @@ class PlanRunner(JournalledRunner):
         plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
         return 1.0 + sum(evaluation.block_forwards for evaluation in self.asked.values()) / plain
 
-    def _reach(self, goal: Goal, crew: Workers) -> Found:
-        """The best verified plan for a goal.
+    def _reach(self, goal: Goal, crew: Workers) -> List[Found]:
+        """Verified plans for a goal.
 
         Every one tells how errors grow with an action's strength; after one that does worse than expected another is
         chosen. Plainer plans are measured too: no choice need be worse than they are.
@@ -256,16 +247,12 @@ class PlanRunner(JournalledRunner):
             found = self._verified(goal, choice, crew)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
-            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
-            if self._keeps(found) and (goal.kind != "speed" or found.expected <= TOLERANCE**2 * choice.square):
+            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.square))
+            if self._keeps(found) and (goal.kind != "speed" or found.square <= TOLERANCE**2 * choice.square):
                 break
             choice = self.team.share(self._another(goal, tried))
         tried += self._plainer(goal, limit, tried, crew)
-        tried += self._led(goal, limit, self._best(tried), crew)
-        best = self._best(tried)
-        if not self._keeps(best):
-            self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
-        return best
+        return tried + self._led(goal, limit, self._best(tried), crew)
 
     def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found], crew: Workers) -> List[Found]:
         """Steps skipped and nothing else, as the windows have it and evenly; as far as the budget allows."""
@@ -283,6 +270,20 @@ class PlanRunner(JournalledRunner):
         if not tried and not found:
             raise _not_finite(goal)
         return found
+
+    def _others(self, goal: Goal) -> List[Found]:
+        """All that was measured for whatever reason and saves enough."""
+        if goal.kind != "speed":
+            return []
+        measured = [
+            (formats.parse_plan(one.config, "a replay"), one) for one in self.asked.values() if one.error is not None
+        ]
+        works = [plan.work(self.num_blocks) for plan, _ in measured]
+        return [
+            Found(goal, Choice((), work, float("nan")), plan, evaluation)
+            for work, (plan, evaluation) in zip(works, measured)
+            if work <= 1 / goal.value + 1e-9
+        ]
 
     def _led(self, goal: Goal, limit: float, best: Found, crew: Workers) -> List[Found]:
         """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
@@ -364,6 +365,8 @@ class PlanRunner(JournalledRunner):
         goals = [one.goal for one in found]
         curves = sidecar.curves(self) if self.team.is_first else {}
         for number, one in enumerate(found):
+            if not self._keeps(one):
+                self.say("%s was not reached within the budget: measured %s", one.goal, _said(one.evaluation))
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
                 self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, curves, seconds))
