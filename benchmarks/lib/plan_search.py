@@ -91,11 +91,13 @@ def _farthest(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], outp
     )
 
 
-def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
-    goals = tuple(Goal("speed", speed) for speed in speeds)
-    settings = Settings(
-        search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=goals
-    )
+def recorded(bench: Bench, cases: Sequence[Case], output: str) -> PlanRunner:
+    """A search that has recorded these calls and was not begun."""
+    return _fed(bench, cases, Settings(search="plan", plan_output=output, search_prompts=len(cases) + 1))
+
+
+def _fed(bench: Bench, cases: Sequence[Case], settings: Settings) -> PlanRunner:
+    """The search after these calls; it begins with as many as its settings say."""
     pipeline = bench.pipeline
     session = Session(settings, target_of(pipeline))
     runner = session.runner
@@ -107,6 +109,15 @@ def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output
             session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
     finally:
         atexit.unregister(session._complain_if_unfinished)
+    return runner
+
+
+def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
+    goals = tuple(Goal("speed", speed) for speed in speeds)
+    settings = Settings(
+        search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=goals
+    )
+    runner = _fed(bench, cases, settings)
     paths = [path_of(output, goals, number) for number in range(len(goals))]
     plans = [formats.read_plan(path) for path in paths]
     reports = [formats.read_file(binding.report_path(path)) for path in paths]

@@ -64,7 +64,7 @@ def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: 
 
 
 def mean_square(evaluation: Evaluation) -> float:
-    """The mean squared relative error over the calls; infinite where latents are not finite: not to be touched there."""
+    """The mean squared relative error over the calls; infinite, never to be done, where latents are not finite."""
     return float(np.mean(np.square(evaluation.details["errors"]))) if evaluation.error is not None else math.inf
 
 

@@ -102,16 +102,20 @@ class PlanRunner(JournalledRunner):
 
     # Searching
 
-    def search(self) -> Dict[str, Any]:
-        started = time.time()
+    def prepare(self) -> None:
+        """What is known without a replay: the windows and what they may do; and what replays are run with."""
         steps = self.replays[0].recording.steps
         if any(replay.recording.steps != steps for replay in self.replays):
             raise SearchError("The recorded calls have different numbers of steps; one plan cannot fit them.")
         self.windows = Windows.of(steps, self.num_blocks)
         self.actions = self._actions()
+        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
+
+    def search(self) -> Dict[str, Any]:
+        started = time.time()
+        self.prepare()
         crew = Workers(self.team, self.journal)
         crew.publish(recordings.shared(self.replays))
-        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         self.expectation = self._measured_gains(crew)
         tried = [self._reach(goal, crew) for goal in self.settings.target]
