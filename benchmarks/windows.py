@@ -7,8 +7,8 @@
    gain, root of the squared error of the final latents over the squared local change, by window.
 2. Those errors add up, in square, to what any mixture of the actions does to a call. So it is known which mixture is
    best over all calls at a given work, and what the search would choose from a few of them: its excess on the calls
-   that it has not seen, over draws of calls; by the number of groups, by growth, and by how a probe's calls are
-   summed up.
+   that it has not seen, over draws of calls; by the number of groups, by how a probe's calls are summed up, and by
+   growth: were an action that does r times as much locally as the mildest to leave r^growth in square, not r.
 """
 
 import argparse
@@ -123,6 +123,17 @@ def chosen(data: Measured, squares: np.ndarray, work: float) -> Choice:
     return found
 
 
+def beyond(data: Measured, expected: Expectation) -> np.ndarray:
+    """(window, action): how many times as much as its family's mildest action an action does locally, squared."""
+    found = np.ones((data.windows.count, len(data.names)))
+    for place, action in enumerate(data.actions):
+        family = next((kind for kind in action.cycle if kind in FAMILIES), None)
+        for window in range(data.windows.count if family else 0):
+            local, mild = (expected.sizes[name][window][family] for name in (action.name, REFERENCES[family]))
+            found[window, place] = max(1.0, local / mild)
+    return found
+
+
 RULES: Dict[str, Dict[str, Any]] = {
     **{f"{groups} groups": {"groups": groups} for groups in (1, 2, 3, 4)},
     "3 groups, growth 2": {"growth": 2.0},
@@ -139,8 +150,8 @@ def excess(data: Measured, work: float, few: int, draws: int, rule: Dict[str, An
         calls = generator.permutation(len(data.squares))
         seen, unseen = calls[:few], calls[few:]
         expected = expectation(data, seen, rule.get("groups", 3), rule.get("summed", np.mean))
-        expected = expected._replace(growth=rule.get("growth", 1.0))
-        own = chosen(data, expected.squares(data.actions), work)
+        squares = expected.squares(data.actions) * beyond(data, expected) ** (rule.get("growth", 1.0) - 1)
+        own = chosen(data, squares, work)
         ratios.append([statistic(data, unseen, own, name) / statistic(data, unseen, best, name) for name in JUDGED])
     return np.mean(ratios, axis=0).tolist()
 

@@ -205,19 +205,12 @@ def test_the_predictor_is_fitted_to_how_predictions_move():
         assert -against / along == pytest.approx(wanted, abs=0.06)
 
 
-def test_a_plan_that_does_worse_than_expected_tells_how_errors_grow():
+def test_a_measured_choice_rescales_what_others_are_expected_to_do():
     sizes = {"full": [{SKIP: 0.0}] * 2, "s2": [{SKIP: 1.0}] * 2, "s4": [{SKIP: 4.0}] * 2}
     mild, strong = (next(action for action in ACTIONS if action.name == name) for name in ("s2", "s4"))
-    first = Expectation(sizes, {SKIP: np.array([1.0, 10.0])}, growth=1.0)
-    assert first.of([strong, mild]) == 14.0 and first.squares([PLAIN, strong]).tolist() == [[0, 4], [0, 40]]
-    learned = first.learned([strong, mild], 26.0)
-    assert learned.growth == pytest.approx(2.0) and learned.of([mild, mild]) == pytest.approx(11.0)
-    assert learned.of([mild, strong]) == pytest.approx(161.0)
-    # Mild actions alone say nothing of growth, and no growth explains everything.
-    assert learned.learned([mild, mild], 22.0).of([mild, mild]) == pytest.approx(22.0)
-    assert first.learned([strong, mild], 1e4).of([strong, mild]) == pytest.approx(1e4)
-    milder = first.learned([strong, mild], 7.0)
-    assert milder.growth == pytest.approx(1.0) and milder.of([strong, mild]) == pytest.approx(7.0)
+    first = Expectation(sizes, {SKIP: np.array([1.0, 10.0])})
+    assert first.squares([PLAIN, mild, strong]).tolist() == [[0, 1, 4], [0, 10, 40]]
+    assert first.scaled(2.0).scaled(1.5).squares([mild]).tolist() == [[3], [30]]
 
 
 # The whole search ---------------------------------------------------------------------------------------------------
@@ -299,7 +292,7 @@ def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
     assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped", "forecast"}
 
 
-def test_no_plan_is_worse_than_one_that_was_measured_for_more_speed(tmp_path):
+def test_no_plan_is_clearly_worse_than_one_that_was_measured_for_more_speed(tmp_path):
     """On a model whose errors do not add up as supposed, an even plan for 3x may be the best there is for 2x."""
     goals = ("3x", "2x", "1.5x")
     search(tmp_path, goals, prompts=2)
@@ -310,11 +303,10 @@ def test_no_plan_is_worse_than_one_that_was_measured_for_more_speed(tmp_path):
         enough = []
         for one in reports[-1]["evaluations"]:
             plan = parse_plan(one["config"], "a replay")
-            is_late = min(plan.skip, default=STEPS) >= report["windows"]["first"]
-            if is_late and plan.work(6) <= 1 / float(report["goal"].rstrip("x")) + 1e-9:
+            if plan.work(6) <= 1 / float(report["goal"].rstrip("x")) + 1e-9:
                 enough.append(one["error"])
         # The search compares means over calls; the report states the error of all calls together.
-        assert report["error"] <= 1.02 * min(enough, default=math.inf), report["goal"]
+        assert report["error"] <= 1.02 * runner.TOLERANCE * min(enough, default=math.inf), report["goal"]
         compared += len(enough)
     assert compared > 3
 

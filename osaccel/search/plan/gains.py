@@ -19,8 +19,6 @@ REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
 # The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
 
-# Errors that are proportional have 1; one that grows with the square of its cause's square, 2. More is another matter.
-MOST_GROWTH = 3.0
 # Local squared changes of every window by family, relative to the square of the final latents.
 Sizes = Sequence[Mapping[str, float]]
 
@@ -73,41 +71,22 @@ class Expectation(NamedTuple):
 
     Attributes:
         sizes: by action, what it does locally; gain: by family, how much of it is left, in every window.
-        growth: the power of the squared local change with which the squared error of actions stronger than the
-            reference grows, 1 where errors are proportional. The first plan that is measured shows which it is.
-        scale: what is left to explain of such a plan.
+        scale: how much more or less it was when a choice was measured.
     """
 
     sizes: Mapping[str, Sizes]
     gain: Mapping[str, np.ndarray]
-    growth: float = 1.0
     scale: float = 1.0
-
-    def square(self, action: Action, window: int) -> float:
-        """That an action adds in a window."""
-        total = 0.0
-        for family, gain in self.gain.items():
-            local, mild = (self.sizes[name][window][family] for name in (action.name, REFERENCES[family]))
-            beyond = max(1.0, local / mild) if mild > 0 else 1.0
-            total += gain[window] * local * beyond ** (self.growth - 1)
-        return self.scale * total
 
     def squares(self, actions: Sequence[Action]) -> np.ndarray:
         """(window, action)."""
         windows = range(len(self.sizes[PLAIN.name]))
-        return np.array([[self.square(action, window) for action in actions] for window in windows])
+        return self.scale * np.array([[self._square(action, window) for action in actions] for window in windows])
 
-    def of(self, chosen: Sequence[Action]) -> float:
-        """Of an action for every window."""
-        return sum(self.square(action, window) for window, action in enumerate(chosen))
+    def _square(self, action: Action, window: int) -> float:
+        local = self.sizes[action.name][window]
+        return float(sum(gain[window] * local[family] for family, gain in self.gain.items()))
 
-    def learned(self, chosen: Sequence[Action], square: float) -> "Expectation":
-        """With the growth that explains the squared error measured of a choice; `scale` where none does."""
-        low, high = 1.0, MOST_GROWTH
-        for _ in range(40):
-            middle = (low + high) / 2
-            is_less = self._replace(growth=middle, scale=1.0).of(chosen) < square
-            low, high = (middle, high) if is_less else (low, middle)
-        found = self._replace(growth=(low + high) / 2, scale=1.0)
-        expected = found.of(chosen)
-        return found._replace(scale=square / expected) if expected > 0 else self
+    def scaled(self, factor: float) -> "Expectation":
+        """As it is when a choice's squared error was measured to be so many times what was expected."""
+        return self._replace(scale=self.scale * factor)

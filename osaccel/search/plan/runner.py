@@ -52,8 +52,7 @@ logger = logging.getLogger("osaccel")
 # Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
 # in; and for each further one.
 BUDGET, FURTHER = 6.0, 1.0
-# Errors of calls to come are known within about a quarter. A plan that does so much worse than predicted is followed by
-# another; one that skips among the first steps, where few calls do not show what turns a video, must be so much better.
+# By how much a plan must be better than the one that all probes speak for: errors of calls to come are known no better.
 TOLERANCE = 1.25
 
 
@@ -239,11 +238,7 @@ class PlanRunner(JournalledRunner):
         return 1.0 + sum(evaluation.block_forwards for evaluation in self.asked.values()) / plain
 
     def _reach(self, goal: Goal, crew: Workers) -> List[Found]:
-        """Verified plans for a goal.
-
-        Every one tells how errors grow with an action's strength; after one that does worse than expected another is
-        chosen. Plainer plans are measured too: no choice need be worse than they are.
-        """
+        """Verified plans for a goal: what the knapsack chose, milder ones while an error is missed, plainer ones."""
         choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
@@ -251,10 +246,9 @@ class PlanRunner(JournalledRunner):
             found = self._verified(goal, choice, crew)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
-            self.expectation = self.team.share(self.expectation.learned(choice.actions, found.square))
-            if self._keeps(found) and (goal.kind != "speed" or found.square <= TOLERANCE**2 * choice.square):
-                break
-            choice = self.team.share(self._another(goal, tried))
+            if choice.square > 0:
+                self.expectation = self.expectation.scaled(found.square / choice.square)
+            choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
         tried += self._plainer(goal, limit, tried, crew)
         return tried + self._led(goal, limit, self._best(tried), crew)
 
@@ -305,23 +299,23 @@ class PlanRunner(JournalledRunner):
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        return min(tried, key=lambda found: (not self._keeps(found), found.square * self._doubt(found)))
+        """The first, which all probes speak for, unless another is clearly better."""
+        first = tried[0].choice.actions
 
-    def _doubt(self, found: Found) -> float:
-        return TOLERANCE**2 if min(found.plan.skip, default=self.windows.first) < self.windows.first else 1.0
+        def order(found: Found) -> Tuple[bool, float]:
+            doubt = 1.0 if found.choice.actions == first else TOLERANCE**2
+            return not self._keeps(found), doubt * found.square
 
-    def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
-        """What is to be tried next; None where there is nothing new."""
-        choices, last = self.choices(), tried[-1]
-        if goal.kind == "speed":
-            choice = self._within(goal, choices)
-            return choice if choice is not None and all(choice.actions != one.choice.actions for one in tried) else None
+        return min(tried, key=order)
+
+    def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
+        """What is to be tried next for an error that was missed; None where there is nothing milder."""
         needed = goal.value
         if goal.kind == "psnr":
             # As the frames' error goes with that of the latents.
             assert last.evaluation.psnr is not None and last.evaluation.error is not None
             needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - goal.value) / 20)
-        milder = [choice for choice in choices if choice.work > last.choice.work]
+        milder = [choice for choice in self.choices() if choice.work > last.choice.work]
         return at_error(milder, needed) or (milder[-1] if milder else None)
 
     def _within(self, goal: Goal, choices: Sequence[Choice]) -> Optional[Choice]:

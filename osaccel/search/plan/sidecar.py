@@ -48,7 +48,6 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
             "actions": [action.name for action in found.choice.actions],
         },
         "gains": {family: np.sqrt(values).tolist() for family, values in runner.expectation.gain.items()},
-        "growth": runner.expectation.growth,
         "curves": curves,
         "evaluations": [_row(evaluation) for evaluation in runner.asked.values()],
     }  # fmt: skip
