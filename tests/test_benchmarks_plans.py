@@ -18,7 +18,7 @@ from benchmarks.lib.own import planned  # noqa: E402
 from benchmarks.reference.load import load_pipeline  # noqa: E402
 from osaccel import formats  # noqa: E402
 from osaccel.plan import Plan  # noqa: E402
-from osaccel.search.plan.actions import FAMILIES, Windows, actions_for, plan_of  # noqa: E402
+from osaccel.search.plan.actions import FORECAST, HALF, SKIP, Windows, actions_for, plan_of  # noqa: E402
 
 MODEL = models.model("miniature")
 STEPS, BLOCKS = 12, 12
@@ -96,7 +96,7 @@ def test_moves_keep_the_number_of_computed_steps():
 
 def test_rivals_cost_what_the_found_plan_does():
     windows = Windows.of(100, BLOCKS)
-    actions = actions_for(windows.length, FAMILIES)
+    actions = actions_for(windows.length, (HALF, SKIP, FORECAST))
     half = next(action for action in actions if action.name == "s2")
     own = plan_of([half] * windows.count, windows)
     draw, generator = plan_search.Draw(actions, windows, own.work(BLOCKS)), np.random.default_rng(0)

@@ -26,6 +26,7 @@ from osaccel.search.plan.actions import (
     FULL,
     HALF,
     PLAIN,
+    REUSE,
     SKIP,
     Windows,
     actions_for,
@@ -42,6 +43,8 @@ from osaccel.settings import Goal, Settings
 from osaccel.targets import target_of
 
 STEPS = 30
+# What one plan may mix.
+MIXED = (HALF, SKIP, FORECAST)
 
 
 class Pipeline(tiny.UnseededPipeline):
@@ -87,7 +90,7 @@ def test_an_action_costs_what_its_plan_does(steps):
 
 def test_the_choice_is_the_best_of_all_there_are():
     windows, generator = Windows(2, 6, 3, 4), np.random.default_rng(0)
-    actions = actions_for(6, FAMILIES)
+    actions = actions_for(6, MIXED)
     squares = generator.random((3, len(actions))) ** 4
     squares[:, 0] = 0.0
     choices = curve(actions, squares, windows)
@@ -123,14 +126,24 @@ def test_local_errors_vanish_where_the_stand_ins_are_exact():
     logs = torch.tensor(sigmas[:-1]).log()[:, None]
     steps, slopes = torch.arange(14.0)[:, None], [-sigma for sigma in sigmas[:-1]]
     record = Record(logs * torch.ones(1, 5), steps * torch.ones(1, 5), sigmas, gram_of(steps), slopes, power=2.0)
-    for action in actions_for(6, FAMILIES):
+    for action in actions_for(6, MIXED):
         for sizes in squared_sizes(record, action, windows):
             assert max(sizes.values()) < 1e-8
+    still = record._replace(gram=gram_of(torch.ones(14, 1)))
+    for action in actions_for(6, FAMILIES):
+        for one, is_still in ((record, False), (still, True)):
+            sizes = squared_sizes(one, action, windows)
+            assert (max(size[REUSE] for size in sizes) < 1e-8) == (is_still or REUSE not in action.cycle)
     bent = record._replace(denoised=logs**2 * torch.ones(1, 5), guidance=record.guidance**2, gram=gram_of(steps**2))
     by_name = {action.name: squared_sizes(bent, action, windows) for action in actions_for(6, FAMILIES)}
     for window in range(2):
         assert not any(by_name["full"][window].values())
-        for family, mild, strong in ((HALF, "c2", "c3"), (SKIP, "s2", "s3"), (FORECAST, "f2", "f3")):
+        for family, mild, strong in (
+            (HALF, "c2", "c3"),
+            (SKIP, "s2", "s3"),
+            (FORECAST, "f2", "f3"),
+            (REUSE, "r2", "r3"),
+        ):
             assert 0 < by_name[mild][window][family] < by_name[strong][window][family]
             assert not any(size for other, size in by_name[mild][window].items() if other != family)
 
@@ -140,7 +153,7 @@ def gram_of(deltas):
     return deltas @ deltas.T
 
 
-@pytest.mark.parametrize("action", ["f2", "f3", "s2f2"])
+@pytest.mark.parametrize("action", ["f2", "f3", "s2f2", "r3", "s2r2"])
 def test_a_forecasts_local_change_is_that_of_the_deltas_themselves(action):
     """Against a loop over hidden states, guidance included, from what watched real blocks saw."""
     generator = torch.Generator().manual_seed(0)
@@ -155,16 +168,18 @@ def test_a_forecasts_local_change_is_that_of_the_deltas_themselves(action):
     record = Record(empty, empty, sigmas, log.gram(3.0), slopes, power=2.0)
     windows = Windows(2, 6, 2, 2)
     chosen = next(one for one in ACTIONS if one.name == action)
-    found = squared_sizes(record, chosen, windows)[0][FORECAST]
+    family = FORECAST if FORECAST in chosen.cycle else REUSE
+    found = squared_sizes(record, chosen, windows)[0][family]
 
     unconditional, conditional = (watched[:, 2] - watched[:, 1]).unbind(1)
     deltas = unconditional + 3.0 * (conditional - unconditional)
     full, wrong = [0, 1], {8: 0.0 * deltas[0]}
     for step in range(2, 8):
         kind = chosen.cycle[(step - 2) % len(chosen.cycle)]
-        if kind == FORECAST:
+        if kind == family:
             before, newest = full[-2:]
-            guess = deltas[newest] + (step - newest) / (newest - before) * (deltas[newest] - deltas[before])
+            ahead = (step - newest) / (newest - before) if kind == FORECAST else 0.0
+            guess = deltas[newest] + ahead * (deltas[newest] - deltas[before])
             wrong[step] = slopes[step] * (guess - deltas[step])
         elif kind == FULL:
             full.append(step)
@@ -289,7 +304,24 @@ def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
     assert fast.measured["error"] > plan.measured["error"]
     assert read_plan(str(tmp_path / "plan.error0.05.json")).measured["error"] <= 0.05
     works = [work for work, _ in report["curves"]["together"]]
-    assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped", "forecast"}
+    assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped", "reused"}
+
+
+class SteadyBlock(tiny.CountingBlock):
+    """Its delta is a line in the step; that of the others follows the noise."""
+
+    def forward(self, hidden_states, timestep=None, attention_mask=None):
+        self.calls += 1
+        return hidden_states + 0.3 * torch.tanh(self.linear.bias) * (1 + timestep / 1000)
+
+
+@pytest.mark.parametrize("block, order, name", [(SteadyBlock, 1, "forecast"), (tiny.CountingBlock, 0, "reused")])
+def test_blocks_are_forecast_or_reused_whichever_changes_less(tmp_path, block, order, name):
+    pipeline = Pipeline(block=block)
+    _, plan, report = search(tmp_path, ("1.5x", "2x"), pipeline=pipeline)
+    assert name in report["curves"] and {"forecast", "reused"} - {name} - set(report["curves"])
+    regions = [region for one in report["evaluations"] for region in one["config"].get("regions", ())]
+    assert regions and {region.get("order", 0) for region in regions} == {order}
 
 
 def test_no_plan_is_clearly_worse_than_one_that_was_measured_for_more_speed(tmp_path):

@@ -18,7 +18,7 @@ from benchmarks.lib.models import Case
 from benchmarks.lib.own import code
 from osaccel import binding, formats
 from osaccel.search.errors import SearchError
-from osaccel.search.plan.actions import FORECAST, HALF, SKIP, Action, Windows, alone, plan_of, units
+from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, Action, Windows, alone, plan_of, units
 from osaccel.search.plan.choice import at_work
 from osaccel.search.plan.runner import PlanRunner, path_of
 from osaccel.search.session import Session
@@ -26,7 +26,9 @@ from osaccel.settings import Goal, Settings
 from osaccel.targets import target_of
 
 # The families that the search knows.
-FAMILIES = {"conditional only": HALF, "skipped, corrected": SKIP, "blocks forecast": FORECAST}
+FAMILIES = {
+    "conditional only": HALF, "skipped, corrected": SKIP, "blocks forecast": FORECAST, "blocks reused": REUSE
+}  # fmt: skip
 # How far a rival's work may be from the found plan's, plain = 1.
 NEAR = 0.01
 # Rivals of every found plan that are drawn; how many of them run is the benchmark's option.

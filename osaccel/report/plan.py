@@ -21,7 +21,7 @@ KINDS = {
     "skipped": GREY,
 }
 COMPUTED, HALF, REUSED, FORECAST, SKIPPED = range(len(KINDS))
-_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN, "forecast": PURPLE}
+_LINES = {"together": BLUE, "conditional only": ORANGE, "skipped": GREEN, "forecast": PURPLE, "reused": YELLOW}
 # A matter of words alone: from here on the page says that the prediction was off,
 _FAR = 1.5
 # and that a speed-up in time beyond the ideal one is no gain of the plan's.
@@ -204,11 +204,15 @@ def _windows(shown: Shown) -> Table:
 
 
 def _counts(plan: Plan, steps: range) -> str:
-    skipped = sum(step in plan.skip for step in steps)
-    halves = sum(step in plan.conditional_only for step in steps)
-    forecast = sum(any(step in region.reuse for region in plan.regions) for step in steps)
-    rest = len(steps) - skipped - halves - forecast
-    counts = {"full": rest, "conditional only": halves, "skipped": skipped, "forecast": forecast}
+    counts = {"full": 0, "conditional only": 0, "skipped": 0, "forecast": 0, "reused": 0}
+    for step in steps:
+        region = next((one for one in plan.regions if step in one.reuse), None)
+        if step in plan.skip:
+            counts["skipped"] += 1
+        elif region is not None:
+            counts["forecast" if region.order else "reused"] += 1
+        else:
+            counts["conditional only" if step in plan.conditional_only else "full"] += 1
     return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 

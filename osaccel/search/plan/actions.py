@@ -12,12 +12,12 @@ from typing import Container, Dict, List, NamedTuple, Sequence, Tuple
 from osaccel.plan import Correction, Plan, Region
 from osaccel.search.places import even_places
 
-FULL, HALF, SKIP, FORECAST = "full", "half", "skip", "forecast"
-# What an action may save with; each has its own kind of error.
-FAMILIES = (HALF, SKIP, FORECAST)
+FULL, HALF, SKIP, FORECAST, REUSE = "full", "half", "skip", "forecast", "reuse"
+# What an action may save with; each has its own kind of error. A plan has one of the last two.
+FAMILIES = (HALF, SKIP, FORECAST, REUSE)
 # Steps that an even plan computes at least: the first and the last.
 FEWEST = 2
-# A forecast step computes the first block: through it the latents of now reach what was forecast.
+# Where blocks are forecast or reused the first is computed: through it the latents of now come in.
 COMPUTED_BLOCKS = 1
 
 
@@ -36,8 +36,8 @@ def _skips(length: int) -> Action:
     return Action(f"s{length}", (FULL, *(SKIP,) * (length - 1)))
 
 
-def _forecasts(length: int) -> Action:
-    return Action(f"f{length}", (FULL, *(FORECAST,) * (length - 1)))
+def _regions(kind: str, length: int) -> Action:
+    return Action(f"{kind[0]}{length}", (FULL, *(kind,) * (length - 1)))
 
 
 def _skips_with_halves(length: int, halves: int = 1) -> Action:
@@ -45,9 +45,9 @@ def _skips_with_halves(length: int, halves: int = 1) -> Action:
     return Action(f"s{length}c{halves + 1}", (FULL, *skips, *(HALF, *skips) * halves))
 
 
-def _skips_with_forecasts(length: int, forecasts: int = 1) -> Action:
+def _skips_with_regions(kind: str, length: int, times: int = 1) -> Action:
     skips = (SKIP,) * (length - 1)
-    return Action(f"s{length}f{forecasts + 1}", (FULL, *skips, *(FORECAST, *skips) * forecasts))
+    return Action(f"s{length}{kind[0]}{times + 1}", (FULL, *skips, *(kind, *skips) * times))
 
 
 PLAIN = Action("full", (FULL,))
@@ -55,9 +55,9 @@ ACTIONS = (
     PLAIN,
     *(_halves(length) for length in (2, 3, 4, 6, 12)),
     *(_skips(length) for length in (2, 3, 4, 6)),
-    *(_forecasts(length) for length in (2, 3, 4, 6)),
-    *(_skips_with_forecasts(length) for length in (2, 3)),
-    _skips_with_forecasts(2, forecasts=2),
+    *(_regions(kind, length) for kind in (FORECAST, REUSE) for length in (2, 3, 4, 6)),
+    *(_skips_with_regions(kind, length) for kind in (FORECAST, REUSE) for length in (2, 3)),
+    *(_skips_with_regions(kind, 2, times=2) for kind in (FORECAST, REUSE)),
     *(_skips_with_halves(length) for length in (2, 3, 6)),
     *(_skips_with_halves(length, halves=2) for length in (2, 4)),
     *(_skips_with_halves(length, halves=3) for length in (3,)),
@@ -122,7 +122,8 @@ def kinds(action: Action, windows: Windows, window: int) -> Dict[int, str]:
 
 def units(action: Action, windows: Windows, window: int) -> int:
     """Network work of a window under an action, in halves of one block."""
-    each = {FULL: 2 * windows.blocks, HALF: windows.blocks, SKIP: 0, FORECAST: 2 * COMPUTED_BLOCKS}
+    each = {FULL: 2 * windows.blocks, HALF: windows.blocks, SKIP: 0}
+    each.update(dict.fromkeys((FORECAST, REUSE), 2 * COMPUTED_BLOCKS))
     return sum(each[kind] for kind in kinds(action, windows, window).values())
 
 
@@ -132,12 +133,13 @@ def plan_of(chosen: Sequence[Action], windows: Windows) -> Plan:
     for window, action in enumerate(chosen):
         by_step.update(kinds(action, windows, window))
     steps = {family: tuple(step for step, kind in by_step.items() if kind == family) for family in FAMILIES}
-    region = Region(COMPUTED_BLOCKS, windows.blocks, steps[FORECAST], order=1)
+    by_order = {1: steps[FORECAST], 0: steps[REUSE]}
+    regions = (Region(COMPUTED_BLOCKS, windows.blocks, reuse, order) for order, reuse in by_order.items() if reuse)
     return Plan(
         steps=windows.total,
         skip=steps[SKIP],
         conditional_only=steps[HALF],
-        regions=(region,) if steps[FORECAST] else (),
+        regions=tuple(regions),
         correction=Correction(corrector=1.0) if steps[SKIP] else Correction(),
     )
 

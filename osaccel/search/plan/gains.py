@@ -12,10 +12,10 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 import numpy as np
 
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, SKIP, Action, Windows
+from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, REUSE, SKIP, Action, Windows
 
 # The mildest action of each family: errors add up while they are small.
-REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2"}
+REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2", REUSE: "r2"}
 # The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
 

@@ -13,7 +13,7 @@ import torch
 
 from osaccel.plan import forecast
 from osaccel.sampling.standin import FLOW, followed
-from osaccel.search.plan.actions import FORECAST, FULL, HALF, SKIP, Action, Windows, kinds
+from osaccel.search.plan.actions import FORECAST, FULL, HALF, REUSE, SKIP, Action, Windows, kinds
 
 
 class Record(NamedTuple):
@@ -45,7 +45,8 @@ def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict
         weights = _weights(record, by_step)
         found.append({HALF: _square_of_halves(record, by_step, weights),
                       SKIP: _square_of_skips(record, by_step),
-                      FORECAST: _square_of_forecasts(record, by_step, weights)})  # fmt: skip
+                      FORECAST: _square_of_regions(record, by_step, weights, FORECAST),
+                      REUSE: _square_of_regions(record, by_step, weights, REUSE)})  # fmt: skip
     return found
 
 
@@ -149,8 +150,8 @@ def _square(errors: Dict[int, torch.Tensor]) -> float:
     return float(torch.stack(list(errors.values())).sum(0).double().square().sum()) if errors else 0.0
 
 
-def _square_of_forecasts(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:
-    """Of forecasting the blocks' deltas, in units of hidden states.
+def _square_of_regions(record: Record, by_step: Dict[int, str], weights: Dict[int, float], family: str) -> float:
+    """Of forecasting or reusing the blocks' deltas, in units of hidden states.
 
     D answers to the hidden states through the last layers, which change little within a window; what that answer is
     belongs to what is measured.
@@ -158,10 +159,10 @@ def _square_of_forecasts(record: Record, by_step: Dict[int, str], weights: Dict[
     # What is put in place of what, in terms of the steps' deltas.
     total = torch.zeros(len(record.slopes), dtype=torch.float64)
     for step, kind in by_step.items():
-        if kind == FORECAST:
+        if kind == family:
             amount = weights[step] * record.slopes[step]
             newest, before = _full_before(step, by_step)
-            ahead = forecast(step, newest, before)
+            ahead = forecast(step, newest, before) if family == FORECAST else 0.0
             total[newest] += amount * (1 + ahead)
             total[before] -= amount * ahead
             total[step] -= amount

@@ -25,10 +25,12 @@ from osaccel.search.journal import Journal
 from osaccel.search.journalled import JournalledRunner
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
+    ACTIONS,
     FAMILIES,
     FEWEST,
     FORECAST,
     HALF,
+    REUSE,
     SKIP,
     Action,
     Windows,
@@ -129,10 +131,11 @@ class PlanRunner(JournalledRunner):
         can = {
             HALF: all(len(one["guidance"]) for one in observed),
             SKIP: all(one["power"] > 0 for one in observed),
-            FORECAST: all(len(one["gram"]) for one in observed),
+            self._kind_of_region(): all(len(one["gram"]) for one in observed),
         }
         # One decision: what one rank cannot do, none does.
-        actions = actions_for(self.windows.length, [family for family in FAMILIES if self.team.all_agree(can[family])])
+        families = [family for family in FAMILIES if self.team.all_agree(can.get(family, False))]
+        actions = actions_for(self.windows.length, families)
         if len(actions) == 1:
             raise SearchError(
                 f"Nothing can be saved: guidance is off, {type(self.replays[0].call.pipeline.scheduler).__name__} "
@@ -140,6 +143,19 @@ class PlanRunner(JournalledRunner):
                 "with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
+
+    def _kind_of_region(self) -> str:
+        """Forecast or reuse: what changes the hidden states less where every other step does it."""
+        mildest = {action.name: action for action in ACTIONS}
+        local = torch.zeros(2, dtype=torch.float64)
+        for place, kind in enumerate((FORECAST, REUSE)):
+            for one in self.observed:
+                if len(one["gram"]):
+                    record = observation.record_of(one)
+                    windows = squared_sizes(record, mildest[REFERENCES[kind]], self.windows)
+                    local[place] += sum(window[kind] for window in windows)
+        forecast, reuse = self.team.sum(local).tolist()
+        return FORECAST if forecast <= reuse else REUSE
 
     def _measured_gains(self, crew: Workers) -> Expectation:
         sizes = self._sizes()

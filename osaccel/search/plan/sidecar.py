@@ -7,11 +7,11 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 
 from osaccel import binding, formats
-from osaccel.search.plan.actions import FORECAST, HALF, SKIP, alone
+from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, alone
 from osaccel.search.plan.choice import Choice
 
 # Of the families, as people read them.
-NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast"}
+NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast", REUSE: "reused"}
 
 
 # (work, predicted error), by what may be chosen among.
