@@ -62,19 +62,6 @@ def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: 
     return found
 
 
-def expected_square(errors: Sequence[float]) -> float:
-    """The mean squared error over calls to come, from the relative errors of those at hand.
-
-    Where little is settled yet, most calls hardly change and a few become other videos, so that the mean of a few calls
-    says little. Their logarithms tell more: the mean of a log-normal distribution is exp(mean + variance / 2). With one
-    call there is no spread to see.
-    """
-    if min(errors) <= 0 or len(errors) == 1:
-        return float(np.mean(np.square(errors)))
-    logs = 2 * np.log(errors)
-    return max(float(np.mean(np.square(errors))), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
-
-
 class Expectation(NamedTuple):
     """What actions are expected to do to the final latents: squared relative errors, which add up over the windows.
 

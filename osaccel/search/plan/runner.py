@@ -18,11 +18,10 @@ from osaccel import binding, formats
 from osaccel.generation import find_blocks
 from osaccel.plan import Plan
 from osaccel.search import frames as pictures
-from osaccel.search import outputs, recordings
+from osaccel.search import outputs
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
-from osaccel.search.journal import Journal
-from osaccel.search.journalled import JournalledRunner
+from osaccel.search.measure import expected_square, price_of
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
     FAMILIES,
@@ -38,23 +37,18 @@ from osaccel.search.plan.actions import (
     plan_of,
 )
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, expected_square, gains, probes
+from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, gains, probes
 from osaccel.search.plan.local import predictor_moments, squared_sizes
-from osaccel.search.plan.measure import Measure
-from osaccel.search.plan.progress import PlanProgress, price_of
+from osaccel.search.planned import BUDGET, TOLERANCE, PlannedRunner, doubt
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
-from osaccel.search.workers import Evaluate, Helper, Workers
+from osaccel.search.workers import Job
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
 
-# Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
-# in; and for each further one.
-BUDGET, FURTHER = 6.0, 1.0
-# Errors of calls to come are known within about a quarter. A plan that does so much worse than predicted is followed by
-# another; one that skips among the first steps, where few calls do not show what turns a video, must be so much better.
-TOLERANCE = 1.25
+# What each target after the first may take, in plain generations.
+FURTHER = 1.0
 
 
 class Found(NamedTuple):
@@ -76,21 +70,20 @@ class Found(NamedTuple):
         return expected_square(self.evaluation.details["errors"])
 
 
-class PlanRunner(JournalledRunner):
+class PlanRunner(PlannedRunner):
     """OSACCEL_SEARCH=plan."""
 
     def __init__(self, session: Session):
         super().__init__(session, session.settings.plan_output)
         self.settings = session.settings
         self.observed: List[Dict[str, Any]] = []
-        self.asked: Dict[str, Evaluation] = {}
 
     # Recording
 
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self._decodes, search="plan")
+        self.open_journal(call, self.decodes, search="plan")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         return output
@@ -103,27 +96,21 @@ class PlanRunner(JournalledRunner):
         return output, observed
 
     @property
-    def _decodes(self) -> bool:
+    def decodes(self) -> bool:
         return any(goal.kind == "psnr" for goal in self.settings.target)
 
     # Searching
 
     def search(self) -> Dict[str, Any]:
         started = time.time()
-        steps = self.replays[0].recording.steps
-        if any(replay.recording.steps != steps for replay in self.replays):
-            raise SearchError("The recorded calls have different numbers of steps; one plan cannot fit them.")
-        self.windows = Windows.of(steps, self.num_blocks)
+        self.begin("plan search")
+        self.windows = Windows.of(self.steps, self.num_blocks)
         self.actions = self._actions()
-        crew = Workers(self.team, self.journal)
-        crew.publish(recordings.shared(self.replays))
-        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
-        self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
-        self.expectation = self._measured_gains(crew)
-        found = [self._reach(goal, crew) for goal in self.settings.target]
+        self.expectation = self._measured_gains()
+        found = [self._reach(goal) for goal in self.settings.target]
         self.progress.close()
         self._conclude(found, time.time() - started)
-        crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
+        self.crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
         return {"plan": found[0].plan}
 
     def _actions(self) -> List[Action]:
@@ -143,14 +130,14 @@ class PlanRunner(JournalledRunner):
             )
         return actions
 
-    def _measured_gains(self, crew: Workers) -> Expectation:
+    def _measured_gains(self) -> Expectation:
         sizes = self._sizes()
         self.fitted = self._fitted_predictor()
         probes = self._probes()
-        plans = [self._plan_of(probe) for probe in probes]
-        self.progress = self._progress(plans)
+        jobs = [formats.plan_content(self._plan_of(probe)) for probe in probes]
+        self.progress.expected = self._expected(jobs)
         measured = {}
-        for probe, evaluation in zip(probes, self._run(plans, crew)):
+        for probe, evaluation in zip(probes, self.evaluated(jobs)):
             # What is not finite is not to be touched there.
             is_finite = evaluation.error is not None
             measured[probe] = expected_square(evaluation.details["errors"]) if is_finite else np.inf
@@ -180,19 +167,14 @@ class PlanRunner(JournalledRunner):
         """Plain generations' worth of replaying a probe."""
         return price_of(self._plan_of(probe), self.num_blocks)
 
-    def _progress(self, plans: Sequence[Plan]) -> PlanProgress:
-        """Of the probes that are not known yet, and of what each target's choice and plainer plans may take."""
-        missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
-        expected = sum(price_of(plan, self.num_blocks) for plan in missing)
+    def _expected(self, jobs: Sequence[Job]) -> float:
+        """Work of the probes that are not known yet, and of what each target's choice and plainer plans may take."""
+        expected = sum(self.price(job) for job in jobs if key_of(job) not in self.known)
         for goal in self.settings.target:
             work = 1 / goal.value if goal.kind == "speed" else 1.0
             behind = max(0.0, work - self.windows.first / self.windows.total)
             expected += 2 * behind + work if goal.kind == "speed" and self._can(SKIP) else behind
-        most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
-        return PlanProgress(min(expected, most), self.num_blocks, len(self.replays), self.team.is_first)
-
-    def _on_step(self) -> None:
-        self.progress.step()
+        return min(expected, BUDGET - 1 + FURTHER * (len(self.settings.target) - 1))
 
     def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
         """By action: for every window and family, the squared local change relative to the final latents."""
@@ -220,30 +202,7 @@ class PlanRunner(JournalledRunner):
         against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
-    def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
-        """The plans' evaluations; what the journal knows is not run again."""
-        jobs = [formats.plan_content(plan) for plan in plans]
-        missing = [(plan, job) for plan, job in zip(plans, jobs) if key_of(job) not in self.known]
-        for start in range(0, len(missing), self.team.workers):
-            now = missing[start : start + self.team.workers]
-            self.progress.begin([plan for plan, _ in now])
-            round_ = crew.run_round([job for _, job in now], self.measure, None)
-            self.known.update((evaluation.key, evaluation) for evaluation in round_)
-            self.progress.end()
-        found = [self.known[key_of(job)] for job in jobs]
-        self.asked.update((evaluation.key, evaluation) for evaluation in found)
-        return found
-
-    @property
-    def spent(self) -> float:
-        """Network work so far, in plain generations of the recorded calls.
-
-        What a killed search had run counts when it is asked for again and not before: all decisions stay the same.
-        """
-        plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
-        return 1.0 + sum(evaluation.block_forwards for evaluation in self.asked.values()) / plain
-
-    def _reach(self, goal: Goal, crew: Workers) -> Found:
+    def _reach(self, goal: Goal) -> Found:
         """The best verified plan for a goal.
 
         Every one tells how errors grow with an action's strength; after one that does worse than expected another is
@@ -253,21 +212,21 @@ class PlanRunner(JournalledRunner):
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
         while choice is not None and (not tried or self.spent + choice.work <= limit):
-            found = self._verified(goal, choice, crew)
+            found = self._verified(goal, choice)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
             self.expectation = self.team.share(self.expectation.learned(choice.actions, found.expected))
             if self._keeps(found) and (goal.kind != "speed" or found.expected <= TOLERANCE**2 * choice.square):
                 break
             choice = self.team.share(self._another(goal, tried))
-        tried += self._plainer(goal, limit, tried, crew)
-        tried += self._led(goal, limit, self._best(tried), crew)
+        tried += self._plainer(goal, limit, tried)
+        tried += self._led(goal, limit, self._best(tried))
         best = self._best(tried)
         if not self._keeps(best):
             self.say("%s was not reached within the budget: measured %s", goal, _said(best.evaluation))
         return best
 
-    def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found], crew: Workers) -> List[Found]:
+    def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
         """Steps skipped and nothing else, as the windows have it and evenly; as far as the budget allows."""
         if goal.kind != "speed" or not self._can(SKIP):
             return []
@@ -279,12 +238,12 @@ class PlanRunner(JournalledRunner):
         found: List[Found] = []
         for choice, plan in others:
             if not tried or self.spent + price_of(plan, self.num_blocks) <= limit:
-                found += self._measured(goal, choice, plan, crew)
+                found += self._measured(goal, choice, plan)
         if not tried and not found:
             raise _not_finite(goal)
         return found
 
-    def _led(self, goal: Goal, limit: float, best: Found, crew: Workers) -> List[Found]:
+    def _led(self, goal: Goal, limit: float, best: Found) -> List[Found]:
         """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
 
         The fit is about what x lacks at computed steps; what the network makes of it can go either way.
@@ -294,16 +253,16 @@ class PlanRunner(JournalledRunner):
         plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
         if self.spent + price_of(plan, self.num_blocks) > limit:
             return []
-        return self._measured(goal, best.choice, plan, crew)
+        return self._measured(goal, best.choice, plan)
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        return min(tried, key=lambda found: (not self._keeps(found), found.square * self._doubt(found)))
+        return min(tried, key=lambda found: (not self._keeps(found), found.square * self._doubt(found.plan) ** 2))
 
-    def _doubt(self, found: Found) -> float:
-        return TOLERANCE**2 if min(found.plan.skip, default=self.windows.first) < self.windows.first else 1.0
+    def _doubt(self, plan: Plan) -> float:
+        return doubt(min(plan.skip, default=self.windows.first), self.windows.total)
 
     def _another(self, goal: Goal, tried: Sequence[Found]) -> Optional[Choice]:
         """What is to be tried next; None where there is nothing new."""
@@ -339,15 +298,15 @@ class PlanRunner(JournalledRunner):
             )
         return self.team.share(chosen)
 
-    def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
-        found = self._measured(goal, choice, plan_of(choice.actions, self.windows), crew)
+    def _verified(self, goal: Goal, choice: Choice) -> Found:
+        found = self._measured(goal, choice, plan_of(choice.actions, self.windows))
         if not found:
             raise _not_finite(goal)
         return found[0]
 
-    def _measured(self, goal: Goal, choice: Choice, plan: Plan, crew: Workers) -> List[Found]:
+    def _measured(self, goal: Goal, choice: Choice, plan: Plan) -> List[Found]:
         """A plan with what was measured of it; nothing where its latents are not finite."""
-        (evaluation,) = self._run([plan], crew)
+        (evaluation,) = self.evaluated([formats.plan_content(plan)])
         return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
 
     def _keeps(self, found: Found) -> bool:
@@ -399,20 +358,11 @@ class PlanRunner(JournalledRunner):
 
     def _write_frames(self, found: Found) -> None:
         """Frames of the first call, plain and under the first plan, where it ran in this process."""
-        final = self.measure.finals.get(found.evaluation.key)
-        if not self.team.all_agree(final is not None) or final is None:
-            return
-        content = pictures.frames(self.replays[0], final, "plan")
+        content = self.frames(found.evaluation, "plan")
         if self.team.is_first and content is not None:
             pictures.write_frames(self.output + ".report.npz", content)
 
-    # Other ranks of a script that splits its prompts
-
-    def assist(self, call: Call) -> Dict[str, Any]:
-        def prepare(journal: Journal, context: Any) -> Evaluate:
-            return Measure(recordings.adopt(journal, self.team, call, context), self.team, self._decodes)
-
-        found = Helper(self.team, self.directory).assist(prepare)
+    def settings_of(self, found: Any) -> Dict[str, Any]:
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
 
 
