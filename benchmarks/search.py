@@ -28,7 +28,7 @@ from benchmarks.lib.own import code
 from benchmarks.lib.quality import LOST, STATISTICS
 from osaccel import binding, formats
 from osaccel.plan import of_dit_cache
-from osaccel.search.dit_cache.candidates import Candidate, candidate_of, candidates, cost
+from osaccel.search.dit_cache.candidates import Candidate, candidate_of, candidates
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.settings import Settings
@@ -136,8 +136,8 @@ def two_stage(ledger: Ledger, ratio: float, case: Case) -> Choice:
     tried += [c for c in reaching if c.start in starts and 0 <= c.stop - c.start - least < 8 and c not in tried]
     error.update((c, ledger.errors(c, [case])[0]) for c in tried if c not in error)
     best = min(tried, key=lambda c: error[c])
-    whole = blocks * steps + sum(cost(c, blocks, steps, resume=0) for c in tried)
-    return Choice("two-stage loop, 1 prompt", list(best), error[best], len(tried), whole / (blocks * steps))
+    whole = 1 + sum(of_dit_cache(c.config).work(blocks, steps) for c in tried)
+    return Choice("two-stage loop, 1 prompt", list(best), error[best], len(tried), whole)
 
 
 def drawn(pool: Sequence[Candidate], count: int) -> List[Candidate]:

@@ -14,8 +14,8 @@ def step_weights(scheduler: Any, num_steps: int, variance: float) -> np.ndarray:
     """(step,), for a generation that `scheduler` has just run.
 
     A step that takes e more for D_k leaves x too large by e (1 - (s_(k+1) / s_k)^q) (`osaccel.search.plan.local`). The
-    network answers: were the latents Gaussian of variance v, D would move by v / (v + s^2) times the change of x, and of
-    a change at level s (v / (v + s^2))^(q / 2) would be left at s = 0.
+    network answers: were the latents Gaussian of variance v, D would move by v / (v + s^2) times the change of x, and
+    of a change at level s (v / (v + s^2))^(q / 2) would be left at s = 0.
 
     Args:
         variance: of the final latents.
