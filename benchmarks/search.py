@@ -188,9 +188,10 @@ def table(results: Sequence[Dict[str, Any]]) -> str:
             + "".join(f"{name:>10}{'rank':>6}{'over best':>11}" for name in ("mean", "typical"))
             + f"{'worst tenth':>13}{'turned':>8}",
         ]
-        best = [min(draw, key=lambda c, name=name: STATISTICS[name](errors[c])) for name in ("mean", "typical")]
         rows = [Choice(*row) for row in result["choices"]]
-        rows += [Choice(f"best {name}, drawn", c, float("nan"), 0, 0.0) for name, c in zip(("mean", "typical"), best)]
+        for name in ("mean", "typical") if draw else ():
+            best = min(draw, key=lambda c, name=name: STATISTICS[name](errors[c]))
+            rows.append(Choice(f"best {name}, drawn", best, float("nan"), 0, 0.0))
         lines += [_line(row, errors, draw) for row in rows]
     return "\n".join(lines) + "\n"
 
@@ -199,7 +200,7 @@ def _line(row: Choice, errors: Dict[Any, List[float]], draw: Sequence[Any]) -> s
     own, cells = errors[tuple(row.candidate)], ""
     for name in ("mean", "typical"):
         value, others = STATISTICS[name](own), [STATISTICS[name](errors[candidate]) for candidate in draw]
-        rank, over = 1 + sum(other < value for other in others), value / min(others) - 1
+        rank, over = 1 + sum(other < value for other in others), value / min([*others, LOST]) - 1
         cells += f"{value:>10.4f}{rank:>6}{over:>11.1%}"
     where = ", ".join(map(str, row.candidate))
     return (
