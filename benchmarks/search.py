@@ -35,7 +35,8 @@ from osaccel.settings import Settings
 from osaccel.targets import target_of
 
 BATCH = 8
-PROMPTS = (1, 4)
+# Calibration prompts that a repeated search is given; it looks at some of them.
+EACH = 8
 
 
 class Choice(NamedTuple):
@@ -152,11 +153,10 @@ def compare(ledger: Ledger, ratio: float, options: argparse.Namespace) -> Dict[s
     heldout = ledger.bench.model.heldout_cases(options.heldout, options.first, seed=1000)
     chosen = [Choice(*row) for path in options.others for row in _choices_in(path, ratio)]
     if not options.draw_only:
-        most = max(PROMPTS)
-        every = ledger.bench.model.calibration_cases(most * options.repeats, options.seed)
-        for prompts in PROMPTS:
+        every = ledger.bench.model.calibration_cases(EACH * options.repeats, options.seed)
+        for prompts in options.prompts:
             for turn in range(options.repeats):
-                cases = every[turn * most :][:prompts]
+                cases = every[turn * EACH :][:prompts]
                 name = f"{options.label}, {prompts} prompt{'s' * (prompts > 1)}, {chr(ord('a') + turn)}"
                 chosen.append(ours(ledger, ratio, cases, name))
         chosen.append(two_stage(ledger, ratio, every[0]))
@@ -218,6 +218,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--draw", type=int, default=50, help="candidates of the family that run on them")
     parser.add_argument("--draw-only", action="store_true", help="search nothing")
     parser.add_argument("--repeats", type=int, default=3, help="searches with each number of prompts")
+    parser.add_argument("--prompts", type=int, nargs="+", default=(1, 4), help="calibration prompts of a search, to 8")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--label", default="ours", help="what the searches are called in the table")
     parser.add_argument("--others", nargs="*", default=(), help="results of this command whose choices are also run")

@@ -195,7 +195,16 @@ def test_placed_masks_are_the_best_of_their_size():
 def test_the_search_benchmark_goes_through_and_keeps_what_it_measured(tmp_path):
     model, pipeline = models.model("miniature"), load_pipeline()
     options = argparse.Namespace(
-        heldout=2, first=0, draw=3, draw_only=False, repeats=1, seed=7, label="ours", others=[], ratios=[1.3]
+        heldout=2,
+        first=0,
+        draw=3,
+        draw_only=False,
+        prompts=[1, 4],
+        repeats=1,
+        seed=7,
+        label="ours",
+        others=[],
+        ratios=[1.3],
     )
     ledger = search.Ledger(Bench(model, pipeline, steps=6, folder=tmp_path))
     result = search.compare(ledger, 1.3, options)

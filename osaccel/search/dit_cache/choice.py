@@ -113,22 +113,22 @@ class Search:
         """
         logs = self.expectation.logs
         if self.goal.min_psnr is None:
-            rows = self._first_look(logs, affordable) + list(np.argsort(logs + self.doubts, kind="stable"))
+            judged = logs + self.doubts
+            rows = self._first_look(judged, affordable) + list(np.argsort(judged, kind="stable"))
         else:
             rows = self._for_psnr(logs, -self.goal.min_psnr / 20 * math.log(10))
         found = dict.fromkeys(self.pool[row] for row in rows if np.isfinite(logs[row]))
         return [candidate for candidate in found if candidate not in self.done]
 
     def _first_look(self, logs: np.ndarray, affordable: int) -> List[int]:
-        """As many candidates as there are unknowns, far from each other: the most promising of each part of the steps.
+        """The most promising of each part of the family, by step, of which none was measured; a part for each unknown.
 
         Never more than half of what can be paid: the other half is for what was learned.
         """
-        count = min(len(self.expectation.slopes), affordable // 2)
-        if len(self.done) >= count:
-            return []
         by_step = np.argsort(self.expectation.places[:, 0], kind="stable")
-        return [int(part[np.argmin(logs[part])]) for part in np.array_split(by_step, count) if len(part)]
+        parts = np.array_split(by_step, max(1, min(len(self.expectation.slopes), affordable // 2)))
+        looked = {self.rows[candidate] for candidate in self.done}
+        return [int(part[np.argmin(logs[part])]) for part in parts if len(part) and not looked.intersection(part)]
 
     def _for_psnr(self, logs: np.ndarray, wanted: float) -> List[int]:
         """The fastest first, of those expected to keep the PSNR and faster than the best measured so far."""
