@@ -28,11 +28,11 @@ from benchmarks.lib.own import code
 from benchmarks.lib.plan_search import recorded
 from benchmarks.lib.quality import STATISTICS
 from osaccel import formats
+from osaccel.search.measure import Measure
 from osaccel.search.plan.actions import ACTIONS, FAMILIES, PLAIN, Action, Windows, plan_of
 from osaccel.search.plan.choice import Choice, at_work, curve
 from osaccel.search.plan.gains import REFERENCES, Expectation, gains, probes
 from osaccel.search.plan.local import squared_sizes
-from osaccel.search.plan.measure import Measure
 from osaccel.search.plan.observation import record_of
 
 # The mildest of every family, and the next stronger of the one that knows no other costs.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The comparison harness: real block counts, budgets that are met, packages that may be missing."""
 
+import argparse
 import ast
 import contextlib
 import itertools
@@ -30,10 +31,10 @@ from benchmarks.competitors import (  # noqa: E402
 from benchmarks.lib import compare, masks, models, motion, quality  # noqa: E402
 from benchmarks.lib.bench import Arm, Bench  # noqa: E402
 from benchmarks.lib.calibration import Calibration, meet_budget  # noqa: E402
-from benchmarks.lib.models import Case  # noqa: E402
 from benchmarks.lib.own import interval_config, masked, planned, with_plan  # noqa: E402
 from benchmarks.reference.load import heldout_prompts, load_pipeline  # noqa: E402
 from osaccel.plan import Region, of_dit_cache  # noqa: E402
+from osaccel.search.dit_cache.candidates import Candidate  # noqa: E402
 
 MODEL = models.model("miniature")
 STEPS, WARMUP, BLOCKS, SEED = 12, 3, 12, 1
@@ -191,30 +192,30 @@ def test_placed_masks_are_the_best_of_their_size():
         masks.place(cost, 10, warmup)
 
 
-def test_held_out_errors_of_two_methods_are_compared_prompt_by_prompt():
-    """One video that turns into another makes the mean, and hardly moves the typical error."""
-    own, other = [0.05, 0.06, 0.07, 0.9], [0.1, 0.12, 0.14, 0.16]
-    row = search.against(own, other)
-    assert row["heldout_turned"] == 0 and search.against(other, own)["heldout_turned"] == 0.25
-    assert row["ours_over_this"] == pytest.approx(0.27 / 0.13 - 1)
-    assert row["ours_over_this_typical"] == pytest.approx((0.5**3 * 0.9 / 0.16) ** 0.25 - 1)
-    low, high = row["ours_over_this_typical_interval"]
-    assert low == pytest.approx(-0.5) and 0 < high < 5
-    assert search.against(own, own)["ours_over_this_interval"] == [0, 0]
-
-
-def test_the_search_benchmark_goes_through_and_keeps_what_it_evaluated(tmp_path):
-    case, held = Case(PROMPT, SEED), Case(heldout_prompts(2)[1], 2)
-    ledger = search.Ledger(6, search.CHECKPOINT, tmp_path / "kept.journal")
-    result = search.compare(ledger, 1.3, [case], [held], [held])
-    rows = result["rows"]
-    brute = min(search.candidates(12, 6, 1.3), key=lambda candidate: ledger.error(candidate, case))
-    assert rows["brute force"]["config"] == brute.config.to_dict() and rows["brute force"]["over_best"] == 0
-    assert all(row["speed_up"] >= 1.3 for row in rows.values())
-    assert rows["ours"]["plain_generations"] <= 6 < rows["two-stage"]["plain_generations"]
-    assert "| 1.3 | two-stage |" in search.table({"1.3": result})
-    again = search.Ledger(6, search.CHECKPOINT, tmp_path / "kept.journal")
-    assert again.error(brute, case) == rows["brute force"]["calibration_error"] and not again.replays
+def test_the_search_benchmark_goes_through_and_keeps_what_it_measured(tmp_path):
+    model, pipeline = models.model("miniature"), load_pipeline()
+    options = argparse.Namespace(
+        heldout=2,
+        first=0,
+        draw=3,
+        draw_only=False,
+        prompts=[1, 4],
+        repeats=1,
+        seed=7,
+        label="ours",
+        others=[],
+        ratios=[1.3],
+    )
+    ledger = search.Ledger(Bench(model, pipeline, steps=6, folder=tmp_path))
+    result = search.compare(ledger, 1.3, options)
+    methods = [search.Choice(*row) for row in result["choices"]]
+    assert [row.method for row in methods] == ["ours, 1 prompt, a", "ours, 4 prompts, a", "two-stage loop, 1 prompt"]
+    assert all(row.generations <= 6 for row in methods[:2])
+    assert all(Candidate(*row.candidate).speed_up(12, 6) >= 1.3 for row in methods)
+    text = search.table([result])
+    assert "1.3x: 3 of" in text and "on 2 held-out videos" in text and "best typical, drawn" in text
+    again = search.Ledger(Bench(model, pipeline, steps=6, folder=tmp_path))
+    assert search.compare(again, 1.3, options) == result and not again._replays
 
 
 # The library that commands share -------------------------------------------------------------------------------------

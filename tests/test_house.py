@@ -15,7 +15,8 @@ WINGS = ("dit_cache", "plan", "timesteps")
 SEARCH_ORDER = (
     ("combined",),
     WINGS,
-    ("journalled",),
+    ("planned",),
+    ("journalled", "measure"),
     ("session", "recordings"),
     ("workers", "outputs"),
     ("journal",),

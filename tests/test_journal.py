@@ -203,7 +203,7 @@ def test_an_older_journal_is_set_aside_and_a_newer_one_refused(tmp_path, caplog)
     assert "was written by an older osaccel; it was set aside" in caplog.text
     path = filled(tmp_path / "k")
     Journal(str(path), KNOWN)._write_json(str(path / "journal.json"), {"format": "x/9", "fingerprint": KNOWN}, "")
-    with pytest.raises(SearchError, match="is of the format x/9, and this osaccel writes osaccel.journal/2"):
+    with pytest.raises(SearchError, match="is of the format x/9, and this osaccel writes osaccel.journal/3"):
         Journal(str(path), KNOWN)
     assert (path / "evaluations-0.jsonl").exists()
 

@@ -17,8 +17,9 @@ from osaccel import settings
 from osaccel.binding import report_path
 from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
 from osaccel.generation import Generation
+from osaccel.search import planned
 from osaccel.search.errors import SearchError
-from osaccel.search.plan import actions, runner
+from osaccel.search.plan import runner
 from osaccel.search.plan.actions import (
     ACTIONS,
     FAMILIES,
@@ -286,8 +287,8 @@ def miniature(sampler):
 @pytest.mark.parametrize("share", [0.04, 0.2])
 def test_on_the_miniature_little_depends_on_how_many_first_steps_are_kept(tmp_path, monkeypatch, share):
     (pipeline, call), found = miniature("EulerAncestralDiscrete"), {}
-    for kept in (actions.SETTLING, share):
-        monkeypatch.setattr(actions, "SETTLING", kept)
+    for kept in (planned.SETTLING, share):
+        monkeypatch.setattr(planned, "SETTLING", kept)
         _, plan, found[kept] = search(tmp_path / str(kept), steps=50, pipeline=pipeline, **call)
     usual, other = found.values()
     assert other["windows"]["first"] != usual["windows"]["first"] and max(usual["work"], other["work"]) <= 0.5

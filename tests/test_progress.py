@@ -11,9 +11,7 @@ import test_plan_search
 import test_search_session
 import tiny
 
-from osaccel.search import progress
-from osaccel.search.dit_cache import progress as of_cache
-from osaccel.search.plan import progress as of_plan
+from osaccel.search import planned, progress
 from osaccel.search.progress import Progress, clock_of
 
 
@@ -142,16 +140,16 @@ def cache_search(path, calls, ratio):
 
 
 SEARCHES = {
-    "one target": (of_plan, partial(plan_search, calls=2), ("2x",)),
-    "three targets": (of_plan, plan_search, ("1.5x", "2x", "2.5x")),
-    "four keys": (of_cache.progress, cache_search, (1, 1.3)),
-    "four keys, two calls": (of_cache.progress, cache_search, (2, 1.5)),
+    "one target": (partial(plan_search, calls=2), ("2x",)),
+    "three targets": (plan_search, ("1.5x", "2x", "2.5x")),
+    "four keys": (cache_search, (1, 1.3)),
+    "four keys, two calls": (cache_search, (2, 1.5)),
 }
 
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_the_time_left_is_within_a_factor_of_two_from_20_percent_on(name, tmp_path, monkeypatch):
-    module, search, arguments = SEARCHES[name]
+    search, arguments = SEARCHES[name]
     seen, at, begun = [], Progress.at, []
 
     def clock():
@@ -163,13 +161,9 @@ def test_the_time_left_is_within_a_factor_of_two_from_20_percent_on(name, tmp_pa
         seen.append((self.percent, clock(), self.seconds_left))
 
     monkeypatch.setattr(Progress, "at", watched)
-    monkeypatch.setattr(module, "Progress", partial(progress.Progress, clock=clock))
+    monkeypatch.setattr(planned, "Progress", partial(progress.Progress, clock=clock))
     search(tmp_path, *arguments)
     end = clock()
     assert [percent for percent, _, _ in seen] == sorted(percent for percent, _, _ in seen)
-    # When the search will have ended. How soon a cache search gives candidates up is not known before.
-    ends = [(now + left) / end for percent, now, left in seen if 20 <= percent]
-    assert len(ends) > 50 and 0.5 < min(ends) and max(ends) < 2
-    if search is not cache_search:
-        lefts = [left / (end - now) for percent, now, left in seen if 20 <= percent <= 85]
-        assert 0.5 < min(lefts) and max(lefts) < 2
+    lefts = [left / (end - now) for percent, now, left in seen if 20 <= percent <= 85]
+    assert len(lefts) > 50 and 0.5 < min(lefts) and max(lefts) < 2

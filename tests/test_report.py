@@ -43,9 +43,9 @@ def of_plan():
 
 def of_cache():
     runs = [{"error": 0.1, "predicted_speed_up": 1.4, "config": CHOSEN, "measured_speed_up": 1.3},
-            {"error": None, "predicted_speed_up": 1.5, "last_error": 0.4}]  # fmt: skip
+            {"error": None, "predicted_speed_up": 1.5}]  # fmt: skip
     return {
-        "chosen": CHOSEN, "speed_up": 1.4, "error": 0.1, "cost": {"plain_generations": 3.0, "boundary_bytes": 4096},
+        "chosen": CHOSEN, "speed_up": 1.4, "error": 0.1, "cost": {"plain_generations": 3.0, "recording_bytes": 4096},
         "evaluations": runs, "fingerprint": BOUND, "delta_change": [[1.0] * 4] * 8, "prompts": [NASTY],
     }  # fmt: skip
 

@@ -2,8 +2,6 @@
 """The cache search's parts: exact replays, the region errors against brute force, the family, the journal's memory."""
 
 import json
-import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,13 +25,12 @@ from osaccel.generation import Generation
 from osaccel.network.forwards import HiddenStates
 from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache import candidates as cache_search
-from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
-from osaccel.search.dit_cache.evaluate import Evaluator
+from osaccel.search.dit_cache.candidates import Candidate
 from osaccel.search.dit_cache.region_errors import RegionErrors
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.journal import Journal
-from osaccel.search.recording.boundaries import Boundaries
+from osaccel.search.measure import Measure
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Call, RandomState, Replay
 from osaccel.search.team import Team
@@ -49,12 +46,9 @@ def make_call(pipeline, **kwargs):
     return Call(type(pipeline).__call__, pipeline, (pipeline,), kwargs)
 
 
-def recorded(pipeline, memory=2**20, **kwargs):
-    """A recorded call with the block boundaries that fit into `memory` bytes."""
+def recorded(pipeline, **kwargs):
     replay = Replay(make_call(pipeline, **kwargs))
-    boundaries = replay.boundaries = Boundaries(memory)
-    blocks = pipeline.transformer.transformer_blocks
-    replay.record(lambda generation: watch_blocks(blocks, generation.clock, HiddenStates(), boundaries.observe))
+    replay.record()
     return replay
 
 
@@ -90,49 +84,26 @@ def test_a_resumed_replay_equals_the_whole_cached_generation_bit_for_bit(schedul
 
 @pytest.mark.parametrize("first", (0, 3, 7))
 @pytest.mark.parametrize("forwards, sequence_first", ((1, False), (2, False), (1, True)))
-def test_nothing_before_the_first_reused_step_is_computed_again(forwards, sequence_first, first):
+def test_nothing_before_the_first_stored_delta_is_computed_again(forwards, sequence_first, first):
     pipeline = tiny.UnseededPipeline(forwards=forwards, sequence_first=sequence_first)
-    replay = recorded(pipeline)
+    replay, plain = calls_of(pipeline, lambda: recorded(pipeline))
     for start, stop in ((0, 6), (1, 4), (5, 6)):
         candidate = Candidate(start, stop, first, 2)
-        run = of_dit_cache(candidate.config), first, lambda *_: None
-        resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
+        resumed, calls = calls_of(pipeline, lambda c=candidate: replay.run(of_dit_cache(c.config), first))
         assert torch.equal(resumed, full_run(replay.call, candidate)), "bit for bit"
         reused = cache_search.reused(10, first, 2)
-        assert calls == [forwards * (9 - first - reused * (start <= block < stop)) for block in range(6)]
-
-
-def test_boundaries_stay_within_their_memory_and_where_they_end_the_storing_step_is_computed_again():
-    pipeline = tiny.UnseededPipeline()
-    one_step = recorded(pipeline).boundaries.bytes_used / 10
-    memory = int(3.5 * one_step)
-    replay = recorded(pipeline, memory=memory)
-    assert sorted(replay.boundaries.kept) == [0, 1, 2]
-    assert replay.boundaries.bytes_used == 3 * one_step <= memory
-    for first, again in ((2, 0), (3, 1)):
-        candidate = Candidate(1, 5, first, 3)
-        run = of_dit_cache(candidate.config), first, lambda *_: None
-        resumed, calls = calls_of(pipeline, lambda run=run: replay.run_cached(*run))
-        assert torch.equal(resumed, full_run(replay.call, candidate))
-        assert calls[0] == 9 - first + again
+        assert calls == [forwards * (10 - first - reused * (start <= block < stop)) for block in range(6)]
+        assert candidate.price(6, 10) == pytest.approx(sum(calls) / sum(plain))
 
 
 @pytest.mark.parametrize("forwards", (1, 2))
-def test_the_cost_of_a_search_is_the_number_of_real_block_calls(forwards):
+def test_what_measuring_took_is_the_number_of_real_block_calls(forwards):
     pipeline = tiny.UnseededPipeline(forwards=forwards)
-    replays, plain_calls = calls_of(pipeline, lambda: [recorded(pipeline, memory) for memory in (2**20, 0)])
-    evaluate = Evaluator(replays, Team())
-    whole, hopeless = Candidate(1, 4, 3, 3), Candidate(0, 5, 0, 6)
-    found, calls = calls_of(pipeline, lambda: evaluate(whole))
-    costs = [cache_search.cost(whole, 6, 10, replay.resumed_at(3)) for replay in replays]
-    assert found.block_forwards == sum(calls) == forwards * sum(costs) and costs[1] == costs[0] + 6
-    stopped, calls_until_stopped = calls_of(pipeline, lambda: evaluate(hopeless, best=found))
-    assert stopped.abandoned and stopped.block_forwards == sum(calls_until_stopped) > 0
-    search = Search([whole, hopeless], np.ones(2), 6, 10, Goal(1.3), plain=sum(plain_calls))
-    search.add(found)
-    search.add(stopped)
-    assert search.block_forwards == sum(plain_calls) + sum(calls) + sum(calls_until_stopped)
-    assert search.spent == search.block_forwards / sum(plain_calls)
+    replays, plain = calls_of(pipeline, lambda: [recorded(pipeline), recorded(pipeline)])
+    candidate = Candidate(1, 4, 3, 3)
+    found, calls = calls_of(pipeline, lambda: Measure(replays, Team())(candidate.config.to_dict()))
+    assert found.block_forwards == sum(calls) == pytest.approx(candidate.price(6, 10) * sum(plain))
+    assert found.config == candidate.config.to_dict() and found.resumed_at == 3
 
 
 def test_replays_restore_every_random_state_and_generators_among_the_arguments():
@@ -209,45 +180,6 @@ def test_an_unreachable_ratio_says_what_is_reachable():
         cache_search.candidates(4, 3, 1.9, max_interval=2)
 
 
-def evaluation(candidate, error, abandoned=False):
-    spent = cache_search.cost(candidate, 6, 20)
-    return Evaluation(candidate.config.to_dict(), error, spent, abandoned, curves=((error,) * 20,), steps_run=20)
-
-
-def make_search(**kwargs):
-    pool = cache_search.candidates(6, 20, 1.3)
-    scores = 1 + np.arange(len(pool)) / len(pool)
-    return Search(pool, scores, 6, 20, Goal(1.3), **kwargs), pool
-
-
-def test_a_search_stays_within_its_budget_and_is_a_function_of_what_was_measured():
-    runs = []
-    for _ in range(2):
-        search, pool = make_search()
-        order = []
-        while search.next_round():
-            candidate = search.next_round()[0]
-            order.append(candidate)
-            search.add(evaluation(candidate, 1.0 + (pool.index(candidate) * 7919 % 13) * 0.1))
-        assert search.spent <= 6
-        runs.append(order)
-    assert runs[0] == runs[1]
-    assert len(runs[0]) >= 2
-
-
-def test_what_is_not_finite_loses_and_never_wins():
-    search, pool = make_search()
-    search.add(evaluation(pool[0], None))
-    assert search.best() is None
-    search.add(evaluation(pool[1], 0.5))
-    search.add(evaluation(pool[2], None, abandoned=True))
-    assert search.best() == pool[1]
-    scores = np.full(len(pool), math.nan)
-    scores[3] = 1.0
-    only = Search(pool, scores, 6, 20, Goal(1.3))
-    assert only.next_round() == [pool[3]]
-
-
 def test_a_candidate_that_turns_nan_is_recorded_as_lost():
     pipeline = tiny.UnseededPipeline()
     replay = Replay(make_call(pipeline))
@@ -260,46 +192,9 @@ def test_a_candidate_that_turns_nan_is_recorded_as_lost():
         return original(hidden_states, **kwargs) * float("nan")
 
     block.forward = poisoned
-    found = Evaluator([replay], Team())(Candidate(0, 3, 2, 2))
-    assert found.error is None and found.abandoned
+    found = Measure([replay], Team())(Candidate(0, 3, 2, 2).config.to_dict())
+    assert found.error is None and len(plain_calls) == 1, "it is over with the first step"
     json.dumps(found.to_json(), allow_nan=False)
-
-
-def test_hopeless_candidates_are_abandoned_early():
-    pipeline = tiny.UnseededPipeline()
-    replay = Replay(make_call(pipeline, num_inference_steps=20))
-    replay.record()
-    evaluate = Evaluator([replay], Team())
-    good, bad = evaluate(Candidate(2, 3, 10, 2)), Candidate(0, 6, 0, 6)
-    stopped = evaluate(bad, best=good)
-    assert stopped.abandoned and stopped.steps_run < 20 and stopped.error is None
-    assert stopped.block_forwards < evaluate(bad).block_forwards
-
-
-def test_on_several_calls_a_candidate_is_given_up_by_its_error_over_all_of_them():
-    """One that is worse on one call and better on the others runs to its end; what is given up is taken to be worse."""
-    pipeline = tiny.UnseededPipeline()
-    replays = [Replay(make_call(pipeline, num_inference_steps=20)) for _ in range(3)]
-    for seed, replay in enumerate(replays):
-        torch.manual_seed(seed)
-        replay.call.state = RandomState()
-        replay.record()
-    evaluate = Evaluator(replays, Team())
-    candidate = Candidate(1, 5, 6, 2)
-    whole = evaluate(candidate)
-    assert whole.error == pytest.approx(
-        (sum(c[-1] ** 2 * r for c, r in zip(whole.curves, evaluate.references())) / sum(evaluate.references())) ** 0.5
-    )
-    # A best one that was ten times better on the first call alone, and the same over all.
-    better_first = replace(whole, curves=(tuple(v / 10 for v in whole.curves[0]), *whole.curves[1:]))
-    assert evaluate(candidate, best=better_first).error == whole.error
-    for factor in (2.0, 3.0):
-        curves = tuple(tuple(v / factor for v in curve) for curve in whole.curves)
-        rival = replace(whole, error=whole.error / factor, curves=curves)
-        stopped = evaluate(candidate, best=rival)
-        assert stopped.abandoned and stopped.error is None
-        assert stopped.block_forwards < whole.block_forwards
-        assert 1.2 * rival.error < stopped.projected <= 1.01 * whole.error
 
 
 def of_error(error):

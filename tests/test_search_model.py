@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the cache search predicts from one generation, and what it makes of a few verified candidates."""
+"""What the cache search expects of candidates from one generation, and what it makes of a few measured ones."""
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 
-from osaccel.network.forwards import HiddenStates
-from osaccel.search.dit_cache.candidates import Belief, Candidate, Goal, Search, candidates, cost
-from osaccel.search.dit_cache.error_model import EARLY, TURNS, Gains, predictions
-from osaccel.search.dit_cache.probes import BUDGET, lasting, measure, places, region_steps, whole_steps
-from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.sampling.levels import NoiseLevels
+from osaccel.search.dit_cache.candidates import Candidate, Goal, candidates
+from osaccel.search.dit_cache.choice import Expectation, Search
+from osaccel.search.dit_cache.weights import step_weights
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.recording.boundaries import Boundaries
-from osaccel.search.recording.observe import watch_blocks
-from osaccel.search.recording.replay import Call, Replay
-from osaccel.search.team import Team
+from osaccel.search.planned import doubt
 
 BLOCKS, STEPS = 12, 40
+WEIGHTS = np.linspace(3, 1, STEPS)
 
 
 def made_up_grams():
@@ -38,133 +40,125 @@ def made_up_grams():
     return grams
 
 
-def log_gain(step, start, stop):
-    """Nothing of it is linear, so a table that holds it is read where it should be."""
-    late = (step > 36) * (1 + start / BLOCKS)
-    return -3 + np.sin(5 * step / STEPS) - late - np.cos(stop) * step / STEPS + 0.3 * np.sin(start)
+GRAMS = made_up_grams()
 
 
-def table_of(gain):
-    """(block + 1, step) of gain(step, block), against all blocks."""
-    return np.array(
-        [[gain(n, block) - log_gain(n, 0, BLOCKS) for n in range(STEPS)] for block in range(BLOCKS + 1)]
-    )  # fmt: skip
-
-
-GAINS = Gains(
-    np.array([log_gain(step, 0, BLOCKS) for step in range(STEPS)]),
-    table_of(lambda step, start: log_gain(step, start, BLOCKS)),
-    table_of(lambda step, stop: log_gain(step, 0, stop)),
-)
-
-
-def test_predictions_are_what_the_reused_steps_change_times_what_stays_of_it():
-    grams, pool = made_up_grams(), candidates(BLOCKS, STEPS, 1.5)
-    wanted, early = np.zeros(len(pool)), np.zeros(len(pool))
+def test_what_is_expected_is_what_the_reused_steps_change_times_what_the_sampler_leaves_of_it():
+    pool = candidates(BLOCKS, STEPS, 1.5)
+    wanted = np.zeros(len(pool))
     for row, (start, stop, first, interval) in enumerate(pool):
         for step in range(first, STEPS):
             gap = (step - first) % interval
             if gap:
-                change = grams[gap - 1, step, start:stop, start:stop].sum() ** 0.5
-                wanted[row] += np.exp(log_gain(step, start, stop)) * change
-                early[row] += np.exp(log_gain(step, start, stop)) * change * (step < EARLY * STEPS)
-    found = predictions(pool, grams, GAINS)
-    assert found.errors == pytest.approx(wanted, rel=1e-6)
-    assert found.turned == pytest.approx(np.minimum(TURNS * early, 1), rel=1e-6) and found.turned.min() == 0
-    assert not predictions(pool, grams).turned.any(), "nothing is known without probes"
+                wanted[row] += WEIGHTS[step] ** 2 * GRAMS[gap - 1, step, start:stop, start:stop].sum()
+    assert np.exp(Expectation(pool, GRAMS, WEIGHTS).logs) == pytest.approx(wanted**0.5, rel=1e-6)
 
 
-def searched(pool, scores, errors, turned=None, calls=1):
-    """A search whose candidates have these errors, to its end."""
-    search = Search(pool, scores, BLOCKS, STEPS, Goal(1.5), turned=turned, calls=calls)
-    while search.next_round():
-        candidate = search.next_round()[0]
-        error = float(errors[pool.index(candidate)])
-        search.add(Evaluation(candidate.config.to_dict(), error, cost(candidate, BLOCKS, STEPS)))
+@pytest.mark.parametrize(
+    "scheduler, eta",
+    ((EulerAncestralDiscreteScheduler, 0), (EulerDiscreteScheduler, 0), (DDIMScheduler, 0)),
+    ids=("ancestral", "flow", "ddim"),
+)
+@pytest.mark.parametrize("kind", ("epsilon", "v_prediction"))
+def test_of_gaussian_latents_the_weights_say_what_is_left_of_a_change(scheduler, eta, kind):
+    """A denoiser that knows the latents to be Gaussian is sampled twice, its output changed at one step."""
+    variance, steps = 0.5, 200
+    clip = {"clip_sample": False} if scheduler is DDIMScheduler else {}
+
+    def final(changed=None):
+        sampler = scheduler(prediction_type=kind, **clip)
+        sampler.set_timesteps(steps)
+        levels = NoiseLevels(sampler)
+        x = torch.full((1,), 2.0, dtype=torch.float64) * sampler.init_noise_sigma
+        for step, (time, sigma) in enumerate(zip(sampler.timesteps, levels.of_steps())):
+            given = sampler.scale_model_input(x, time)
+            clean = x * (1 if hasattr(sampler, "sigmas") else (1 + sigma**2) ** 0.5)
+            denoised = clean * variance / (variance + sigma**2)
+            output = levels.model_output(denoised.float(), sigma, x.float()).double() + (1e-2 if step == changed else 0)
+            drawn = {"generator": torch.Generator().manual_seed(step)} if "Ancestral" in scheduler.__name__ else {}
+            x = sampler.step(output, time, x, **drawn).prev_sample
+            assert given.shape == x.shape
+        return float(x), step_weights(sampler, steps, variance)
+
+    plain, weights = final()
+    for step in (60, 120, 160, 190):
+        assert abs(final(step)[0] - plain) / 1e-2 == pytest.approx(weights[step], rel=0.15)
+
+
+def test_where_nothing_is_known_of_the_scheduler_every_step_counts_the_same():
+    assert (step_weights(None, 7, 1.0) == 1).all()
+    sampler = DPMSolverMultistepScheduler()
+    sampler.set_timesteps(9)
+    assert len(step_weights(sampler, 9, 1.0)) == 9 and (step_weights(sampler, 12, 1.0) == 1).all()
+
+
+def measured(candidate, error, **more):
+    return Evaluation(candidate.config.to_dict(), error, 1.0, **more)
+
+
+def searched(errors_of, count=8, goal=None):
+    """A search among candidates that have these errors, after so many of them were measured."""
+    search = Search(candidates(BLOCKS, STEPS, 1.5), GRAMS, WEIGHTS, goal or Goal(1.5))
+    for _ in range(count):
+        candidate = search.order(count)[0]
+        search.add(measured(candidate, errors_of(candidate)))
     return search
 
 
-def test_a_few_verified_candidates_correct_predictions_that_are_off_by_halves():
-    """What a prediction misses varies smoothly over the family, here with where regions stop and reuse begins."""
+def test_gains_that_differ_over_steps_and_blocks_are_found_by_a_few_measurements():
+    """What a prediction misses varies over the family, here with where regions stop and reuse begins."""
     pool = candidates(BLOCKS, STEPS, 1.5)
-    scores = np.exp(0.1 * np.random.default_rng(0).normal(size=len(pool)))
-    missed = [0.5 * np.sin(6 * c.stop / BLOCKS + c.first / STEPS) for c in pool]
-    errors = scores * np.exp(missed)
-    search = searched(pool, scores, errors)
-    assert errors[pool.index(search.choice())] <= 1.05 * errors.min() < errors[scores.argmin()]
-    expected = np.array([search.expected()[candidate]["expected_error"] for candidate in pool])
-    unit = np.log(errors / scores).mean()
-    assert np.std(np.log(errors / expected)) < 0.7 * np.std(np.log(errors / scores) - unit)
+    expectation = Expectation(pool, GRAMS, WEIGHTS)
+    for slopes in ((4, 0, 0), (0, -1, 1), (-3, 1, -1.5)):
+        errors = np.exp(expectation.logs + expectation.places @ np.array(slopes) - 3)
+        search = searched(lambda candidate, errors=errors: errors[pool.index(candidate)])
+        judged = errors * [doubt(candidate.first, STEPS) for candidate in pool]
+        assert judged[pool.index(search.choice())] <= 1.1 * judged.min()
+        found = np.array([search.expected()[candidate] for candidate in pool])
+        assert np.std(np.log(errors / found)) < 0.7 * np.std(np.log(errors) - expectation.logs)
 
 
-def test_of_near_equal_candidates_the_one_that_was_predicted_better_wins():
-    """Two per cent are within what one call differs from the next, though not on average over many; a half is not."""
-    pool = candidates(BLOCKS, STEPS, 1.5)[:2]
-    assert pool[0].first != pool[1].first or pool[0].start != pool[1].start
-    for measured, calls, winner in ((0.98, 1, 0), (0.98, 100, 1), (0.5, 1, 1)):
-        search = searched(pool, np.array([1.0, 1.2]), np.array([1.0, measured]), calls=calls)
-        assert search.choice() == pool[winner]
-        assert search.best() == pool[1]
+def test_the_first_look_is_at_different_steps_and_leaves_half_to_what_was_learned():
+    search = searched(lambda candidate: 1.0, count=8)
+    firsts = sorted(candidate.first for candidate in list(search.done)[:4])
+    assert all(after - before >= 3 for before, after in zip(firsts, firsts[1:]))
+    fresh = Search(search.pool, GRAMS, WEIGHTS, Goal(1.5))
+    logs = fresh.expectation.logs + np.log([1.25 if candidate.first < 4 else 1 for candidate in fresh.pool])
+    assert fresh.order(1)[0] == fresh.pool[int(np.argmin(logs))]
 
 
-def test_what_is_peculiar_to_a_call_is_not_taken_for_noise_between_neighbours():
-    """Of two neighbours predicted alike, what is measured tells as much as of two that are far apart."""
-    near, far = Candidate(0, 11, 2, 2), Candidate(0, 12, 32, 2)
-    for other in (near, far):
-        belief = Belief([Candidate(0, 11, 1, 2), other], np.ones(2), 12, 100)
-        expected, _ = belief.estimate({belief.pool[0]: 0.95, other: 1.0})
-        assert expected[1] - expected[0] > 0.3 * -np.log(0.95)
+def test_what_reuses_among_the_first_steps_must_be_better_by_a_quarter():
+    pool = candidates(BLOCKS, STEPS, 1.5)
+    early, late = (next(c for c in pool if is_early == (c.first < 4)) for is_early in (True, False))
+    for error, winner in ((0.9, late), (0.7, early)):
+        search = Search(pool, GRAMS, WEIGHTS, Goal(1.5))
+        search.add(measured(early, error))
+        search.add(measured(late, 1.0))
+        assert search.choice() == winner
 
 
-def test_a_candidate_that_turns_videos_into_others_loses_to_one_with_a_little_more_error():
-    pool, scores = candidates(BLOCKS, STEPS, 1.5)[:2], np.array([0.05, 0.06])
-    assert searched(pool, scores, scores).choice() == pool[0]
-    search = searched(pool, scores, scores, turned=np.array([0.02, 0.0]))
-    assert search.choice() == pool[1] and search.best() == pool[0]
-    assert search.expected()[pool[0]]["expected_turned"] == 0.02
+def test_what_is_not_finite_loses_and_no_error_at_all_wins():
+    pool = candidates(BLOCKS, STEPS, 1.5)[-3:]
+    search = Search(pool, GRAMS, WEIGHTS, Goal(1.5))
+    search.add(measured(pool[0], None))
+    assert search.choice() is None and pool[0] not in search.order(9)
+    search.add(measured(pool[1], 0.5))
+    assert search.choice() == pool[1]
+    search.add(measured(pool[2], 0.0))
+    assert search.choice() == pool[2] and np.isfinite(list(search.expected().values())).all()
+    grams = np.full_like(GRAMS, np.nan)
+    assert Search(pool, grams, WEIGHTS, Goal(1.5)).order(9) == []
 
 
-def test_a_candidate_without_any_error_wins():
-    pool = candidates(BLOCKS, STEPS, 1.5)[:3]
-    assert searched(pool, np.array([1.0, 1.1, 1.2]), np.array([0.1, 0.1, 0.0])).choice() == pool[2]
-
-
-@pytest.mark.parametrize("num_blocks,num_steps", [(12, 100), (32, 100), (32, 20), (2, 4)])
-def test_probing_regions_stays_within_its_budget(num_blocks, num_steps):
-    pool = candidates(num_blocks, num_steps, 1.3)
-    starts = [start for start in places([candidate.start for candidate in pool]) if start > 0]
-    stops = [stop for stop in places([candidate.stop for candidate in pool]) if stop < num_blocks]
-    steps = region_steps(num_steps, num_blocks, starts, stops)
-    spent = len(steps) * (sum(starts) + sum(num_blocks - stop for stop in stops))
-    assert len(steps) == 1 or spent <= BUDGET * num_blocks * num_steps
-    assert {*starts} <= {candidate.start for candidate in pool}
-    assert max(stops, default=num_blocks) <= num_blocks and {*steps} <= {*whole_steps(num_steps)}
-
-
-def test_probes_count_their_block_calls_and_tell_where_a_change_matters():
-    pipeline = tiny.UnseededPipeline(num_blocks=4)
-    blocks = pipeline.transformer.transformer_blocks
-    replay = Replay(Call(type(pipeline).__call__, pipeline, (pipeline,), {"num_inference_steps": 12}))
-    errors, replay.boundaries = RegionErrors(4, 5), Boundaries()
-    watch = (errors.observe, replay.boundaries.observe)
-    replay.record(lambda generation: watch_blocks(blocks, generation.clock, HiddenStates(), *watch))
-    before = sum(pipeline.block_calls())
-    gains, spent = measure(replay, errors.tensor(12).numpy(), [0, 1, 2], [2, 3, 4], Team())
-    assert spent == sum(pipeline.block_calls()) - before > 0
-    assert all(np.isfinite(table).all() for table in gains)
-    assert (gains.starts[0] == 0).all() and (gains.stops[4] == 0).all()
-    assert np.ptp(gains.steps) > 0.1 and np.ptp(gains.starts) > 0.01 and np.ptp(gains.stops) > 0.01
-
-
-def test_what_stays_of_a_change_are_the_means_of_frames_and_of_quarters_over_the_video():
-    change = torch.randn(2, 4, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    stays = lasting(change)
-    assert stays.mean((-2, -1)) == pytest.approx(change.mean((-2, -1)), abs=1e-6)
-    for rows in (slice(3), slice(3, 5)):
-        for columns in (slice(3), slice(3, 6)):
-            wanted = change[..., rows, columns].mean((2, 3, 4))
-            assert stays[..., rows, columns].mean((2, 3, 4)) == pytest.approx(wanted, abs=1e-6)
-            assert stays[..., rows, columns].std((-2, -1)).max() < 1e-6
-    assert ((change - stays) * stays).sum().abs() < 1e-3, "orthogonal"
-    image = change[:, :, 0]
-    assert lasting(image)[1, 2, :3, :3] == pytest.approx(image[1, 2, :3, :3].mean().expand(3, 3), abs=1e-6)
+def test_the_fastest_that_keeps_a_psnr_is_found_in_a_few_measurements():
+    pool = sorted({c for ratio in (1.1, 1.2, 1.3, 1.4, 1.5, 1.7) for c in candidates(BLOCKS, STEPS, ratio)})
+    truth = np.exp(Expectation(pool, GRAMS, WEIGHTS).logs)
+    psnr = dict(zip(pool, -20 * np.log10(truth / truth.max()) + 20))
+    wish = float(np.median(list(psnr.values())))
+    search = Search(pool, GRAMS, WEIGHTS, Goal(1.5, wish))
+    for _ in range(8):
+        for candidate in search.order(8)[:1]:
+            search.add(measured(candidate, 1.0, psnr=psnr[candidate]))
+    fastest = max(c.speed_up(BLOCKS, STEPS) for c in pool if psnr[c] >= wish)
+    assert psnr[search.choice()] >= wish and search.choice().speed_up(BLOCKS, STEPS) > 0.98 * fastest
+    assert isinstance(search.choice(), Candidate)

@@ -56,8 +56,6 @@ def test_the_report_counts_every_block_call_of_the_search(tmp_path, prompts):
     pipeline, report = search(tmp_path, prompts=prompts)
     assert report["cost"]["block_forwards"] == sum(pipeline.block_calls())
     assert report["cost"]["plain_generations"] == sum(pipeline.block_calls()) / (prompts * 60) <= 6
-    assert report["cost"]["storing_steps_recomputed"] == 0
-    assert 0 < report["cost"]["boundary_bytes"] <= report["cost"]["boundary_bytes_limit"]
 
 
 def test_the_reported_error_is_that_of_a_fresh_generation(tmp_path):
@@ -66,7 +64,8 @@ def test_the_reported_error_is_that_of_a_fresh_generation(tmp_path):
     plain, cached = sampled(pipeline), sampled(pipeline, config)
     assert report["error"] == pytest.approx(((cached - plain).norm() / plain.norm()).item(), rel=1e-5)
     finished = [evaluation for evaluation in report["evaluations"] if evaluation["error"] is not None]
-    best = min(finished, key=lambda e: e["expected_error"] + e["expected_turned"])
+    # What reuses at step 1, the first tenth of 10, must be better by a quarter.
+    best = min(finished, key=lambda e: e["error"] * (1.25 if e["config"]["cache_step_start"] == 0 else 1))
     assert report["error"] == best["error"] and report["chosen"] == best["config"]
     # What is expected is in the unit of what was measured.
     assert np.mean([np.log(e["expected_error"] / e["error"]) for e in finished]) == pytest.approx(0, abs=0.1)
@@ -103,7 +102,7 @@ def test_candidates_that_are_not_finite_lose_and_do_not_stop_the_search(tmp_path
     pipeline = tiny.UnseededPipeline()
     fragile = pipeline.transformer.transformer_blocks[5] = Fragile(pipeline.scheduler, value)
     _, report = search(tmp_path, pipeline, ratio=1.5)
-    lost = [e["config"] for e in report["evaluations"] if e["error"] is None and e["steps_run"] < 10]
+    lost = [e["config"] for e in report["evaluations"] if e["error"] is None]
     assert fragile.broke and lost
     assert report["chosen"] not in lost and np.isfinite(report["error"])
 
@@ -153,7 +152,7 @@ def test_an_interrupted_search_goes_on_without_repeating_a_block(tmp_path, caplo
     with caplog.at_level(logging.INFO, "osaccel"):
         pipeline, again = search(tmp_path)
     assert "resuming: 2 evaluations are finished" in caplog.text
-    done = 60 + whole["cost"]["probe_block_forwards"] + sum(e["block_forwards"] for e in whole["evaluations"][:2])
+    done = 60 + sum(e["block_forwards"] for e in whole["evaluations"][:2])
     assert sum(pipeline.block_calls()) == whole["cost"]["block_forwards"] - done
     assert [e["error"] for e in again["evaluations"]] == [e["error"] for e in whole["evaluations"]]
     assert again["chosen"] == whole["chosen"]

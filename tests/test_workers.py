@@ -13,7 +13,7 @@ from test_journal import ended, in_child
 from test_search_session import search
 
 from osaccel.search import presence, workers
-from osaccel.search.dit_cache.evaluate import Evaluator
+from osaccel.search.measure import Measure
 
 
 class SlowPipeline(tiny.UnseededPipeline):
@@ -34,7 +34,7 @@ def start(folder, rank, stuck=False, elsewhere=False):
             presence.LIMIT = 1.0
             presence._machine = lambda: f"machine {rank}"
         if stuck:
-            Evaluator.__call__ = lambda *_: (folder / f"stuck-{rank}").touch() or time.sleep(60)
+            Measure.__call__ = lambda *_: (folder / f"stuck-{rank}").touch() or time.sleep(60)
         try:
             search(folder, SlowPipeline())
         except BaseException:

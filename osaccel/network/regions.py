@@ -45,10 +45,6 @@ class RegionCache:
         self.lanes.clear()
         self._input = None
 
-    def seed(self, forward: int, delta: Streams, step: int) -> None:
-        """Take `delta`, of the whole batch, as what this forward of `step` stored, as if it had been computed here."""
-        self.lanes.setdefault((forward, _WHOLE), _Lane()).deltas.insert(0, (step, delta))
-
     def make_forward(self, index: int, clock: Clock, original: Callable) -> Callable:
         """The function that stands for block `index`: it computes, stores or reconstructs as the plan says."""
         is_first, is_last = index == self.region.start, index == self.region.stop - 1
@@ -215,10 +211,6 @@ class BlockCache:
     def computed_blocks(self) -> float:
         """Network work so far: block calls x share of the batch."""
         return self._work * self.num_blocks - sum(cache.skipped_blocks for cache in self.regions)
-
-    def seed(self, region: int, forward: int, delta: Streams, step: int) -> None:
-        """Take `delta` as what this forward of `step` stored: for a generation that begins in the middle."""
-        self.regions[region].seed(forward, delta, step)
 
     def clear(self) -> None:
         """Forget every stored delta."""

@@ -8,7 +8,7 @@ import numpy as np
 from osaccel.dit_cache_config import CACHE_KEYS
 from osaccel.report import figures, words
 from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent
-from osaccel.report.figures import BLUE, GREY, RED, YELLOW, Figure
+from osaccel.report.figures import BLUE, RED, YELLOW, Figure
 
 
 def content(report: Dict[str, Any]) -> Content:
@@ -92,7 +92,6 @@ def _candidates(report: Mapping[str, Any]) -> Table:
         "speed-up in blocks",
         "speed-up in time",
         "error",
-        "given up at",
         "PSNR in dB",
     )
     text = "All that was run; none of it is predicted. Speed-up in time is of one run on this machine."
@@ -110,7 +109,6 @@ def _row(evaluation: Mapping[str, Any]) -> Sequence[str]:
         f"{evaluation['predicted_speed_up']:.2f}",
         "–" if measured is None else f"{measured:.2f}",
         words.number(error),
-        words.number(evaluation.get("last_error") if error is None else None),
         words.number(evaluation.get("psnr")),
     )
 
@@ -127,15 +125,8 @@ def pareto(points: Sequence[Sequence[float]]) -> List[Sequence[float]]:
 def draw_tradeoff(report: Mapping[str, Any], canvas: Any) -> None:
     axes = canvas.subplots()
     points = [(e["predicted_speed_up"], e["error"]) for e in report["evaluations"] if e["error"] is not None]
-    stopped = [
-        (e["predicted_speed_up"], e["last_error"])
-        for e in report["evaluations"]
-        if e["error"] is None and e.get("last_error")
-    ]
-    if stopped:
-        axes.scatter(*zip(*stopped), facecolors="none", edgecolors=GREY, marker="^", label="given up: error so far")
     axes.plot(*zip(*pareto(points)), color=BLUE, alpha=0.5, drawstyle="steps-post", label="Pareto front", zorder=1)
-    axes.scatter(*zip(*points), color=BLUE, label="run to the end", zorder=2)
+    axes.scatter(*zip(*points), color=BLUE, label="measured", zorder=2)
     axes.scatter([report["speed_up"]], [report["error"]], color=RED, marker="*", s=190, label="chosen", zorder=3)
     goal = report.get("goal", {})
     if goal.get("ratio") and goal.get("min_psnr") is None:

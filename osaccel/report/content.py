@@ -84,8 +84,6 @@ def spent(cost: Mapping[str, Any]) -> Dict[str, Any]:
         "plain_seconds": ("of it the plain generations", words.duration),
         "block_forwards": ("block forwards", lambda n: f"{n:g}"),
         "recording_bytes": ("recordings kept", words.size),
-        "boundary_bytes": ("block boundaries kept on the host", words.size),
         "instrument_bytes": ("kept on the device at most", words.size),
-        "storing_steps_recomputed": ("storing steps computed again", str),
     }
     return {label: form(cost[key]) for key, (label, form) in forms.items() if cost.get(key) is not None}

@@ -261,9 +261,14 @@ def _refusal(scheduler: Any) -> Optional[str]:
     return None
 
 
+def usual_power(scheduler: Any) -> float:
+    """q of a scheduler's step with its usual options; that of the probability flow where nothing is known of it."""
+    return next((_POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in _POWERS), FLOW)
+
+
 def power_of(scheduler: Any, call: StepCall) -> float:
     """q of a known scheduler's step, by its class and the options of this call; UnsupportedScheduler for others."""
-    power = next(_POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in _POWERS)
+    power = usual_power(scheduler)
     args, kwargs = call.others
     if any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
         eta = args[0] if args else kwargs.get("eta", 0.0)

@@ -20,12 +20,10 @@ class Evaluation:
 
     Args:
         config: what was run, JSON-able: msModelSlim's four keys, or a plan's content.
-        error: relative L2 distance of the final latents from the plain ones over all calls; None when it is not finite
-            or the run was given up.
+        error: relative L2 distance of the final latents from the plain ones over all calls; None when it is not finite.
         block_forwards: network work it took: block calls x share of the batch.
-        abandoned: whether it was given up before its end; projected: the error it was heading for then.
         psnr: of the decoded frames in dB, where frames are judged.
-        resumed_at: the first step that was computed; steps_run: steps of the last call, those before included.
+        resumed_at: the first step that was computed.
         seconds: wall time.
         curves: per call, the error after each step.
         worker: who ran it.
@@ -35,11 +33,8 @@ class Evaluation:
     config: Mapping[str, Any]
     error: Optional[float]
     block_forwards: float
-    abandoned: bool = False
-    projected: Optional[float] = None
     psnr: Optional[float] = None
     resumed_at: int = 0
-    steps_run: int = 0
     seconds: float = 0.0
     curves: Tuple[Curve, ...] = ()
     worker: int = 0
@@ -49,11 +44,6 @@ class Evaluation:
     def key(self) -> str:
         """What tells it from the evaluations of other configurations."""
         return key_of(self.config)
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether it ran to its end and is finite."""
-        return self.error is not None and not self.abandoned
 
     def to_json(self) -> Dict[str, Any]:
         """A JSON-able mapping of the same names; numbers in it are finite."""
@@ -86,8 +76,8 @@ class Evaluation:
 
 _NUMBER, _MAYBE = (int, float), (int, float, type(None))
 _KINDS: Dict[str, Tuple[type, ...]] = {
-    "config": (dict,), "error": _MAYBE, "block_forwards": _NUMBER, "abandoned": (bool,), "projected": _MAYBE,
-    "psnr": _MAYBE, "resumed_at": (int,), "steps_run": (int,), "seconds": _NUMBER, "curves": (list,), "worker": (int,),
+    "config": (dict,), "error": _MAYBE, "block_forwards": _NUMBER,
+    "psnr": _MAYBE, "resumed_at": (int,), "seconds": _NUMBER, "curves": (list,), "worker": (int,),
     "details": (dict,),
 }  # fmt: skip
 

@@ -30,7 +30,7 @@ from osaccel.search.presence import Owner, silence
 
 logger = logging.getLogger("osaccel")
 
-FORMAT = "osaccel.journal/2"
+FORMAT = "osaccel.journal/3"
 HEADER, DAMAGED = "journal.json", "damaged"
 _EVALUATIONS = "evaluations"
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

@@ -5,7 +5,6 @@ The plain run is observed block by block; the candidates it ranks best are run w
 """
 
 import math
-import time
 from typing import Any, Callable, List, NamedTuple, Optional, Protocol
 
 import numpy as np
@@ -15,10 +14,10 @@ from osaccel.attaching import is_scheduler, wrap_scheduler
 from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.network.forwards import HiddenStates
-from osaccel.search.dit_cache import candidates as cache_search
-from osaccel.search.dit_cache.candidates import Candidate, Goal, Search
-from osaccel.search.dit_cache.error_model import predictions
+from osaccel.search.dit_cache.candidates import Candidate, Goal, candidates
+from osaccel.search.dit_cache.choice import Search
 from osaccel.search.dit_cache.region_errors import RegionErrors
+from osaccel.search.dit_cache.weights import step_weights
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.recording.observe import watch_blocks
@@ -72,19 +71,18 @@ def search_by_closure(subject: Subject, run: Run, wish: Wish) -> DitCacheConfig:
     """
     num_blocks = len(subject.blocks)
     try:
-        pool = cache_search.candidates(num_blocks, wish.num_steps, wish.ratio, wish.max_interval)
+        pool = candidates(num_blocks, wish.num_steps, wish.ratio, wish.max_interval)
     except SearchError as error:
         raise ValueError(str(error)) from None
     errors = RegionErrors(num_blocks, wish.max_interval - 1)
     plain = _observed(subject, run, wish.num_steps, errors)
-    scores = predictions(pool, errors.tensor(wish.num_steps).numpy()).errors
-    search = Search(pool, scores, num_blocks, wish.num_steps, Goal(wish.ratio), budget=math.inf)
-    while len(search.done) < GENERATIONS - 1:
-        round_ = search.next_round()
-        if not round_:
-            break
-        search.add(_evaluate(subject, run, wish.num_steps, round_[0], plain))
-    best = search.best()
+    # Of the latents nothing is seen here: samplers are made for a variance of 1.
+    weights = step_weights(getattr(subject.pipeline, "scheduler", None), wish.num_steps, variance=1.0)
+    search = Search(pool, errors.tensor(wish.num_steps).numpy(), weights, Goal(wish.ratio))
+    for _ in range(min(len(pool), GENERATIONS - 1)):
+        for candidate in search.order(GENERATIONS - 1)[:1]:
+            search.add(_evaluate(subject, run, candidate, plain))
+    best = search.choice()
     if best is None:
         raise ValueError("No candidate gave finite videos.")
     return best.config
@@ -134,8 +132,7 @@ class _Clock(Clock):
         return wrapper
 
 
-def _evaluate(subject: Subject, run: Run, num_steps: int, candidate: Candidate, plain: List[np.ndarray]) -> Evaluation:
-    started = time.perf_counter()
+def _evaluate(subject: Subject, run: Run, candidate: Candidate, plain: List[np.ndarray]) -> Evaluation:
     subject.dit_cache_config = candidate.config
     try:
         videos = run()
@@ -143,18 +140,14 @@ def _evaluate(subject: Subject, run: Run, num_steps: int, candidate: Candidate, 
         subject.dit_cache_config = None
     # Of rank 0's videos: in the upstream's scripts every rank decodes all of them.
     error = float(np.mean([np.mean((a - b) ** 2) for a, b in zip(plain, videos)])) ** 0.5
-    return Evaluation(
-        config=candidate.config.to_dict(),
-        error=_agreed(error) if math.isfinite(error) else None,
-        block_forwards=cache_search.cost(candidate, len(subject.blocks), num_steps, resume=0),
-        seconds=time.perf_counter() - started,
-    )
+    return Evaluation(candidate.config.to_dict(), _agreed(error), 0)
 
 
-def _agreed(error: float) -> float:
-    """Rank 0's value on all ranks, so that all go on with the same candidate."""
+def _agreed(error: float) -> Optional[float]:
+    """Rank 0's value on all ranks, so that all go on with the same candidate; None where it is not finite."""
+    found = error if math.isfinite(error) else None
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return error
-    holder = [error]
+        return found
+    holder = [found]
     torch.distributed.broadcast_object_list(holder, src=0)
     return holder[0]

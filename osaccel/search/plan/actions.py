@@ -5,12 +5,12 @@ An action is a cycle of step kinds that repeats through a window. Windows are as
 window begins with a full step and its error depends little on what its neighbours do.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Container, Dict, List, NamedTuple, Sequence, Tuple
 
 from osaccel.plan import Correction, Plan, Region
 from osaccel.search.places import even_places
+from osaccel.search.planned import settling
 
 FULL, HALF, SKIP, FORECAST, REUSE = "full", "half", "skip", "forecast", "reuse"
 # What an action may save with; each has its own kind of error. A plan has one of the last two.
@@ -66,9 +66,6 @@ ACTIONS = (
 # The least length that holds every cycle a whole number of times, and one for short schedules.
 LENGTHS = (12, 6)
 FEWEST_WINDOWS = 4
-# The share of the steps, the noisiest, that is always computed in full. There a stand-in leaves nearly every video as
-# it is and turns one in some dozens into another, which a search that sees a few calls cannot see.
-SETTLING = 0.1
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Windows:
     def of(cls, steps: int, blocks: int) -> "Windows":
         """As many as fit behind the steps that settle a video, of the longest length that gives enough of them."""
         for length in LENGTHS:
-            count = (steps - max(1, math.ceil(SETTLING * steps))) // length
+            count = (steps - settling(steps)) // length
             if count >= FEWEST_WINDOWS:
                 break
         return cls(steps - length * count, length, count, blocks)

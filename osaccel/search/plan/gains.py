@@ -11,7 +11,6 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.evaluation import Evaluation
 from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, REUSE, SKIP, Action, Windows
 
 # The mildest action of each family: errors add up while they are small.
@@ -59,11 +58,6 @@ def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: 
         every = np.interp(np.arange(windows.count), middles, logs) if logs else np.zeros(windows.count)
         found[family] = np.exp(every)
     return found
-
-
-def mean_square(evaluation: Evaluation) -> float:
-    """The mean squared relative error over the calls; infinite, never to be done, where latents are not finite."""
-    return float(np.mean(np.square(evaluation.details["errors"]))) if evaluation.error is not None else math.inf
 
 
 class Expectation(NamedTuple):

@@ -18,11 +18,10 @@ from osaccel import binding, formats
 from osaccel.generation import find_blocks
 from osaccel.plan import Plan
 from osaccel.search import frames as pictures
-from osaccel.search import outputs, recordings
+from osaccel.search import outputs
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
-from osaccel.search.journal import Journal
-from osaccel.search.journalled import JournalledRunner
+from osaccel.search.measure import mean_square, price_of
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
     ACTIONS,
@@ -40,22 +39,17 @@ from osaccel.search.plan.actions import (
     plan_of,
 )
 from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, gains, mean_square, probes
+from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, gains, probes
 from osaccel.search.plan.local import predictor_moments, squared_sizes
-from osaccel.search.plan.measure import Measure
-from osaccel.search.plan.progress import PlanProgress, price_of
+from osaccel.search.planned import BUDGET, TOLERANCE, PlannedRunner
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
-from osaccel.search.workers import Evaluate, Helper, Workers
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
 
-# Network work a search may take for its first target, in plain generations of the recorded calls, which are counted
-# in; and for each further one.
-BUDGET, FURTHER = 6.0, 1.0
-# By how much a plan must be better than the one that all probes speak for: errors of calls to come are known no better.
-TOLERANCE = 1.25
+# What each target after the first may take, in plain generations.
+FURTHER = 1.0
 
 
 class Found(NamedTuple):
@@ -71,21 +65,20 @@ class Found(NamedTuple):
         return mean_square(self.evaluation)
 
 
-class PlanRunner(JournalledRunner):
+class PlanRunner(PlannedRunner):
     """OSACCEL_SEARCH=plan."""
 
     def __init__(self, session: Session):
         super().__init__(session, session.settings.plan_output)
         self.settings = session.settings
         self.observed: List[Dict[str, Any]] = []
-        self.asked: Dict[str, Evaluation] = {}
 
     # Recording
 
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self._decodes, search="plan")
+        self.open_journal(call, self.decodes, search="plan")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         return output
@@ -98,32 +91,26 @@ class PlanRunner(JournalledRunner):
         return output, observed
 
     @property
-    def _decodes(self) -> bool:
+    def decodes(self) -> bool:
         return any(goal.kind == "psnr" for goal in self.settings.target)
 
     # Searching
 
     def prepare(self) -> None:
-        """What is known without a replay: the windows and what they may do; and what replays are run with."""
-        steps = self.replays[0].recording.steps
-        if any(replay.recording.steps != steps for replay in self.replays):
-            raise SearchError("The recorded calls have different numbers of steps; one plan cannot fit them.")
-        self.windows = Windows.of(steps, self.num_blocks)
+        """What is known without a replay: the windows, and what they may do."""
+        self.windows = Windows.of(self.steps, self.num_blocks)
         self.actions = self._actions()
-        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
 
     def search(self) -> Dict[str, Any]:
         started = time.time()
+        self.begin("plan search")
         self.prepare()
-        crew = Workers(self.team, self.journal)
-        crew.publish(recordings.shared(self.replays))
-        self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
-        self.expectation = self._measured_gains(crew)
-        tried = [self._reach(goal, crew) for goal in self.settings.target]
+        self.expectation = self._measured_gains()
+        tried = [self._reach(goal) for goal in self.settings.target]
         found = [self._best([*some, *self._others(goal)]) for goal, some in zip(self.settings.target, tried)]
         self.progress.close()
         self._conclude(found, time.time() - started)
-        crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
+        self.crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
         return {"plan": found[0].plan}
 
     def _actions(self) -> List[Action]:
@@ -157,13 +144,14 @@ class PlanRunner(JournalledRunner):
         forecast, reuse = self.team.sum(local).tolist()
         return FORECAST if forecast <= reuse else REUSE
 
-    def _measured_gains(self, crew: Workers) -> Expectation:
+    def _measured_gains(self) -> Expectation:
         sizes = self._sizes()
         self.fitted = self._fitted_predictor()
         probes = self._probes()
         plans = [self._plan_of(probe) for probe in probes]
-        self.progress = self._progress(plans)
-        measured = {probe: mean_square(evaluation) for probe, evaluation in zip(probes, self._run(plans, crew))}
+        self._expect(plans, self.settings.target)
+        evaluations = self.evaluated([formats.plan_content(plan) for plan in plans])
+        measured = {probe: mean_square(evaluation) for probe, evaluation in zip(probes, evaluations)}
         return Expectation(sizes, gains(measured, sizes, self.windows))
 
     def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
@@ -190,19 +178,17 @@ class PlanRunner(JournalledRunner):
         """Plain generations' worth of replaying a probe."""
         return price_of(self._plan_of(probe), self.num_blocks)
 
-    def _progress(self, plans: Sequence[Plan]) -> PlanProgress:
-        """Of the probes that are not known yet, and of what each target's choice and plainer plans may take."""
+    def _expect(self, plans: Sequence[Plan], goals: Sequence[Goal]) -> None:
+        """Tell the progress: these plans are to be run, and what is usual for goals whose plans are not known yet."""
         missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
-        expected = sum(price_of(plan, self.num_blocks) for plan in missing)
-        for goal in self.settings.target:
+        ahead = sum(price_of(plan, self.num_blocks) for plan in missing)
+        for goal in goals:
             work = 1 / goal.value if goal.kind == "speed" else 1.0
             behind = max(0.0, work - self.windows.first / self.windows.total)
-            expected += 2 * behind + work if goal.kind == "speed" and self._can(SKIP) else behind
+            is_skipped = goal.kind == "speed" and self._can(SKIP)
+            ahead += behind + is_skipped * (behind + work) + bool(self.fitted) * behind
         most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
-        return PlanProgress(min(expected, most), self.num_blocks, len(self.replays), self.team.is_first)
-
-    def _on_step(self) -> None:
-        self.progress.step()
+        self.progress.expected = min(self.progress.done + ahead, most)
 
     def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
         """By action: for every window and family, the squared local change relative to the final latents."""
@@ -230,45 +216,28 @@ class PlanRunner(JournalledRunner):
         against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
-    def _run(self, plans: Sequence[Plan], crew: Workers) -> List[Evaluation]:
-        """The plans' evaluations; what the journal knows is not run again."""
-        jobs = [formats.plan_content(plan) for plan in plans]
-        missing = [(plan, job) for plan, job in zip(plans, jobs) if key_of(job) not in self.known]
-        for start in range(0, len(missing), self.team.workers):
-            now = missing[start : start + self.team.workers]
-            self.progress.begin([plan for plan, _ in now])
-            round_ = crew.run_round([job for _, job in now], self.measure, None)
-            self.known.update((evaluation.key, evaluation) for evaluation in round_)
-            self.progress.end()
-        found = [self.known[key_of(job)] for job in jobs]
-        self.asked.update((evaluation.key, evaluation) for evaluation in found)
-        return found
-
-    @property
-    def spent(self) -> float:
-        """Network work so far, in plain generations of the recorded calls.
-
-        What a killed search had run counts when it is asked for again and not before: all decisions stay the same.
-        """
-        plain = self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
-        return 1.0 + sum(evaluation.block_forwards for evaluation in self.asked.values()) / plain
-
-    def _reach(self, goal: Goal, crew: Workers) -> List[Found]:
+    def _reach(self, goal: Goal) -> List[Found]:
         """Verified plans for a goal: what the knapsack chose, milder ones while an error is missed, plainer ones."""
         choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
         while choice is not None and (not tried or self.spent + choice.work <= limit):
-            found = self._verified(goal, choice, crew)
+            found = self._verified(goal, choice)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
             if choice.square > 0:
                 self.expectation = self.expectation.scaled(found.square / choice.square)
             choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
-        tried += self._plainer(goal, limit, tried, crew)
-        return tried + self._led(goal, limit, self._best(tried), crew)
+        tried += self._plainer(goal, limit, tried)
+        tried += self._led(goal, limit, self._best(tried))
+        self._expect([], self._behind(goal))
+        return tried
 
-    def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found], crew: Workers) -> List[Found]:
+    def _behind(self, goal: Goal) -> Sequence[Goal]:
+        """The goals that come after this one."""
+        return self.settings.target[self.settings.target.index(goal) + 1 :]
+
+    def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
         """Steps skipped and nothing else, as the windows have it and evenly; as far as the budget allows."""
         if goal.kind != "speed" or not self._can(SKIP):
             return []
@@ -277,10 +246,11 @@ class PlanRunner(JournalledRunner):
         skips = self.team.share(self._within(goal, self.choices(alone(self.actions, SKIP))))
         if skips is not None and all(skips.actions != one.choice.actions for one in tried):
             others.insert(0, (skips, plan_of(skips.actions, self.windows)))
+        self._expect([plan for _, plan in others], self._behind(goal))
         found: List[Found] = []
         for choice, plan in others:
             if not tried or self.spent + price_of(plan, self.num_blocks) <= limit:
-                found += self._measured(goal, choice, plan, crew)
+                found += self._measured(goal, choice, plan)
         if not tried and not found:
             raise _not_finite(goal)
         return found
@@ -299,7 +269,7 @@ class PlanRunner(JournalledRunner):
             if work <= 1 / goal.value + 1e-9
         ]
 
-    def _led(self, goal: Goal, limit: float, best: Found, crew: Workers) -> List[Found]:
+    def _led(self, goal: Goal, limit: float, best: Found) -> List[Found]:
         """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
 
         The fit is about what x lacks at computed steps; what the network makes of it can go either way.
@@ -309,7 +279,7 @@ class PlanRunner(JournalledRunner):
         plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
         if self.spent + price_of(plan, self.num_blocks) > limit:
             return []
-        return self._measured(goal, best.choice, plan, crew)
+        return self._measured(goal, best.choice, plan)
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
@@ -354,15 +324,15 @@ class PlanRunner(JournalledRunner):
             )
         return self.team.share(chosen)
 
-    def _verified(self, goal: Goal, choice: Choice, crew: Workers) -> Found:
-        found = self._measured(goal, choice, plan_of(choice.actions, self.windows), crew)
+    def _verified(self, goal: Goal, choice: Choice) -> Found:
+        found = self._measured(goal, choice, plan_of(choice.actions, self.windows))
         if not found:
             raise _not_finite(goal)
         return found[0]
 
-    def _measured(self, goal: Goal, choice: Choice, plan: Plan, crew: Workers) -> List[Found]:
+    def _measured(self, goal: Goal, choice: Choice, plan: Plan) -> List[Found]:
         """A plan with what was measured of it; nothing where its latents are not finite."""
-        (evaluation,) = self._run([plan], crew)
+        (evaluation,) = self.evaluated([formats.plan_content(plan)])
         return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
 
     def _keeps(self, found: Found) -> bool:
@@ -416,20 +386,11 @@ class PlanRunner(JournalledRunner):
 
     def _write_frames(self, found: Found) -> None:
         """Frames of the first call, plain and under the first plan, where it ran in this process."""
-        final = self.measure.finals.get(found.evaluation.key)
-        if not self.team.all_agree(final is not None) or final is None:
-            return
-        content = pictures.frames(self.replays[0], final, "plan")
+        content = self.frames(found.evaluation, "plan")
         if self.team.is_first and content is not None:
             pictures.write_frames(self.output + ".report.npz", content)
 
-    # Other ranks of a script that splits its prompts
-
-    def assist(self, call: Call) -> Dict[str, Any]:
-        def prepare(journal: Journal, context: Any) -> Evaluate:
-            return Measure(recordings.adopt(journal, self.team, call, context), self.team, self._decodes)
-
-        found = Helper(self.team, self.directory).assist(prepare)
+    def settings_of(self, found: Any) -> Dict[str, Any]:
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
 
 

@@ -19,10 +19,9 @@ import torch
 from osaccel.attaching import wrap_method
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, latents_of, with_latents
-from osaccel.network.forwards import Streams, prediction_of, with_prediction
+from osaccel.network.forwards import prediction_of, with_prediction
 from osaccel.network.regions import BlockCache
 from osaccel.plan import Plan
-from osaccel.search.recording.boundaries import Boundaries
 from osaccel.targets import Target, target_of
 
 
@@ -196,18 +195,14 @@ class _Recorder(Interceptor):
 class _Resumed(Interceptor):
     """Takes the steps before `resume` from a replay's recording; see Replay.run."""
 
-    def __init__(self, replay: "Replay", resume: int, watch: Any, final: Any, deltas: Sequence[Streams]):
+    def __init__(self, replay: "Replay", resume: int, watch: Any, final: Any):
         self.replay, self.recording = replay, replay.recording
         self.resume, self.watch, self.final = resume, watch, final
-        self.pending, self.now, self._forward = list(enumerate(deltas)), 0, -1
+        self.now, self._forward = 0, -1
 
     def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
         if self.now < self.resume:
             return self._recorded(_device_of(args, kwargs))
-        while self.pending:
-            branch, delta = self.pending.pop()
-            assert self.replay.cache is not None
-            self.replay.cache.seed(0, branch, _placed(delta, _device_of(args, kwargs)), self.resume - 1)
         return proceed(*args, **kwargs)
 
     def _recorded(self, device: torch.device) -> Any:
@@ -243,7 +238,6 @@ class Replay:
     def __init__(self, call: Call, timesteps: Optional[Sequence[float]] = None):
         self.call, self.timesteps = call, timesteps
         self.recording = Recording()
-        self.boundaries = Boundaries()
         # Of the last run under a plan; it goes on counting blocks until that run is over.
         self.cache: Optional[BlockCache] = None
         self._texts: List[Tuple[Any, RandomState]] = []
@@ -271,29 +265,12 @@ class Replay:
         """What `load` of another process needs, beside the call: plain values and tensors."""
         return {
             "recording": self.recording.content(),
-            "boundaries": self.boundaries.content(),
             "random": self.call.state.to_dict(),
         }
 
     def load(self, content: Dict[str, Any]) -> None:
         self.recording.load(content["recording"])
-        self.boundaries.load(content["boundaries"])
         self.call.state.load(content["random"])
-
-    def run_cached(
-        self, plan: Plan, first: int, watch: Callable[[int, torch.Tensor], None], decode: bool = False
-    ) -> Any:
-        """Run under a plan of one region that stores its first delta at step `first`; nothing before is computed.
-
-        Step `first` itself is computed only where its block boundaries were not kept. See `run`.
-        """
-        kept = first in self.boundaries.kept
-        deltas = self.boundaries.deltas(first, plan.regions[0]) if kept else []
-        return self.run(plan, self.resumed_at(first), watch, decode=decode, deltas=deltas)
-
-    def resumed_at(self, first: int) -> int:
-        """The first step that `run_cached` computes."""
-        return first + (first in self.boundaries.kept)
 
     def run(
         self,
@@ -302,16 +279,14 @@ class Replay:
         watch: Optional[Callable[[int, torch.Tensor], None]] = None,
         final: Optional[torch.Tensor] = None,
         decode: bool = False,
-        deltas: Sequence[Streams] = (),
     ) -> Any:
         """Run again under `plan`, taking the steps before `resume` from the recording.
 
         watch: called with (step, latents) after every step from `resume` on; may raise Abandoned.
         final: latents to end with in place of the sampled ones, to have them decoded.
-        deltas: what the plan's first region has stored before `resume`, by branch.
         Returns the pipeline's output; `self.cache.computed_blocks` is then the number of blocks that ran.
         """
-        return self._run([_Resumed(self, resume, watch, final, deltas)], plan, decode, None)
+        return self._run([_Resumed(self, resume, watch, final)], plan, decode, None)
 
     def decode(self, final: Optional[torch.Tensor] = None) -> Any:
         """The pipeline's output for the recorded latents, or for `final`, without calling the transformer."""
@@ -368,7 +343,3 @@ class Replay:
 def _device_of(args: tuple, kwargs: dict) -> torch.device:
     """Where the transformer's inputs are."""
     return next(value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-
-
-def _placed(streams: Streams, device: torch.device) -> Streams:
-    return tuple(tensor.to(device) for tensor in streams)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs plans on the recorded calls, from the first step that they change, and says how far the final latents move."""
 
+import math
 import time
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
 
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 
 from osaccel import formats
-from osaccel.plan import Plan, Schedule
+from osaccel.plan import Plan, Schedule, for_steps
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.frames import mean_psnr
 from osaccel.search.recording.replay import Abandoned, Replay
@@ -35,9 +36,9 @@ class Measure:
         self.finals: Dict[str, torch.Tensor] = {}
 
     def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
-        """Evaluate the plan whose content `job` is; `details` holds the relative error of every call."""
+        """Evaluate a job, see `plan_of_job`; `details` holds the relative error of every call."""
         started = time.perf_counter()
-        plan = formats.parse_plan(dict(job), "the plan under test")
+        plan = plan_of_job(job, self.replays[0].recording.steps)
         resume = first_change(plan)
         squares, work, psnrs, curves = [], 0.0, [], []
         for number, replay in enumerate(self.replays):
@@ -72,6 +73,11 @@ class Measure:
         )
 
 
+def plan_of_job(job: Mapping[str, Any], steps: int) -> Plan:
+    """The plan whose content `job` is, or whose four keys; every step named."""
+    return for_steps(formats.parse_plan(dict(job), "the plan under test"), steps)
+
+
 def first_change(plan: Plan) -> int:
     """The first step that must be computed anew: one that is not the plain run's, or whose deltas are used later."""
     steps = [*plan.skip, *plan.conditional_only]
@@ -79,6 +85,18 @@ def first_change(plan: Plan) -> int:
         schedule = Schedule.of(region, plan)
         steps += [step for step in range(plan.steps or 0) if schedule.reuses(step) or schedule.stores(step)]
     return min(steps, default=plan.steps or 0)
+
+
+def price_of(plan: Plan, num_blocks: int) -> float:
+    """Plain generations' worth of replaying a plan: nothing before its first change is computed."""
+    return plan.work(num_blocks) - first_change(plan) / (plan.steps or 1)
+
+
+def mean_square(evaluation: Evaluation) -> float:
+    """The mean squared relative error over the calls; infinite, never to be done, where latents are not finite."""
+    if evaluation.error is None:
+        return math.inf
+    return float(np.mean(np.square(evaluation.details.get("errors", [evaluation.error]))))
 
 
 class _Run:
