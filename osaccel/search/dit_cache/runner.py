@@ -90,7 +90,7 @@ class CacheRunner(PlannedRunner):
     def search(self) -> Dict[str, Any]:
         started = time.time()
         self.begin("cache search")
-        grams = sum(self.team.sum(gram) for gram in self.grams).numpy() / len(self.grams)
+        grams = torch.stack([self.team.sum(gram) for gram in self.grams]).mean(0).numpy()
         search = Search(self._pool(self.steps), grams, np.mean(self.weights, axis=0), self.goal)
         self._measure(search)
         changes = np.sqrt(np.maximum(np.einsum("tbb->tb", grams[0]), 0.0))
