@@ -97,7 +97,7 @@ class PlanRunner(JournalledRunner):
 
     def _record_anew(self, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
         # What was measured belongs to the calls it was measured on.
-        self.forget("evaluations-")
+        self.forget("evaluations-", "final-")
         output, observed = observation.record(replay, blocks)
         self.check_finite(replay)
         return output, observed
@@ -117,7 +117,7 @@ class PlanRunner(JournalledRunner):
         self.actions = self._actions()
         crew = Workers(self.team, self.journal)
         crew.publish(recordings.shared(self.replays))
-        self.measure = Measure(self.replays, self.team, self._decodes, self._on_step)
+        self.measure = Measure(self.replays, self.team, self.journal, self._decodes, self._on_step)
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         self.expectation = self._measured_gains(crew)
         found = [self._reach(goal, crew) for goal in self.settings.target]
@@ -398,8 +398,8 @@ class PlanRunner(JournalledRunner):
         return replace(found.plan, made_for=bound, measured=measured)
 
     def _write_frames(self, found: Found) -> None:
-        """Frames of the first call, plain and under the first plan, where it ran in this process."""
-        final = self.measure.finals.get(found.evaluation.key)
+        """Frames of the first call, plain and under the first plan."""
+        final = self.measure.final(found.evaluation.config)
         if not self.team.all_agree(final is not None) or final is None:
             return
         content = pictures.frames(self.replays[0], final, "plan")
@@ -410,7 +410,8 @@ class PlanRunner(JournalledRunner):
 
     def assist(self, call: Call) -> Dict[str, Any]:
         def prepare(journal: Journal, context: Any) -> Evaluate:
-            return Measure(recordings.adopt(journal, self.team, call, context), self.team, self._decodes)
+            replays = recordings.adopt(journal, self.team, call, context)
+            return Measure(replays, self.team, journal, self._decodes)
 
         found = Helper(self.team, self.directory).assist(prepare)
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
