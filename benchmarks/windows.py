@@ -73,7 +73,7 @@ def measured(name: str, calls: int, folder: Path) -> Measured:
     with tempfile.TemporaryDirectory() as scratch:
         runner = recorded(bench, model.calibration_cases(calls, SEED), str(Path(scratch) / "plan.json"))
     runner.prepare()
-    measure = Measure(runner.replays, runner.team)
+    measure = Measure(runner.replays, runner.team, runner.journal)
     windows, actions = runner.windows, [one for one in ACTIONS if one == PLAIN or one.name in ALONE]
     squares = np.zeros((calls, windows.count, len(actions)))
     sizes = np.zeros((calls, windows.count, len(actions), len(FAMILIES)))

@@ -85,7 +85,7 @@ class PlanRunner(PlannedRunner):
 
     def _record_anew(self, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
         # What was measured belongs to the calls it was measured on.
-        self.forget("evaluations-")
+        self.forget("evaluations-", "final-")
         output, observed = observation.record(replay, blocks)
         self.check_finite(replay)
         return output, observed
