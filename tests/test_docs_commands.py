@@ -84,9 +84,9 @@ HOW = {
     "python -m osaccel.run --help": Run("OSACCEL_CALIBRATION_VIDEOS", quick=True),
     "python -m osaccel.doctor -- COMMAND...": Run("Nothing is set", ((COMMAND_WORD, SCRIPT),)),
     "python -m osaccel.doctor OPTIONS -- COMMAND...":
-        Run("ideal speed up", (("OPTIONS", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
+        Run("ideal speed-up", (("OPTIONS", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
     "python -m osaccel.doctor [options] -- COMMAND...":
-        Run("ideal speed up", (("[options]", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
+        Run("ideal speed-up", (("[options]", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
     "python -m osaccel.doctor": Run("versions"),
     "python -m osaccel.doctor --json": Run('"findings"'),
     "python -m osaccel.run torchrun ... -m opensora.sample.sample_t2v_sp_on_npu ...": Run(SAMPLES),
