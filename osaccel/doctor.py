@@ -19,7 +19,7 @@ from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
-from osaccel import __version__, run, settings
+from osaccel import __version__, formats, run, settings
 from osaccel.messages import SettingsError, shown
 from osaccel.plan import Plan
 from osaccel.settings import Settings
@@ -31,6 +31,8 @@ STATUS = {NOTE: 0, WARNING: 1, ERROR: 2}
 NEEDED, USED = ("torch", "numpy", "wrapt", "PyYAML"), ("diffusers", "transformers", "torch_npu", "matplotlib", "jinja2")
 _NUMBERS = ("num_sampling_steps", "num_frames", "height", "width")
 _LONGEST_SCRIPT = 1 << 16
+# How the text names what a generation would compute.
+_ROWS = {"network_work": "network work", "ideal_speed_up": "ideal speed-up", "in_place_of": "in place of"}
 
 
 class Finding(NamedTuple):
@@ -162,6 +164,8 @@ def _look_at_command(found: Diagnosis, command: Sequence[str], environ: Mapping[
         found.add(ERROR, f"command not found: {program}")
     elif os.path.basename(program).startswith(("python", "torchrun")) and not _same_environment(path):
         found.add(WARNING, f"COMMAND starts {path}, but the versions above are those of {sys.executable}.")
+    else:
+        _look_for_script(found, command)
     flag = run.disabling_flag(run.python_options(run.as_executable(command), environ.get("PATH")))
     if flag is not None:
         found.add(WARNING, f"python -{flag} ignores PYTHONPATH or sitecustomize, so osaccel would not be active.")
@@ -169,6 +173,16 @@ def _look_at_command(found: Diagnosis, command: Sequence[str], environ: Mapping[
         for name in run.FORMER_OPTIONS:
             if name in words:
                 found.add(ERROR, f"{name} is msModelSlim's; before COMMAND it is {run.FORMER_OPTIONS[name]}.")
+
+
+def _look_for_script(found: Diagnosis, command: Sequence[str]) -> None:
+    """That what COMMAND itself names is there, seen from here."""
+    for option, name in zip(command, command[1:]):
+        if option == "-m" and name.startswith("opensora.") and locate(name, [os.getcwd(), *sys.path]) is None:
+            found.add(ERROR, f"no module {name} is found from here, so COMMAND would fail.")
+    script = next((word for word in command if word.endswith((".py", ".sh"))), None)
+    if script is not None and not os.path.exists(script):
+        found.add(WARNING, f"{script} is not found from here; run the doctor where you would run COMMAND.")
 
 
 def _same_environment(program: str) -> bool:
@@ -197,9 +211,19 @@ def asked_for(words: Sequence[str]) -> Dict[str, Any]:
         value = value or following
         if word.startswith("--") and name in _NUMBERS and value.isdigit():
             found[name] = int(value)
-        elif word.startswith("--") and name == "sample_method":
+        elif word.startswith("--") and name in ("sample_method", "model_path"):
             found[name] = value
     return found
+
+
+def blocks_of(model_path: Optional[str]) -> Optional[int]:
+    """The number of transformer blocks that a checkpoint's config.json states; None where there is none to read."""
+    try:
+        content = formats.read_file(os.path.join(model_path, "config.json")) if model_path else None
+    except SettingsError:
+        return None
+    blocks = content.get("num_layers") if isinstance(content, dict) else None
+    return blocks if isinstance(blocks, int) and blocks > 0 else None
 
 
 # The settings
@@ -230,10 +254,15 @@ def _look_at_search(found: Diagnosis, given: Settings) -> None:
 
 def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int]) -> None:
     plan, asked = given.generation_plan(), found.command
+    num_blocks = num_blocks or blocks_of(asked.get("model_path"))
     recorded = _compare(found, given, num_blocks)
     steps = len(plan.timesteps) if plan.timesteps else asked.get("num_sampling_steps") or plan.steps
     blocks = num_blocks or recorded.get("blocks")
     found.effect = {"does": plan.describe(), "steps": steps or recorded.get("steps"), "blocks": blocks}
+    # What a list saves is that it is shorter than what COMMAND asks for.
+    plain_steps = asked.get("num_sampling_steps") if plan.timesteps else None
+    if plain_steps:
+        found.effect["in_place_of"] = f"{plain_steps} evenly spaced steps"
     try:
         if steps:
             plan.check_steps(steps)
@@ -246,7 +275,8 @@ def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int]) 
     if plan.regions and blocks is None:
         found.add(NOTE, "The network work depends on the number of transformer blocks; say it with --num-blocks.")
     elif found.effect["steps"]:
-        work = plan.work(blocks or 1, found.effect["steps"])
+        steps = found.effect["steps"]
+        work = plan.work(blocks or 1, steps) * steps / (plain_steps or steps)
         found.effect.update(network_work=work, ideal_speed_up=1 / work)
 
 
@@ -261,8 +291,10 @@ def _compare(found: Diagnosis, given: Settings, num_blocks: Optional[int]) -> Ma
     asked = found.command
     size = [asked.get(name) for name in ("num_frames", "height", "width")]
     timesteps = given.timesteps
+    steps = len(timesteps) if timesteps else asked.get("num_sampling_steps")
     call = {
-        "steps": len(timesteps) if timesteps else asked.get("num_sampling_steps"),
+        # A plan's own number of steps is more than a mismatch; `check_steps` says it.
+        "steps": None if given.plan is not None and given.plan.steps is not None else steps,
         "blocks": num_blocks,
         "sampler": sampler_of(asked),
         "resolution": size if None not in size else None,
@@ -301,7 +333,9 @@ def text_of(found: Diagnosis) -> str:
         "settings": {name: f"{row['value']}  ({row['source']})" for name, row in found.settings.items()},
         "upstream": {name: _where(row) for name, row in found.upstream.items()},
         "command": {name: shown(value) for name, value in found.command.items() if name != "words"},
-        "a generation": {name.replace("_", " "): _said(value) for name, value in found.effect.items()},
+        "a search" if "search" in found.effect else "a generation": {
+            _ROWS.get(name, name): _said(name, value) for name, value in found.effect.items()
+        },
     }
     lines = []
     for title, rows in sections.items():
@@ -316,10 +350,13 @@ def _where(row: Mapping[str, Any]) -> str:
     return f"{row['path']}{'' if row['recognised'] else '  (not recognised)'}"
 
 
-def _said(value: Any) -> str:
+def _said(name: str, value: Any) -> str:
+    """As the launcher's lines say it."""
     if value is None:
         return "not known"
-    return f"{value:.3f}" if isinstance(value, float) else ", ".join(value) if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{100 * value:.1f} %" if name == "network_work" else f"{value:.3f}x"
+    return ", ".join(value) if isinstance(value, list) else str(value)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

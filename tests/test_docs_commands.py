@@ -55,7 +55,7 @@ class Run(NamedTuple):
     in_repository: bool = False
 
 
-class Tested(NamedTuple):
+class RunBy(NamedTuple):
     """A test runs it; its file holds these words."""
 
     file: str
@@ -84,9 +84,9 @@ HOW = {
     "python -m osaccel.run --help": Run("OSACCEL_CALIBRATION_VIDEOS", quick=True),
     "python -m osaccel.doctor -- COMMAND...": Run("Nothing is set", ((COMMAND_WORD, SCRIPT),)),
     "python -m osaccel.doctor OPTIONS -- COMMAND...":
-        Run("ideal speed up", (("OPTIONS", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
+        Run("ideal speed-up", (("OPTIONS", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
     "python -m osaccel.doctor [options] -- COMMAND...":
-        Run("ideal speed up", (("[options]", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
+        Run("ideal speed-up", (("[options]", "--plan plan.json"), (COMMAND_WORD, SCRIPT))),
     "python -m osaccel.doctor": Run("versions"),
     "python -m osaccel.doctor --json": Run('"findings"'),
     "python -m osaccel.run torchrun ... -m opensora.sample.sample_t2v_sp_on_npu ...": Run(SAMPLES),
@@ -116,20 +116,20 @@ HOW = {
         Run("valid", (("--prompts 200", "--prompts 2 --steps 10"),)),
     "python -m benchmarks.reference.redundancy": Run("", (("redundancy", "redundancy --prompts 1 --steps 5"),)),
     "python -m benchmarks.reference.redundancy --prompts 4": Run("", (("--prompts 4", "--prompts 1 --steps 5"),)),
-    "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": Tested("test_demo.py", '"osaccel.demo"'),
-    "pip install -c constraints.txt -e \".[test]\" && python -m pytest": Tested("../.ci/run", "python -m pytest"),
+    "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": RunBy("test_demo.py", '"osaccel.demo"'),
+    "pip install -c constraints.txt -e \".[test]\" && python -m pytest": RunBy("../.ci/run", "python -m pytest"),
     "python -m benchmarks.plans --prompts 8 --kept DIR [--model second]":
         Run("osaccel plan", (("--prompts 8 --kept DIR [--model second]",
             "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
     "python -m benchmarks.corrections --work DIR --prompts 16 [--model second]":
         Run("gap to 100 steps closed", (("DIR --prompts 16 [--model second]",
             "work --prompts 2 --batch 2 --computed 12 --steps 12 --samplers"),)),
-    "SOAK=200 python -m pytest tests/test_soak.py": Tested("test_soak.py", '"SOAK"'),
-    "python tests/matrix.py": Tested("test_packaging.py", "matrix.try_cell("),
-    "python -m benchmarks.wall miniature": Tested("test_wall_benchmark.py", "wall.miniature("),
-    "python -m benchmarks.reference.train --out DIR": Tested("test_reference.py", "train"),
-    "python -m osaccel.report": Tested("test_report.py", "report.main("),
-    "python -m osaccel.run": Tested("test_launcher.py", "osaccel.run"),
+    "SOAK=200 python -m pytest tests/test_soak.py": RunBy("test_soak.py", '"SOAK"'),
+    "python tests/matrix.py": RunBy("test_packaging.py", "matrix.try_cell("),
+    "python -m benchmarks.wall miniature": RunBy("test_wall_benchmark.py", "wall.miniature("),
+    "python -m benchmarks.reference.train --out DIR": RunBy("test_reference.py", "train"),
+    "python -m osaccel.report": RunBy("test_report.py", "report.main("),
+    "python -m osaccel.run": RunBy("test_launcher.py", "osaccel.run"),
     "OSACCEL_UPSTREAM=/path/to/Open-Sora-Plan-1.2.0 python -m pytest tests/upstream": NotHere("needs the upstream"),
     "python -m pytest": NotHere("is what runs this"),
     ".ci/run": NotHere("runs this, in a fresh environment"),
@@ -153,7 +153,7 @@ def test_every_command_is_run_or_has_a_reason_why_not():
     assert [f"{page}: {words}" for words, page in FOUND.items() if words not in HOW] == []
     assert [words for words in HOW if words not in FOUND] == []
     for how in HOW.values():
-        if isinstance(how, Tested):
+        if isinstance(how, RunBy):
             assert how.words in (ROOT / "tests" / how.file).read_text(), how
 
 

@@ -24,6 +24,7 @@ def upstream(tmp_path, monkeypatch):
     """A directory with an upstream whose packages must not be run."""
     package = tmp_path / "opensora" / "sample"
     package.mkdir(parents=True)
+    (package / "sample_t2v.py").touch()
     for directory in (package, package.parent):
         (directory / "__init__.py").write_text("raise SystemExit('imported')\n")
     (package / "pipeline_opensora.py").write_text("class OpenSoraPipeline:\n    def __call__(self): pass\n")
@@ -93,6 +94,40 @@ def test_what_does_not_fit_the_command(upstream, extra, level, expected):
     path = write(upstream / "plan.json", PLAN)
     found = doctor.diagnose({"OSACCEL_PLAN": path, **PATH}, {}, (*SCRIPT, *extra))
     assert expected in "\n".join(finding.text for finding in found.findings if finding.level == level)
+
+
+def test_what_is_an_error_is_not_a_warning_too(upstream):
+    path = write(upstream / "plan.json", PLAN)
+    found = doctor.diagnose({"OSACCEL_PLAN": path, **PATH}, {}, (*SCRIPT, "--num_sampling_steps", "50"))
+    assert [finding.level for finding in found.findings] == [ERROR]
+
+
+def test_a_list_is_compared_with_the_steps_that_the_command_asks_for(upstream):
+    path = write(upstream / "list.txt", [0.1, 0.4, 0.6, 0.9])
+    found = doctor.diagnose(PATH, {"timesteps": path}, (*SCRIPT, "--num_sampling_steps", "8"))
+    assert found.effect["network_work"] == pytest.approx(0.5) and found.status == 0
+    text = doctor.text_of(found)
+    assert "in place of     8 evenly spaced steps" in text and "50.0 %" in text and "2.000x" in text
+
+
+def test_blocks_are_those_of_the_checkpoint_that_the_command_names(upstream):
+    (upstream / "model").mkdir()
+    write(upstream / "model" / "config.json", {"num_layers": 5})
+    options = {"cache_config": write(upstream / "c.json", FOUR_KEYS)}
+    command = (*SCRIPT, "--num_sampling_steps", "10", "--model_path", "model")
+    found = doctor.diagnose(PATH, options, command)
+    assert found.effect["network_work"] == pytest.approx(1 - 3 * 2 / 50) and found.findings == []
+    path = write(upstream / "plan.json", PLAN)
+    assert "blocks was 4 when it was searched, is now 5" in said(doctor.diagnose(PATH, {"plan": path}, command))
+    (upstream / "model" / "config.json").write_text("{")
+    assert "say it with --num-blocks" in said(doctor.diagnose(PATH, options, command))
+
+
+def test_what_the_command_names_and_is_not_here(upstream):
+    found = doctor.diagnose(PATH, {}, ("python", "-m", "opensora.sample.sample_t2v_sq"))
+    assert found.status == 2 and "no module opensora.sample.sample_t2v_sq is found from here" in said(found)
+    found = doctor.diagnose(PATH, {}, ("bash", "gone.sh"))
+    assert found.status == 1 and "gone.sh is not found from here" in said(found)
 
 
 def test_strict_makes_a_mismatch_an_error(upstream):

@@ -15,6 +15,7 @@ from osaccel.plan import Correction, Plan, Region
 from osaccel.report import cache as cache_page
 from osaccel.report import page as report
 from osaccel.report import plan as plan_page
+from osaccel.report import timesteps as list_page
 from osaccel.report import words
 
 BOUND = {"steps": 8, "blocks": 4, "sampler": "DDIM<b>", "resolution": [29, 480, 640], "guidance_scale": 7.5}
@@ -119,13 +120,33 @@ def test_the_plan_page_says_what_was_measured_and_what_predicted(tmp_path):
     (tmp_path / "p.json.report.json").write_text(json.dumps(of_plan()))
     shown = plan_page.content(report.load(str(tmp_path / "p.json")))
     said = " ".join([*shown.found, shown.following])
-    assert "error of the final latents 0.2, PSNR of the frames 31.00 dB. Predicted before it was run: 0.05" in said
+    assert "error of the final latents 0.2 (0 is the plain video), PSNR of the frames 31.00 dB. Predicted" in said
+    assert "Predicted before it was run: 0.05" in said
     assert "4.0 times as large as predicted" in said and "more than the saved work explains" in said
     runs = shown.tables[0]
     assert len(runs.rows) == 3 and runs.rows[runs.marked[0]][0] == plan_page.said(PLAN)
     assert "skipped 2; conditional only 4–5; blocks 1 to 2 reused at 3; block 3 forecast at 6" in runs.rows[0][0]
     assert shown.facts["What the search took"]["recordings kept"] == "3.0 MiB"
     assert shown.prompts == [NASTY, "two", "three"]
+
+
+def test_a_column_in_which_nothing_is_known_is_left_out():
+    """As PSNR where no frames were decoded; what is chosen stays marked."""
+    shown = plan_page.content({**of_plan(), "stem": "p.json"})
+    assert "PSNR in dB" not in shown.tables[0].columns
+    assert all(len(row) == len(shown.tables[0].columns) for row in shown.tables[0].rows)
+    with_psnr = of_plan()
+    with_psnr["evaluations"][0]["psnr"] = 41.5
+    assert plan_page.content({**with_psnr, "stem": "p.json"}).tables[0].columns[-1] == "PSNR in dB"
+
+
+def test_a_list_s_page_says_which_list_its_command_applies():
+    several = {**of_list(), "lists": {"4": [999.0, 0.0], "6": [999.0, 0.0]}, "stem": "x.6.txt"}
+    several["fingerprint"] = {**BOUND, "steps": 6}
+    shown = list_page.content(several)
+    assert "applies the list of 6 steps" in shown.following and "--num_sampling_steps 6" in shown.following
+    assert "of its own beside this one" in shown.following and "x.6.txt -- COMMAND" in shown.command
+    assert "beside this one" not in list_page.content({**of_list(), "stem": "x.txt"}).following
 
 
 def test_the_picture_shows_halves_regions_and_skipped_steps():

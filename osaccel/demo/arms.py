@@ -71,6 +71,8 @@ def sample(arm: Arm, prompt: str, folder: Path, seed: int, outcome: Outcome) -> 
     ]  # fmt: skip
     environ = {name: value for name, value in os.environ.items() if not name.startswith("OSACCEL_")}
     environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *environ.get("PYTHONPATH", "").split(os.pathsep)])
+    # So small a network gains nothing from threads, and on a busy machine they wait for each other most of the time.
+    environ.setdefault("OMP_NUM_THREADS", "1")
     result = subprocess.run(command, env=environ, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{arm.name} failed with status {result.returncode}:\n{result.stdout}{result.stderr}")
@@ -114,4 +116,8 @@ def table(outcomes: Dict[Arm, Outcome], prompts: Sequence[str]) -> str:
             f"{arm.name:<20}{wall:>9.2f}{processor:>8.2f}{1 / work:>7.2f}x{speeds[0]:>8.2f}x{speeds[1]:>8.2f}x"
             f"{100 * work:>7.1f} %{quality}{likeness}{prompted:>13}"
         )
-    return "\n".join([*lines, "PSNR and SSIM: against the plain run of the same seed; '-' where the noise is another."])
+    notes = (
+        "PSNR and SSIM: against the plain run of the same seed; '-' where the noise is another.",
+        "as prompted: videos that show what the prompt names, by its shapes, colours and motion.",
+    )
+    return "\n".join([*lines, *notes])

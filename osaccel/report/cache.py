@@ -7,7 +7,7 @@ import numpy as np
 
 from osaccel.dit_cache_config import CACHE_KEYS
 from osaccel.report import figures, words
-from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent
+from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent, without_empty_columns
 from osaccel.report.figures import BLUE, RED, YELLOW, Figure
 
 
@@ -39,8 +39,9 @@ def _found(report: Mapping[str, Any]) -> List[str]:
     found = [
         f"Blocks {first} to {first + count - 1} are computed at every step before {chosen['cache_step_start']}, and "
         f"from there on at every {_ordinal(chosen['cache_step_interval'])} step.",
-        f"Measured: {report['speed_up']:.2f} times fewer blocks, relative error of the final latents "
-        f"{words.number(report['error'])}{psnr}.",
+        f"Measured on {words.times(len(report.get('prompts') or [0]), 'call')}: {report['speed_up']:.2f} times fewer "
+        f"blocks, relative error of the final latents {words.number(report['error'])} "
+        f"(0 is the plain video){psnr}.",
     ]
     if goal.get("min_psnr") is not None:
         found.append(f"Asked for: a PSNR of {goal['min_psnr']:g} dB.")
@@ -62,20 +63,22 @@ def _figures(report: Mapping[str, Any]) -> List[Figure]:
         Figure(
             "tradeoff",
             "Error against speed-up",
-            "Every configuration that was run in this search: blocks saved and what the final latents lost.",
+            "Every configuration that was run in this search: blocks saved and what the final latents lost. The line "
+            "joins those that none of the others beats in both.",
             lambda canvas: draw_tradeoff(report, canvas),
         ),
         Figure(
             "blocks",
             "Which blocks compute at which step",
             f"Steps from left to right, blocks from bottom to top; {words.share(compute_map(report).mean())} of the "
-            "block's calls are computed.",
+            "blocks' calls are computed.",
             lambda canvas: draw_map(report, canvas),
         ),
         Figure(
             "change",
-            "How much each block's delta changes from step to step",
-            "Measured in the recorded generation; the outline is where the chosen file reuses deltas.",
+            "How much what each block adds changes from step to step",
+            "Measured in the recorded generation: what a block adds to its input, its delta, against that of the step "
+            "before. The outline is where the chosen file reuses deltas.",
             lambda canvas: draw_change(report, canvas),
         ),
     ]
@@ -94,8 +97,11 @@ def _candidates(report: Mapping[str, Any]) -> Table:
         "error",
         "PSNR in dB",
     )
-    text = "All that was run; none of it is predicted. Speed-up in time is of one run on this machine."
-    return Table("Candidates", text, columns, rows, marked)
+    text = (
+        "All that was run; none of it is predicted; the chosen one is marked. Speed-up in time is of one run on this "
+        "machine."
+    )
+    return without_empty_columns(Table("Candidates", text, columns, rows, marked))
 
 
 def _row(evaluation: Mapping[str, Any]) -> Sequence[str]:
@@ -103,11 +109,11 @@ def _row(evaluation: Mapping[str, Any]) -> Sequence[str]:
     start, count, first, interval = (config.get(key, 0) for key in CACHE_KEYS)
     measured = evaluation.get("measured_speed_up")
     return (
-        f"{start}–{start + count - 1}" if count else "–",
+        f"{start}–{start + count - 1}" if count else words.UNKNOWN,
         str(first),
         str(interval),
         f"{evaluation['predicted_speed_up']:.2f}",
-        "–" if measured is None else f"{measured:.2f}",
+        words.UNKNOWN if measured is None else f"{measured:.2f}",
         words.number(error),
         words.number(evaluation.get("psnr")),
     )
@@ -125,7 +131,7 @@ def pareto(points: Sequence[Sequence[float]]) -> List[Sequence[float]]:
 def draw_tradeoff(report: Mapping[str, Any], canvas: Any) -> None:
     axes = canvas.subplots()
     points = [(e["predicted_speed_up"], e["error"]) for e in report["evaluations"] if e["error"] is not None]
-    axes.plot(*zip(*pareto(points)), color=BLUE, alpha=0.5, drawstyle="steps-post", label="Pareto front", zorder=1)
+    axes.plot(*zip(*pareto(points)), color=BLUE, alpha=0.5, drawstyle="steps-post", label="best at its speed", zorder=1)
     axes.scatter(*zip(*points), color=BLUE, label="measured", zorder=2)
     axes.scatter([report["speed_up"]], [report["error"]], color=RED, marker="*", s=190, label="chosen", zorder=3)
     goal = report.get("goal", {})

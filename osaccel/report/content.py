@@ -43,6 +43,13 @@ class Content:
     versions: str = ""
 
 
+def without_empty_columns(table: Table) -> Table:
+    """Without the columns in which no row knows anything, such as PSNR where no frames were decoded."""
+    kept = [n for n in range(len(table.columns)) if any(row[n] != words.UNKNOWN for row in table.rows)]
+    columns = [table.columns[n] for n in kept]
+    return table._replace(columns=columns, rows=[[row[n] for n in kept] for row in table.rows])
+
+
 def command(option: str, report: Mapping[str, Any]) -> str:
     """The launcher with the file that a search wrote."""
     return f"python -m osaccel.run {option} {shlex.quote(os.path.abspath(report['stem']))} -- COMMAND..."

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tup
 from osaccel import formats
 from osaccel.plan import Plan
 from osaccel.report import figures, words
-from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent
+from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent, without_empty_columns
 from osaccel.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, YELLOW, Figure
 
 # What a cell of the picture is, by its colour.
@@ -99,7 +99,7 @@ def _found(shown: Shown) -> List[str]:
         f"{words.share(report['work'])} of the network work, an ideal speed-up of {1 / report['work']:.2f}x: "
         f"{shown.plan.describe()}, of {shown.steps} steps.",
         f"Measured on {words.times(calls, 'call')}: relative error of the final latents {words.number(report['error'])}"
-        f"{psnr}. Predicted before it was run: {words.number(report.get('predicted_error'))}.",
+        f" (0 is the plain video){psnr}. Predicted before it was run: {words.number(report.get('predicted_error'))}.",
     ]
     return [*found, *_in_time(shown)]
 
@@ -162,15 +162,19 @@ def _runs(shown: Shown) -> Table:
             words.share(run.work),
             f"{1 / run.work:.2f}x",
             str(run.first),
-            "–" if run.seconds is None else words.duration(run.seconds),
+            words.UNKNOWN if run.seconds is None else words.duration(run.seconds),
             words.number(run.error) if run.error is not None else "not finite",
             words.number(run.psnr),
         )
         for run in runs
     ]
     columns = ("what it was", "network work", "ideal", "run from step", "time", "error", "PSNR in dB")
-    text = "Every plan that this search ran, all measured, from the first step that the plan changes."
-    return Table("What was run", text, columns, rows, [number for number, run in enumerate(runs) if run.is_chosen])
+    text = (
+        "Every plan that this search ran, all measured, from the first step that the plan changes; the chosen one is "
+        "marked."
+    )
+    marked = [number for number, run in enumerate(runs) if run.is_chosen]
+    return without_empty_columns(Table("What was run", text, columns, rows, marked))
 
 
 def said(plan: Plan) -> str:

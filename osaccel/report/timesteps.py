@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page of a timestep search: the lists, and what they are predicted to lose against even spacing."""
 
-from typing import Any, Callable, Dict, List, Mapping
+from typing import Any, Callable, Dict, List, Mapping, Optional
 
 import numpy as np
 
 from osaccel.report import words
 from osaccel.report.content import Content, Table, command, known, made_for, prompts_of
-from osaccel.report.figures import GREY, Figure, whole_numbers
+from osaccel.report.figures import GREY, Figure, plain_numbers, whole_numbers
 
 # What is lost, by number of steps: for the best lists, and for even spacing under the same name with "_even".
 _CURVES = {"cost_curve": "lost detail", "decisions_curve": "changed decisions"}
+_METHODS = {"wdp": "the least predicted loss of detail and of what is decided at high noise (wdp)"}
 
 
 def plot_timesteps(axes: Any, report: Mapping[str, Any]) -> None:
@@ -29,6 +30,7 @@ def plot_costs(axes: Any, report: Mapping[str, Any]) -> None:
         curve = {int(length): cost for length, cost in report[name].items()}
         axes.plot(list(curve), list(curve.values()), marker=".", label=label)
     axes.set(xlabel="steps", ylabel="part of the variance missing", yscale="log")
+    plain_numbers(axes.yaxis)
     whole_numbers(axes.xaxis)
     axes.legend()
 
@@ -82,20 +84,21 @@ def content(report: Dict[str, Any]) -> Content:
     return Content(
         "Timestep search",
         found,
-        "Sample a few of your own prompts with the list and with as many evenly spaced steps, and compare the videos. "
-        "The list's length replaces the number of steps that your command asks for.",
+        _following(counts, bound.get("steps")),
         command("--timesteps", report),
         figures(report),
         [_lists(report)],
         {
             "How it was found": known(
                 {
-                    "method": report.get("method"),
+                    "method": _METHODS.get(report.get("method", ""), report.get("method")),
                     "parameters": _said(report.get("parameters") or {}),
+                    "looked at": _looked_at(report.get("calibration")),
                     "transformer forwards beyond the script's own": extra,
                 }
             ),
-            "What it was made for": made_for({key: value for key, value in bound.items() if key != "timesteps"}),
+            # The list is what is bound to; its length is said above.
+            "What it was made for": made_for({**bound, "timesteps": None, "steps": None}),
             **({"What the search took": cost} if cost else {}),
         },
         prompts_of(report),
@@ -104,8 +107,23 @@ def content(report: Dict[str, Any]) -> Content:
     )
 
 
+def _following(counts: List[int], own: Optional[int]) -> str:
+    """What to do; `own` is the length of the list that the page's command applies."""
+    own = counts[0] if own is None else own
+    others = "" if len(counts) == 1 else " Every other list has a file and a report of its own beside this one."
+    return (
+        f"Sample a few of your own prompts with the list, and without it at {own} steps (--num_sampling_steps {own}), "
+        f"and compare the videos. The command below applies the list of {own} steps; that number replaces the one your "
+        f"command asks for.{others}"
+    )
+
+
 def _listed(counts: List[int]) -> str:
     return ", ".join(f"{count} steps" for count in counts)
+
+
+def _looked_at(calibration: Any) -> Optional[str]:
+    return ", ".join(calibration) if isinstance(calibration, list) else calibration
 
 
 def _said(values: Mapping[str, Any]) -> str:
@@ -129,12 +147,16 @@ def figures(report: Mapping[str, Any]) -> List[Figure]:
         ),
         Figure(
             "costs", "Predicted loss by number of steps",
-            "Detail that is predicted to be lost, for the best list and for even spacing; not measured.",
+            "Detail that is predicted to be lost, for the best list and for even spacing; not measured. To first "
+            "order, so that near 1 it says no more than that much is lost.",
             _on_axes(plot_costs, report),
         ),
     ]  # fmt: skip
     if "decisions_curve" in report:
-        text = "Part of the gap between even spacing and the full number of steps; predicted, not measured."
+        text = (
+            "Part of the gap between even spacing and the full number of steps; predicted, not measured. A changed "
+            "decision is content that turns out otherwise than at the full number of steps."
+        )
         found.append(Figure("gaps", "Gap closed, as predicted", text, _on_axes(plot_predicted_gaps, report)))
     if report.get("gap closed"):
         text = "Measured on held-out prompts, with intervals."

@@ -3,6 +3,8 @@
 
 from typing import Any, List, Mapping, Optional, Sequence
 
+# Stands for what is not known.
+UNKNOWN = "–"
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -29,7 +31,7 @@ def share(part: float) -> str:
 
 def number(value: Optional[float]) -> str:
     """Four digits; a dash for what is not known."""
-    return "–" if value is None else f"{value:.4g}"
+    return UNKNOWN if value is None else f"{value:.4g}"
 
 
 def times(count: int, one: str, more: str = "") -> str:

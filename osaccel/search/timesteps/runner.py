@@ -71,7 +71,8 @@ class RestepRunner(Runner):
             report = make_report(statistics, dict(zip(settings.target_steps, shared)), "wdp", parameters)
             report["forwards"] = {**self.forwards, "extra": self.forwards["search"]}
             report.update(binding.occasion(self.session.calls))
-            report["calibration"] = self._videos or f"{len(self.log.generations)} generations of the script"
+            count = len(self.log.generations)
+            report["calibration"] = self._videos or f"{count} generation{'s' * (count > 1)} of the script"
             self._write(shared, report)
         # As a reader gets it back: what is bound to this list is bound to the file's.
         return {"timesteps": _as_stored(shared[0])}
