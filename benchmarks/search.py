@@ -200,8 +200,9 @@ def _line(row: Choice, errors: Dict[Any, List[float]], draw: Sequence[Any]) -> s
     own, cells = errors[tuple(row.candidate)], ""
     for name in ("mean", "typical"):
         value, others = STATISTICS[name](own), [STATISTICS[name](errors[candidate]) for candidate in draw]
-        rank, over = 1 + sum(other < value for other in others), value / min([*others, LOST]) - 1
-        cells += f"{value:>10.4f}{rank:>6}{over:>11.1%}"
+        rank = str(1 + sum(other < value for other in others)) if others else "-"
+        over = f"{value / min(others) - 1:.1%}" if others else "-"
+        cells += f"{value:>10.4f}{rank:>6}{over:>11}"
     where = ", ".join(map(str, row.candidate))
     return (
         f"{row.method:<28}{where:>26}{row.error:>11.4f}{row.verified:>10}{row.generations:>7.2f}{cells}"
