@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from test_search_session import search
 
-from osaccel import formats
+from osaccel import formats, settings
 from osaccel.search import presence, stored
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
@@ -25,6 +26,8 @@ from osaccel.search.journal import Journal
 from osaccel.search.lock import Lock
 from osaccel.search.presence import Owner
 from osaccel.search.recording.replay import RandomState, Recording
+from osaccel.search.session import Session
+from osaccel.settings import Settings
 
 KNOWN = {"steps": 20, "model": "a", "resolution": [9, 64, 64]}
 # How many moments to kill a search at; a whole run has 40.
@@ -343,77 +346,169 @@ def test_a_result_that_cannot_be_written_is_in_the_log_and_written_by_the_next_r
 # SIGKILL
 
 
-def outcome(folder):
-    report = json.loads((folder / "found.json.report.json").read_text())
-    config = json.loads((folder / "found.json").read_text())
-    assert report["chosen"] == config
-    # A kill may leave a file that was not renamed yet, and nothing else.
-    left = [path.name for path in folder.iterdir() if path.suffix != ".part"]
-    assert sorted(left) == ["found.json", "found.json.report.json"]
-    return config, [(e["config"], e["error"], e["block_forwards"]) for e in report["evaluations"]]
+KINDS = ("dit_cache", "plan", "restep", "all")
+# Clocks differ from run to run; everything else must not.
+CLOCKS = ("seconds", "plain_seconds", "measured_speed_up")
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What an undisturbed search finds, how long it takes, and how many file operations it makes."""
-    folder = tmp_path_factory.mktemp("whole")
-    begun = time.time()
-    assert ended(in_child(lambda: search(folder))) == 0
-    seconds = time.time() - begun
-    counted = tmp_path_factory.mktemp("counted")
-    assert ended(in_child(lambda: (kill_at(counted, 10**9, counted / "count"), search(counted)))) == 0
-    count = int((counted / "count").read_text())
-    (counted / "count").unlink()
-    assert outcome(counted) == outcome(folder)
-    return outcome(folder), seconds, count
+class Filming(tiny.UnseededPipeline):
+    """Smooth in the step, and what it returns has the shape of frames, which go into the reports."""
+
+    def predict(self, latents, t, scale):
+        return 0.2 * super().predict(latents, t, scale) + latents
+
+    def __call__(self, prompt="", num_inference_steps=16, guidance_scale=4.0, num_frames=5, height=8, width=8):
+        latents = super().__call__(prompt, num_inference_steps, guidance_scale, num_frames, height, width)
+        return (100 + 20 * latents).view(1, 5, 2, 4, 1)
+
+
+def script(folder, kind, said):
+    """A script under OSACCEL_SEARCH=`kind`; what its calls return, and which number is drawn next, is in `said`."""
+    outputs = {name: str(folder / f"{name}.json") for name in ("cache_output", "plan_output", "timesteps_output")}
+    goals = settings.load({"OSACCEL_TARGET": "1.5x,psnr:30"}).target
+    session = Session(
+        Settings(search=kind, search_prompts=2, search_then="continue", cache_ratio=1.3, target=goals,
+                 target_steps=(9, 6), **outputs),
+        tiny.TARGET,
+    )  # fmt: skip
+    pipeline = Filming()
+    torch.manual_seed(5)
+    returned = [session.on_call(Filming.__call__, pipeline, (pipeline,), {"prompt": f"prompt {n}"}) for n in range(2)]
+    assert session.is_over
+    np.savez(str(said), *returned, torch.rand(1))
+
+
+def files(folder):
+    """What stands in every file but the clocks' values; a kill may leave a file that was not renamed yet, no more."""
+    found = {path.name: path for path in folder.iterdir() if path.suffix != ".part"}
+    return {name: array_lists(path) if path.suffix == ".npz" else without_clocks(path) for name, path in found.items()}
+
+
+def array_lists(path):
+    with np.load(str(path)) as arrays:
+        return {name: arrays[name].tolist() for name in arrays.files}
+
+
+def without_clocks(path):
+    def kept(pairs):
+        return {key: value for key, value in pairs if key not in CLOCKS}
+
+    return json.loads(path.read_text(), object_pairs_hook=kept)
+
+
+class Searching:
+    """Runs of one kind of search, each in a folder of its own and in a process of its own."""
+
+    def __init__(self, kind, root):
+        self.kind, self.root = kind, root
+        begun = time.time()
+        self.wanted = self.outcome_in("whole")
+        self.seconds = time.time() - begun
+        counted = self.start("counted", 10**9, root / "count")
+        assert ended(counted) == 0 and files(root / "counted") == self.wanted[0]
+        self.operations = int((root / "count").read_text())
+
+    def start(self, name, operation=None, count=None):
+        """Begin in this folder, or go on; the process, which is killed at its n-th file operation where one is given."""
+        folder = self.root / name
+        folder.mkdir(exist_ok=True)
+
+        def run():
+            if operation is not None:
+                kill_at(folder, operation, count)
+            script(folder, self.kind, self.root / f"{name}-said.npz")
+
+        return in_child(run)
+
+    def outcome_in(self, name):
+        """What a search that ends in this folder leaves there, and what its script saw."""
+        assert ended(self.start(name)) == 0
+        return files(self.root / name), array_lists(self.root / f"{name}-said.npz")
+
+    def assert_ends_as_undisturbed(self, name):
+        left, said = self.outcome_in(name)
+        assert sorted(left) == sorted(self.wanted[0])
+        for file, content in self.wanted[0].items():
+            assert left[file] == content, file
+        assert said == self.wanted[1]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def searching(request, tmp_path_factory):
+    return Searching(request.param, tmp_path_factory.mktemp(request.param))
+
+
+CHANGES = ("os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.utime", "os.chmod", "os.truncate")
 
 
 def kill_at(folder, operation, count=None):
-    """SIGKILL this process when it is about to make its n-th change in the folder."""
-    made = [0]
+    """SIGKILL this process when it is about to make its n-th change in the folder.
 
-    def hook(event, arguments):
-        if event not in ("open", "os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "os.utime"):
-            return
-        is_reading = event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
-        if is_reading or not str(arguments[0]).startswith(str(folder)) or arguments[0] == str(count):
-            return
+    Where that is to make lasting what was written, half of the last line is there: as when a write was interrupted.
+    """
+    made, sync = [0], os.fsync
+
+    def change(spoil=lambda: None):
         made[0] += 1
         if made[0] == operation:
+            spoil()
             os.kill(os.getpid(), signal.SIGKILL)
         if count is not None:
             with open(str(count), "w") as file:
                 file.write(str(made[0]))
 
+    def hook(event, arguments):
+        is_writing = event == "open" and (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+        if (is_writing or event in CHANGES) and str(arguments[0]).startswith(str(folder) + os.sep):
+            change()
+
+    def fsync(handle):
+        path = os.readlink(f"/proc/self/fd/{handle}")
+        if os.path.isfile(path) and path.startswith(str(folder) + os.sep):
+            change(lambda: halve_the_last_line(path))
+        sync(handle)
+
     sys.addaudithook(hook)
+    os.fsync = fsync
 
 
-def test_a_search_killed_at_any_file_operation_resumes_to_the_same_result(tmp_path, whole):
-    wanted, _, count = whole
-    assert count > 20
-    operations = range(1, count + 1) if MOMENTS >= 40 else sorted(random.Random().sample(range(1, count), 2 * MOMENTS))
-    for operation in operations:
-        folder = tmp_path / str(operation)
-        folder.mkdir()
-
-        def killed(folder=folder, operation=operation):
-            kill_at(folder, operation)
-            search(folder)
-
-        assert ended(in_child(killed)) == signal.SIGKILL, operation
-        assert ended(in_child(lambda folder=folder: search(folder))) == 0, operation
-        assert outcome(folder) == wanted, operation
+def halve_the_last_line(path):
+    with open(path, "r+b") as file:
+        whole = file.read()
+        begin = whole[:-1].rfind(b"\n") + 1
+        file.truncate((begin + len(whole)) // 2)
 
 
-def test_a_search_killed_at_any_moment_resumes_to_the_same_result(tmp_path, whole):
-    wanted, seconds, _ = whole
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="file operations are counted with /proc")
+
+
+@needs_proc
+def test_a_search_killed_at_any_file_operation_resumes_to_the_same_result(searching):
+    assert searching.operations > 15
+    every = range(1, searching.operations + 1)
+    for operation in every if MOMENTS >= 40 else sorted(random.Random().sample(every, MOMENTS)):
+        name = f"operation-{operation}"
+        assert ended(searching.start(name, operation)) == signal.SIGKILL, operation
+        searching.assert_ends_as_undisturbed(name)
+
+
+@needs_proc
+def test_a_search_that_is_killed_again_and_again_gets_to_the_same_result(searching):
+    """Its first run at the first operation, its second at the second, and so on, until one run gets through."""
+    operation, stride = 0, 1 if MOMENTS >= 40 else random.randrange(5, 10)
+    status = signal.SIGKILL
+    while status == signal.SIGKILL:
+        operation += stride
+        assert operation <= searching.operations + stride
+        status = ended(searching.start("again", operation))
+    assert status == 0 and files(searching.root / "again") == searching.wanted[0]
+    assert array_lists(searching.root / "again-said.npz") == searching.wanted[1]
+
+
+def test_a_search_killed_at_any_moment_resumes_to_the_same_result(searching):
     for moment in range(MOMENTS):
-        folder = tmp_path / str(moment)
-        folder.mkdir()
-        pid = in_child(lambda folder=folder: search(folder))
-        time.sleep(random.random() * seconds)
+        pid = searching.start(f"moment-{moment}")
+        time.sleep(random.random() * searching.seconds)
         os.kill(pid, signal.SIGKILL)
         ended(pid)
-        if not (folder / "found.json").exists() or list(folder.glob("*.search")):
-            assert ended(in_child(lambda folder=folder: search(folder))) == 0, moment
-        assert outcome(folder) == wanted, moment
+        searching.assert_ends_as_undisturbed(f"moment-{moment}")

@@ -3,15 +3,17 @@
 
 import math
 import time
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Callable, List, Mapping, Optional, Sequence
 
 import numpy as np
 import torch
 
 from osaccel import formats
+from osaccel.binding import digest_of
 from osaccel.plan import Plan, Schedule, for_steps
-from osaccel.search.evaluation import Evaluation, key_of
+from osaccel.search.evaluation import Evaluation
 from osaccel.search.frames import mean_psnr
+from osaccel.search.journal import Journal
 from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.reference import Reference
 from osaccel.search.team import Team
@@ -25,15 +27,20 @@ class Measure:
         team: whose shards are summed.
         decode: also measure the PSNR of the decoded frames.
         on_step: called after every computed step.
+        journal: keeps the first call's final latents of every job, for the report's frames.
     """
 
     def __init__(
-        self, replays: Sequence[Replay], team: Team, decode: bool = False, on_step: Callable[[], None] = lambda: None
+        self,
+        replays: Sequence[Replay],
+        team: Team,
+        decode: bool = False,
+        on_step: Callable[[], None] = lambda: None,
+        journal: Optional[Journal] = None,
     ):
         self.replays, self.team, self.decode, self.on_step = list(replays), team, decode, on_step
+        self.journal = journal
         self.reference = Reference(self.replays, team)
-        # The first call's final latents by job, of those run here.
-        self.finals: Dict[str, torch.Tensor] = {}
 
     def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
         """Evaluate a job, see `plan_of_job`; `details` holds the relative error of every call."""
@@ -47,13 +54,20 @@ class Measure:
             squares.append(run.square)
             curves.append(tuple(run.curve))
             work += replay.cache.computed_blocks if replay.cache else 0.0
-            if number == 0 and run.last is not None:
-                self.finals[key_of(job)] = run.last
             if run.square is None:
                 break
+            if number == 0 and self.journal is not None:
+                self.journal.save(self._final_name(job), run.last)
             if self.decode:
                 psnrs.append(self.reference.psnr(number, output))
         return self._evaluation(job, squares, work, psnrs, curves, resume, time.perf_counter() - started)
+
+    def final(self, job: Mapping[str, Any]) -> Optional[torch.Tensor]:
+        """This rank's final latents of the first call under a job that was evaluated, by whichever process."""
+        return self.journal.load(self._final_name(job)) if self.journal is not None else None
+
+    def _final_name(self, job: Mapping[str, Any]) -> str:
+        return f"final-{digest_of(dict(job))}-{self.team.member}"
 
     def _evaluation(
         self, job: Any, squares: Any, work: float, psnrs: Any, curves: Any, resume: int, seconds: float

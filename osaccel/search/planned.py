@@ -67,7 +67,7 @@ class PlannedRunner(JournalledRunner):
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         self.asked: Dict[str, Evaluation] = {}
         self.progress = ReplayProgress(name, self.num_blocks, len(self.replays), self.team.is_first)
-        self.measure = Measure(self.replays, self.team, self.decodes, self.progress.step)
+        self.measure = Measure(self.replays, self.team, self.decodes, self.progress.step, self.journal)
 
     def price(self, job: Job) -> float:
         """Plain generations' worth of running a job."""
@@ -87,8 +87,8 @@ class PlannedRunner(JournalledRunner):
         return found
 
     def frames(self, evaluation: Evaluation, label: str) -> Optional[Dict[str, np.ndarray]]:
-        """Frames of the first call, plain and as evaluated, where every rank of the team ran it in this process."""
-        final = self.measure.finals.get(evaluation.key)
+        """Frames of the first call, plain and as evaluated, in whichever process and run of the search that was."""
+        final = self.measure.final(evaluation.config)
         is_here = self.team.all_agree(final is not None)
         return frames(self.replays[0], final, label) if is_here and final is not None else None
 
@@ -114,7 +114,8 @@ class PlannedRunner(JournalledRunner):
 
     def assist(self, call: Call) -> Dict[str, Any]:
         def prepare(journal: Journal, context: Any) -> Evaluate:
-            return Measure(recordings.adopt(journal, self.team, call, context), self.team, self.decodes)
+            replays = recordings.adopt(journal, self.team, call, context)
+            return Measure(replays, self.team, self.decodes, journal=journal)
 
         return self.settings_of(Helper(self.team, self.directory).assist(prepare))
 

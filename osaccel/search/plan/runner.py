@@ -85,7 +85,7 @@ class PlanRunner(PlannedRunner):
 
     def _record_anew(self, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
         # What was measured belongs to the calls it was measured on.
-        self.forget("evaluations-")
+        self.forget("evaluations-", "final-")
         output, observed = observation.record(replay, blocks)
         self.check_finite(replay)
         return output, observed
@@ -385,7 +385,7 @@ class PlanRunner(PlannedRunner):
         return replace(found.plan, made_for=bound, measured=measured)
 
     def _write_frames(self, found: Found) -> None:
-        """Frames of the first call, plain and under the first plan, where it ran in this process."""
+        """Frames of the first call, plain and under the first plan."""
         content = self.frames(found.evaluation, "plan")
         if self.team.is_first and content is not None:
             pictures.write_frames(self.output + ".report.npz", content)
