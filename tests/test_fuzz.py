@@ -14,10 +14,12 @@ import re
 import time
 
 import pytest
+import test_report
 
 from osaccel import binding, settings
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.messages import LONGEST_MESSAGE, SettingsError
+from osaccel.report import page
 from osaccel.settings import Settings
 
 hypothesis = pytest.importorskip("hypothesis")
@@ -56,6 +58,9 @@ SEEDS = {
     "plan.json": PLAN,
     "all.yaml": YAML,
     "cache.json.report.json": json.dumps({"fingerprint": FINGERPRINT}),
+    "page-plan.report.json": json.dumps(test_report.of_plan()),
+    "page-cache.report.json": json.dumps(test_report.of_cache()),
+    "page-list.report.json": json.dumps(test_report.of_list()),
 }
 VARIABLES = {
     "cache.json": "OSACCEL_CACHE_CONFIG", "cache.yaml": "OSACCEL_CACHE_CONFIG", "schedule.txt": "OSACCEL_TIMESTEPS",
@@ -102,6 +107,9 @@ ASKED = [setting.variable for setting in settings.TABLE] + ["OSACCEL_X", "PATH"]
 
 def read(name, path):
     """What is done with a file of this name."""
+    if name.startswith("page-"):
+        page.content_of(page.load(path))
+        return
     if not name.endswith(".report.json"):
         settings.load({VARIABLES[name]: path})
         return

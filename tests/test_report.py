@@ -3,6 +3,7 @@
 
 import html.parser
 import json
+import random
 import shutil
 import subprocess
 
@@ -151,6 +152,42 @@ def test_what_is_no_report_is_refused_in_one_line(tmp_path, capsys, content):
     assert report.main([str(tmp_path / "x.json")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("osaccel: error:") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", [of_plan, of_cache, of_list])
+def test_a_damaged_report_is_refused_in_one_line(tmp_path, capsys, kind):
+    """Whatever is exchanged in it; what only shows when it is drawn too."""
+    damages = [
+        ("fingerprint", 3), ("fingerprint", dict(BOUND, blocks=10**9)), ("evaluations", [[]]), ("lists", {"x": "y"}),
+        ("windows", {"first": 0, "length": 10**9, "actions": [1] * 9}), ("curves", {"together": [[1, "a"]]}),
+        ("delta_change", [["a"]]), ("cost_curve", {"4": "a"}), ("cost", [1]),
+    ]  # fmt: skip
+    used = 0
+    for key, value in damages:
+        (tmp_path / "found.report.json").write_text(json.dumps({**kind(), key: value}))
+        status = report.main([str(tmp_path / "found")])
+        said = capsys.readouterr().err
+        assert status == 0 or (status == 2 and said.count("\n") == 1 and "cannot be shown as a" in said), said
+        used += status == 2
+    assert used >= 4
+
+
+def test_damaged_frames_are_refused_in_one_line(tmp_path, capsys):
+    """A bit anywhere in them, or few bytes that expand to many."""
+    (tmp_path / "found.report.json").write_text(json.dumps(of_plan()))
+    frames, picked = np.zeros((2, 8, 8, 3), np.uint8), random.Random(0)
+    np.savez_compressed(tmp_path / "found.report.npz", plain=frames, plan=frames)
+    whole = (tmp_path / "found.report.npz").read_bytes()
+    for _ in range(300):
+        place = picked.randrange(len(whole))
+        spoilt = whole[:place] + bytes([whole[place] ^ 1 << picked.randrange(8)]) + whole[place + 1 :]
+        (tmp_path / "found.report.npz").write_bytes(spoilt)
+        try:
+            report.content_of(report.load(str(tmp_path / "found")))
+        except report.SettingsError as error:
+            assert "cannot be read as frames" in str(error) or "cannot be shown" in str(error)
+    np.savez_compressed(tmp_path / "found.report.npz", plain=np.zeros(65 << 20, np.uint8), plan=frames)
+    assert report.main([str(tmp_path / "found")]) == 2 and "more than 67108864 bytes" in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Open-Sora-Plan v1.3 is told from v1.2 by its scheduler, since its pipeline has the same name."""
 
+import json
+
 import diffusers
 import pytest
+import tiny
+import torch
 from diffusers import DDIMScheduler, EulerAncestralDiscreteScheduler
+from test_threads import CACHE, LIST, STEPS, hooked
 
 from osaccel.schedule import is_open_sora_plan_1_3, unfamiliar
 
@@ -38,3 +43,22 @@ def test_1_3_is_recognised_by_all_three_marks(scheduler_class):
 
 def test_what_has_no_configuration_is_familiar():
     assert unfamiliar(object()) == [] and unfamiliar(type("S", (), {"config": 3})()) == []
+
+
+def test_under_1_3_a_cache_is_right_with_a_warning_and_a_list_is_refused_before_the_first_step(
+    monkeypatch, tmp_path, caplog
+):
+    path, call = tmp_path / "file.json", {"num_inference_steps": STEPS, "seed": 1}
+    path.write_text(json.dumps(dict(CACHE)))
+    pipeline = hooked(monkeypatch, OSACCEL_CACHE_CONFIG=path)(scheduler=DDIMScheduler(**V1_3))
+    cached = pipeline(**call)
+    assert "this is not Open-Sora-Plan v1.2's schedule (it predicts v_prediction" in caplog.text
+    monkeypatch.delenv("OSACCEL_CACHE_CONFIG")
+    plain = hooked(monkeypatch)(scheduler=DDIMScheduler(**V1_3))
+    torch.testing.assert_close(cached, tiny.reference_loop(plain, dict(CACHE), **call))
+
+    path.write_text(json.dumps(LIST))
+    refused = hooked(monkeypatch, OSACCEL_TIMESTEPS=path)(scheduler=DDIMScheduler(**V1_3))
+    with pytest.raises(ValueError, match="sigma is infinite"):
+        refused(**call)
+    assert sum(refused.block_calls()) == 0

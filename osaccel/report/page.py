@@ -3,10 +3,11 @@
 
 import argparse
 import base64
+import contextlib
 import os
 import sys
 import zipfile
-from typing import Any, Callable, Dict, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, Mapping, Optional, Sequence
 
 import numpy as np
 
@@ -28,6 +29,9 @@ _NEEDED = {
     "restep": ("lists", "cost_curve", "cost_curve_even"),
     "dit_cache": ("chosen", "evaluations", "fingerprint", "delta_change"),
 }
+# A damaged number must not decide how much memory and time a page takes: cells of a picture of blocks and steps, steps
+# of all windows, and bytes of frames.
+_MOST_CELLS, _MOST_STEPS, _MOST_FRAMES = 1_000_000, 10_000, 64 << 20
 
 
 def load(path: str) -> Dict[str, Any]:
@@ -49,11 +53,47 @@ def _frames(path: str) -> Optional[Dict[str, np.ndarray]]:
     if not os.path.exists(path):
         return None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if sum(member.file_size for member in archive.infolist()) > _MOST_FRAMES:
+                raise ValueError(f"they are more than {_MOST_FRAMES} bytes")
         with np.load(path, allow_pickle=False) as content:
             other = next(iter(sorted(set(content.files) - {"plain"})), "plan")
             return {name: content[name] for name in ("plain", other)}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # A flipped bit may surface as any of zipfile's, zlib's and NumPy's exceptions.
+    except Exception as error:
         raise SettingsError(f"{path}: cannot be read as frames: {error}. Remove it to have a page without.") from None
+
+
+@contextlib.contextmanager
+def _damage_is_said(report: Mapping[str, Any]) -> Iterator[None]:
+    """What a report lacks, or holds in another form, shows wherever it is used; all of it means the same."""
+    try:
+        yield
+    except SettingsError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise SettingsError(
+            f"{report['stem']}{SUFFIX}: cannot be shown as a {report['kind']} search: {type(error).__name__}: {error}."
+        ) from None
+
+
+def _check_sizes(report: Mapping[str, Any]) -> None:
+    bound, windows = report.get("fingerprint", {}), report.get("windows", {"first": 0, "length": 0, "actions": ()})
+    steps = max(bound.get("steps") or 1, len(report.get("delta_change", ())))
+    behind = windows["first"] + windows["length"] * len(windows["actions"])
+    if (bound.get("blocks") or 1) * steps > _MOST_CELLS or max(steps, behind) > _MOST_STEPS:
+        raise ValueError("its blocks and steps are too many to be shown")
+
+
+def content_of(report: Dict[str, Any]) -> Content:
+    """What the page of a report that `load` gave says; SettingsError where it is damaged."""
+    with _damage_is_said(report):
+        _check_sizes(report)
+        page = KINDS[report["kind"]](report)
+        if report["frames"]:
+            (_, plain), (name, other) = report["frames"].items()
+            page.figures.append(figures.of_frames(plain, other, name))
+        return page
 
 
 def write(report: Dict[str, Any], directory: Optional[str] = None) -> str:
@@ -62,18 +102,16 @@ def write(report: Dict[str, Any], directory: Optional[str] = None) -> str:
     if directory is not None:
         os.makedirs(directory, exist_ok=True)
         stem = os.path.join(directory, os.path.basename(stem))
-    page = KINDS[report["kind"]](report)
-    if report["frames"]:
-        (_, plain), (name, other) = report["frames"].items()
-        page.figures.append(figures.of_frames(plain, other, name))
-    pictures = {}
-    for figure in page.figures:
-        content = figures.png(figure)
-        with open(f"{stem}.{figure.name}.png", "wb") as file:
-            file.write(content)
-        pictures[figure.name] = {"light": _inline(content), "dark": _inline(figures.png(figure, "dark"))}
-    path = stem + ".report.html"
-    formats.write_atomically(path, lambda file: file.write(render(page, pictures)))
+    page, path = content_of(report), stem + ".report.html"
+    with _damage_is_said(report):
+        drawn = {
+            figure.name: {mode: figures.png(figure, mode) for mode in ("light", "dark")} for figure in page.figures
+        }
+        whole = render(page, {name: {mode: _inline(png) for mode, png in pair.items()} for name, pair in drawn.items()})
+    for name, pair in drawn.items():
+        with open(f"{stem}.{name}.png", "wb") as file:
+            file.write(pair["light"])
+    formats.write_atomically(path, lambda file: file.write(whole))
     return path
 
 
@@ -91,7 +129,10 @@ def render(page: Content, pictures: Dict[str, Dict[str, str]]) -> str:
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    return environment.get_template("page.html").render(page=page, pictures=pictures)
+    try:
+        return environment.get_template("page.html").render(page=page, pictures=pictures)
+    except jinja2.UndefinedError as error:
+        raise ValueError(str(error)) from None
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
