@@ -61,7 +61,7 @@ class CacheRunner(PlannedRunner):
         """The pipeline's output, and what was observed of its blocks."""
         if self.team.share(bool(self.journal.evaluations())):
             self.say("starting anew: call %d is not the one that was recorded", len(self.replays) + 1)
-        self.forget("evaluations-", "final-")
+        self.forget("evaluations-")
         call, errors = replay.call, RegionErrors(len(blocks), MAX_INTERVAL - 1)
 
         def attach(generation: Any) -> Any:
