@@ -385,7 +385,7 @@ class PlanRunner(PlannedRunner):
         return replace(found.plan, made_for=bound, measured=measured)
 
     def _write_frames(self, found: Found) -> None:
-        """Frames of the first call, plain and under the first plan, where it ran in this process."""
+        """Frames of the first call, plain and under the first plan."""
         content = self.frames(found.evaluation, "plan")
         if self.team.is_first and content is not None:
             pictures.write_frames(self.output + ".report.npz", content)
