@@ -1,23 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """What osaccel costs and what a cached loop gains: `python -m benchmarks.overhead`; ratios measured in one run.
 
+    python -m benchmarks.overhead [--device cuda]
+
 1. Seconds of a generation with osaccel active and nothing configured / without osaccel. Both arms alternate in one
    process; the median ratio comes with a 95 % bootstrap interval.
 2. Measured speed-up of a loop under a plan / its ideal speed-up, for the four keys and for a plan with every action,
-   with blocks of over 5 ms. CPU seconds of one thread, so that other programs beside it hardly count.
-3. CPU time of the correction in one step on real latent sizes, beside `scheduler.step` itself and beside the upstream's
-   network on the same core.
+   with blocks of over 5 ms.
+3. Time of the correction in one step on real latent sizes, beside `scheduler.step` itself and beside the upstream's
+   network on the same core or GPU.
 4. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
+
+On a CPU these are CPU seconds of one thread, so that other programs beside it hardly count; on a GPU, in bfloat16,
+seconds until it has finished. The upstream's own model is timed by `python -m benchmarks.wall steps`.
 """
 
 import argparse
 import contextlib
+import functools
 import json
 import subprocess
 import sys
 import time
 import types
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import numpy as np
 import torch
@@ -40,23 +46,48 @@ STEPS = 20
 LATENTS, TOKENS, WEIGHTS = (2, 4, 24, 60, 80), 2 * 24 * 30 * 40, 2.7e9
 
 
+class Place(NamedTuple):
+    """Where loops run, and the width, heads and tokens whose blocks take about 5 ms there."""
+
+    device: str
+    dtype: torch.dtype
+    width: int
+    heads: int
+    tokens: int
+
+    def seconds(self, function: Callable[[], object]) -> float:
+        """Of this process on a CPU, until the device has finished on a GPU."""
+        if self.device == "cpu":
+            started = time.process_time()
+            function()
+            return time.process_time() - started
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+
+PLACES = {"cpu": Place("cpu", torch.float32, 384, 8, 128), "cuda": Place("cuda", torch.bfloat16, 2304, 24, 6144)}
+
+
 class Block(nn.Module):
-    def __init__(self, width: int):
+    def __init__(self, width: int, heads: int = 8):
         super().__init__()
-        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
-        hidden_states = hidden_states + self.attention(hidden_states, hidden_states, hidden_states)[0]
+        hidden_states = hidden_states + self.attention(*[hidden_states] * 3, need_weights=False)[0]
         return hidden_states + self.mlp(hidden_states)
 
 
 class Transformer(nn.Module):
     """Blocks, one after the other."""
 
-    def __init__(self, blocks: int, width: int):
+    def __init__(self, blocks: int, width: int, heads: int):
         super().__init__()
-        self.transformer_blocks = nn.ModuleList([Block(width) for _ in range(blocks)])
+        self.transformer_blocks = nn.ModuleList([Block(width, heads) for _ in range(blocks)])
 
     def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         for block in self.transformer_blocks:
@@ -81,16 +112,16 @@ PLANS = {
 class OpenSoraPipeline:
     """A denoising loop and nothing else, so that what is measured is the transformer's loop."""
 
-    def __init__(self, blocks: int, width: int, tokens: int):
+    def __init__(self, blocks: int, width: int, tokens: int, place: Place, heads: int = 8):
         torch.manual_seed(0)
-        self.transformer: Any = Transformer(blocks, width)
+        self.transformer: Any = Transformer(blocks, width, heads).to(place.device, place.dtype).eval()
         self.scheduler: Any = EulerAncestralDiscreteScheduler()
-        self.shape = (1, tokens, width)
+        self.shape, self.place = (1, tokens, width), place
 
     @torch.no_grad()
     def __call__(self, num_inference_steps: int = STEPS) -> torch.Tensor:
-        self.scheduler.set_timesteps(num_inference_steps)
-        latents = torch.zeros(self.shape)
+        self.scheduler.set_timesteps(num_inference_steps, device=self.place.device)
+        latents = torch.zeros(self.shape, device=self.place.device, dtype=self.place.dtype)
         for t in self.scheduler.timesteps:
             both = self.scheduler.scale_model_input(torch.cat([latents] * 2), t)
             without, with_text = self.transformer(both, timestep=t).chunk(2)
@@ -99,32 +130,25 @@ class OpenSoraPipeline:
         return latents
 
 
-def seconds(function: Callable[[], object]) -> float:
-    """CPU seconds of this process."""
-    started = time.process_time()
-    function()
-    return time.process_time() - started
-
-
 def median_ratio(first: List[float], second: List[float]) -> Tuple[float, float, float]:
     """Median of the pairwise ratios first / second, with its 95 % bootstrap interval."""
     middle, low, high = interval(np.array(first) / np.array(second), np.median)
     return middle, low, high
 
 
-def idle_overhead(pairs: int) -> Tuple[float, float, float]:
+def idle_overhead(pairs: int, place: Place) -> Tuple[float, float, float]:
     """Arms alternate, and so does which of them goes first."""
     module: Any = types.ModuleType("opensora.sample.pipeline_opensora")
     module.OpenSoraPipeline = type("OpenSoraPipeline", (OpenSoraPipeline,), {"__call__": OpenSoraPipeline.__call__})
-    pipeline = OpenSoraPipeline(8, 64, 64)
-    with_hooks = module.OpenSoraPipeline(8, 64, 64)
+    pipeline = OpenSoraPipeline(8, 64, 64, place)
+    with_hooks = module.OpenSoraPipeline(8, 64, 64, place)
     sys.modules[module.__name__] = module
     hooks.install()
     arms = {"active": with_hooks, "plain": pipeline}
     times: Dict[str, List[float]] = {name: [] for name in arms}
     for pair in range(pairs + 2):
         for name in sorted(arms, reverse=bool(pair % 2)):
-            spent = seconds(arms[name])
+            spent = place.seconds(arms[name])
             if pair >= 2:
                 times[name].append(spent)
     hooks.uninstall()
@@ -133,32 +157,36 @@ def idle_overhead(pairs: int) -> Tuple[float, float, float]:
 
 def outside_share(pipeline: OpenSoraPipeline) -> float:
     """The share of a plain loop's time that is spent outside the transformer."""
-    moments: List[float] = []
-    handles = [
-        pipeline.transformer.register_forward_pre_hook(lambda *_: moments.append(-time.process_time())),
-        pipeline.transformer.register_forward_hook(lambda *_: moments.append(time.process_time())),
-    ]
-    whole = seconds(pipeline)
-    for handle in handles:
-        handle.remove()
-    return 1 - sum(moments) / whole
+    own, inside = pipeline.transformer.forward, []  # type: ignore[var-annotated]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = []
+        inside.append(pipeline.place.seconds(lambda: found.append(own(*args, **kwargs))))
+        return found[0]
+
+    pipeline.transformer.forward = forward
+    try:
+        whole = pipeline.place.seconds(pipeline)
+    finally:
+        del pipeline.transformer.forward
+    return 1 - sum(inside) / whole
 
 
-def planned_speed(plan: Plan, repeats: int) -> Dict[str, float]:
+def planned_speed(plan: Plan, repeats: int, place: Place) -> Dict[str, float]:
     """The speed-up of a loop under a plan over what its network work and the time outside the blocks leave."""
-    pipeline = OpenSoraPipeline(12, 384, 128)
-    blocks = len(pipeline.transformer.transformer_blocks)
-    inputs = torch.zeros(2, *pipeline.shape[1:])
+    pipeline = OpenSoraPipeline(12, place.width, place.tokens, place, place.heads)
+    blocks = pipeline.transformer.transformer_blocks
+    inputs = torch.zeros(2, *pipeline.shape[1:], device=place.device, dtype=place.dtype)
     with torch.no_grad():
-        block_ms = 1000 * min(seconds(lambda: pipeline.transformer.transformer_blocks[0](inputs)) for _ in range(10))
+        block_ms = 1000 * min(place.seconds(lambda: blocks[0](inputs)) for _ in range(10))
     times: Dict[str, List[float]] = {"plain": [], "planned": []}
     for repeat in range(repeats):
         for name in sorted(times, reverse=bool(repeat % 2)):
             scope = Generation(pipeline, plan, TARGET) if name == "planned" else contextlib.nullcontext()
             with scope:
-                times[name].append(seconds(pipeline))
+                times[name].append(place.seconds(pipeline))
     outside = outside_share(pipeline)
-    ideal = 1 / (outside + (1 - outside) * plan.work(blocks, STEPS))
+    ideal = 1 / (outside + (1 - outside) * plan.work(len(blocks), STEPS))
     measured, low, high = median_ratio(times["plain"], times["planned"])
     return {
         "block_ms": block_ms, "ideal": ideal, "measured": measured, "of_ideal": measured / ideal,
@@ -166,40 +194,34 @@ def planned_speed(plan: Plan, repeats: int) -> Dict[str, float]:
     }  # fmt: skip
 
 
-def correction_cost(steps: int) -> Dict[str, float]:
-    """What both strengths add to `scheduler.step`: seconds of one core, and of a network step on the same core.
+def correction_cost(steps: int, place: Place = PLACES["cpu"]) -> Dict[str, float]:
+    """What both strengths add to `scheduler.step`: seconds, and those of a network step at the same place.
 
-    CPU seconds, so that other programs beside it do not count. The network's are those of its weights' multiplications
-    alone, at the rate that a large product reaches here.
+    The network's are those of its weights' multiplications alone, at the rate that a large product reaches here.
     """
     scheduler: Any = EulerAncestralDiscreteScheduler()
     pipeline = types.SimpleNamespace(scheduler=scheduler, transformer=nn.Module())
-    latents, outputs = torch.randn(LATENTS), [torch.randn(LATENTS) for _ in range(3)]
+    latents, *outputs = (torch.randn(LATENTS).to(place.device, place.dtype) for _ in range(4))
     found: Dict[str, float] = {}
     for name, used in (("plain", Correction()), ("corrected", DEFAULT_CORRECTION)):
         times = []
         with with_plan(pipeline, Plan(correction=used)):
-            scheduler.set_timesteps(steps)
+            scheduler.set_timesteps(steps, device=place.device)
             scheduler.scale_model_input(latents, scheduler.timesteps[0])
             for number, t in enumerate(scheduler.timesteps):
-                started = time.process_time()
-                scheduler.step(outputs[number % 3], t, latents)
-                times.append(time.process_time() - started)
+                output = outputs[number % 3]
+                times.append(place.seconds(functools.partial(scheduler.step, output, t, latents)))
         # The first steps have no change to look back to, the last one is first order.
         found[name] = float(np.median(times[3:-1]))
-    network = WEIGHTS * 2 * TOKENS / flops_per_second()
+    network = WEIGHTS * 2 * TOKENS / flops_per_second(place)
     return {"scheduler_s": found["plain"], "added_s": found["corrected"] - found["plain"], "network_s": network}
 
 
-def flops_per_second(size: int = 1024, repeats: int = 10) -> float:
-    """Of a product of two square matrices, float32, one core."""
-    factors = torch.randn(2, size, size)
-    times = []
-    for _ in range(repeats):
-        started = time.process_time()
-        factors[0] @ factors[1]
-        times.append(time.process_time() - started)
-    return 2 * size**3 / min(times)
+def flops_per_second(place: Place, repeats: int = 10) -> float:
+    """Of a product of two square matrices, on one core or the GPU."""
+    size = 1024 if place.device == "cpu" else 8192
+    one, other = torch.randn(2, size, size, device=place.device, dtype=place.dtype)
+    return 2 * size**3 / min(place.seconds(lambda: one @ other) for _ in range(repeats))
 
 
 def import_cost(repeats: int) -> float:
@@ -211,14 +233,17 @@ def import_cost(repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--device", choices=list(PLACES), default="cpu")
     parser.add_argument("--json", help="also write the numbers to this file")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    place = PLACES[arguments.device]
+    if place.device == "cpu":
+        torch.set_num_threads(1)
     print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
-    ratio, low, high = idle_overhead(arguments.pairs)
-    speeds = {name: planned_speed(plan, 14) for name, plan in PLANS.items()}
+    ratio, low, high = idle_overhead(arguments.pairs, place)
+    speeds = {name: planned_speed(plan, 14, place) for name, plan in PLANS.items()}
     cost = import_cost(9)
-    corrected = correction_cost(40)
+    corrected = correction_cost(40, place)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     for name, speed in speeds.items():
         print(
@@ -227,7 +252,7 @@ def main() -> None:
         )
     added, network = corrected["added_s"], corrected["network_s"]
     print(
-        f"correction of a step on latents {LATENTS}   {1000 * added:.1f} ms of CPU time = "
+        f"correction of a step on latents {LATENTS}   {1000 * added:.2f} ms = "
         f"{added / corrected['scheduler_s']:.2f} of scheduler.step, {added / network:.1e} of the network's"
     )
     print(f"import osaccel.auto                            {cost:.1f} ms")

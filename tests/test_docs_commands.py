@@ -127,6 +127,8 @@ HOW = {
     "SOAK=200 python -m pytest tests/test_soak.py": RunBy("test_soak.py", '"SOAK"'),
     "python tests/matrix.py": RunBy("test_packaging.py", "matrix.try_cell("),
     "python -m benchmarks.wall miniature": RunBy("test_wall_benchmark.py", "wall.miniature("),
+    "python -m benchmarks.wall steps --size 29x480p 29x240p --device cuda --checkout CHECKOUT --steps 20 --repeats 2":
+        RunBy("test_wall_benchmark.py", "wall_steps.main("),
     "python -m benchmarks.reference.train --out DIR": RunBy("test_reference.py", "train"),
     "python -m osaccel.report": RunBy("test_report.py", "report.main("),
     "python -m osaccel.run": RunBy("test_launcher.py", "osaccel.run"),

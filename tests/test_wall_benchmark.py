@@ -48,10 +48,15 @@ def test_single_steps_are_timed(capsys, tmp_path):
     file = tmp_path / "steps.json"
     wall_steps.main(wall.parse_args(["steps", "--steps", "6", "--repeats", "1", "--json", str(file)]))
     rows = json.loads(file.read_text())["small"]
-    assert rows["plain"]["error"] == 0 == rows["mask left out"]["error"]
-    assert rows["four keys"]["ideal"] == pytest.approx(36 / 26) and rows["four keys"]["error"] > 0
-    assert rows["plan, every 2. step"]["ideal"] == pytest.approx(6 / 4)
-    assert len(capsys.readouterr().out.strip().splitlines()) == 4 + len(rows)
+    assert rows["plain"]["error"] == 0 == rows["mask left out"]["error"] == rows["recorded for a search"]["error"]
+    assert rows["four keys"]["ideal"] == pytest.approx(36 / 30) and rows["four keys"]["error"] > 0
+    # Two full steps, then everything, all but the first of six blocks, nothing, and one half.
+    assert rows["plan, 3x"]["ideal"] == pytest.approx(6 / (3 + 1 / 6 + 1 / 2))
+    assert rows["corrected"]["ideal"] == 1 and rows["corrected"]["error"] > 0
+    assert all(0 < row["beside"] < row["seconds"] and row["added"] < 1 for row in rows.values())
+    assert rows["mask left out"]["added"] == 0 and rows["recorded for a search"]["host"] > 0
+    table = capsys.readouterr().out.strip().splitlines()
+    assert [line.split(" | ")[0][2:] for line in table if line.startswith("| ")][1:] == list(rows)
 
 
 def test_the_published_size_needs_the_upstream():

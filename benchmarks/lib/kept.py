@@ -81,6 +81,8 @@ def _commit() -> str:
 def _machine() -> str:
     names = [line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     processor = names[0] if names else platform.processor() or platform.machine()
+    if torch.cuda.is_available():
+        processor += f" and one {torch.cuda.get_device_name()}"
     return f"{os.cpu_count()} cores of {processor}, torch {torch.__version__}, {torch.get_num_threads()} threads"
 
 

@@ -3,6 +3,9 @@
 
 OSACCEL_UPSTREAM names an unpacked checkout of tag v1.2.0 with tiny checkpoints beside it in `<checkout>/../tiny`
 (model, vae, mt5, prompts.txt), written by make_tiny_checkpoints.py. The same Python must import the upstream on a CPU.
+
+UPSTREAM_DEVICE=cuda runs the same tests on GPUs, sample_t2v_sp with nccl and one rank per GPU, two at most; those that
+need more ranks are skipped. UPSTREAM_RANKS says how many ranks there may be, for a place in which several share a GPU.
 """
 
 import json
@@ -16,10 +19,13 @@ import sys
 import textwrap
 
 import pytest
+import torch
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 CHECKOUT = os.environ.get("OSACCEL_UPSTREAM", "")
 TINY = os.path.join(os.path.dirname(os.path.abspath(CHECKOUT)), "tiny")
+# Not named OSACCEL_...: of those a process with osaccel accepts only the ones it knows.
+DEVICE, RANKS = os.environ.get("UPSTREAM_DEVICE", "cpu"), os.environ.get("UPSTREAM_RANKS")
 
 
 def pytest_collection_modifyitems(items):
@@ -69,10 +75,24 @@ COUNTING_SITECUSTOMIZE = """
 METHOD = "EulerAncestralDiscrete"
 
 
+def most_ranks():
+    """How many ranks may run here."""
+    if RANKS is not None:
+        return int(RANKS)
+    return 4 if DEVICE == "cpu" else torch.cuda.device_count()
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return str(probe.getsockname()[1])
+
+
+def enough(ranks):
+    """That number, or the test is skipped."""
+    if ranks > most_ranks():
+        pytest.skip(f"needs {ranks} ranks, and {most_ranks()} can run here")
+    return ranks
 
 
 class Upstream:
@@ -82,25 +102,31 @@ class Upstream:
         self.folder, self.runs = folder, {}
         self.site = folder / "site"
         self.site.mkdir()
+        self.on_cpu = DEVICE == "cpu"
         (self.site / "sitecustomize.py").write_text(textwrap.dedent(COUNTING_SITECUSTOMIZE))
 
     def run(
-        self, script="sample_t2v", prefix=(), sitecustomize=None, steps=8, method=METHOD, frames=5, extra=(), ranks=2,
-        **environ,
+        self, script="sample_t2v", prefix=(), sitecustomize=None, steps=8, method=METHOD, frames=5, extra=(),
+        ranks=None, **environ,
     ):  # fmt: skip
+        ranks = min(2, most_ranks()) if ranks is None else enough(ranks)
         key = json.dumps([script, prefix, sitecustomize, steps, method, frames, extra, ranks, environ])
         if key not in self.runs:
             self.runs[key] = self._run(script, prefix, sitecustomize, steps, method, frames, extra, ranks, environ)
         return self.runs[key]
 
+    def ranks_of(self, script):
+        """The names of a script's ranks, where a test does not ask for a number of them."""
+        return ["0"] if script == "sample_t2v" else [str(rank) for rank in range(min(2, most_ranks()))]
+
     def run_file(self, name, ranks, *arguments):
         """Run a Python file that lies here, on `ranks` ranks, with the tiny checkpoints; returns what it printed."""
         here = os.path.dirname(os.path.abspath(__file__))
         command = [sys.executable]
-        if ranks > 1:
+        if enough(ranks) > 1:
             command += ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", free_port()]
         environ = dict(os.environ, PYTHONHASHSEED="3", OMP_NUM_THREADS="1")
-        environ["PYTHONPATH"] = os.pathsep.join([CHECKOUT, ROOT])
+        environ.update(PYTHONPATH=os.pathsep.join([CHECKOUT, ROOT]), UPSTREAM_DEVICE=DEVICE)
         command += [os.path.join(here, name), TINY, *arguments]
         ended = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
         return ended.stdout.decode()
@@ -117,7 +143,7 @@ class Upstream:
         environ.pop("OSACCEL_UPSTREAM")
         environ.update(PYTHONPATH=os.pathsep.join([str(site), CHECKOUT, ROOT]), **variables)
         command = [*prefix, *self._command(script, out, steps, method, frames, ranks), *extra]
-        if script != "sample_t2v":
+        if script != "sample_t2v" and self.on_cpu:
             environ["FAKE_CUDA_ON_CPU"] = "1"
         return finish(command, environ, out, stop_after_first_round=script != "sample_t2v")
 
@@ -132,7 +158,7 @@ class Upstream:
             "guidance_scale": 7.5, "max_sequence_length": 32, "sample_method": method, "model_type": "dit", "fps": 8,
         }  # fmt: skip
         if script == "sample_t2v":
-            options["device"] = "cpu"
+            options["device"] = DEVICE
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
         return [*start, "-m", f"opensora.sample.{script}", *words]
 

@@ -12,7 +12,7 @@ import math
 import sys
 
 import torch
-from plan_by_hand import STEPS, distance, pipeline_of, sample
+from plan_by_hand import DEVICE, STEPS, distance, pipeline_of, sample
 
 
 class ByHand:
@@ -57,6 +57,10 @@ class ByHand:
         return self.original(output, timestep, x, **others)
 
 
+def random_state():
+    return (torch if DEVICE == "cpu" else torch.cuda).get_rng_state()
+
+
 def main():
     tiny, dtype, frames, plan = sys.argv[1], getattr(torch, sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
     from osaccel.formats import parse_plan
@@ -65,10 +69,10 @@ def main():
     def generated(correction):
         content = {"format": "osaccel.plan/1", "steps": STEPS, "correction": correction}
         with Generation(pipeline, parse_plan(content, "plan")):
-            return sample(pipeline, frames), torch.get_rng_state()
+            return sample(pipeline, frames), random_state()
 
     pipeline = pipeline_of(tiny, dtype)
-    plain, state = sample(pipeline, frames), torch.get_rng_state()
+    plain, state = sample(pipeline, frames), random_state()
     zero, _ = generated({"predictor": [0] * STEPS, "corrector": 0})
     corrected, after = generated(plan)
     again = sample(pipeline, frames)

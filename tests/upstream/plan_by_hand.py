@@ -19,6 +19,9 @@ from opensora.models.causalvideovae import CausalVAEModelWrapper, ae_stride_conf
 from opensora.models.diffusion.opensora.modeling_opensora import OpenSoraT2V
 
 STEPS, GUIDANCE = 8, 4.0
+DEVICE = os.environ.get("UPSTREAM_DEVICE", "cpu")
+# The two halves of guidance are compared one by one: a convolution must not round by the size of its batch.
+torch.backends.cudnn.allow_tf32 = False
 BATCH_FIRST = ("attention_mask", "encoder_hidden_states", "encoder_attention_mask", "timestep")
 
 
@@ -33,12 +36,14 @@ def pipeline_of(tiny, dtype):
         from opensora.sample.pipeline_opensora_sp import OpenSoraPipeline
         from opensora.utils.parallel_states import initialize_sequence_parallel_state
 
-        dist.init_process_group(backend="gloo", init_method="env://")
+        if DEVICE != "cpu":
+            torch.cuda.set_device(int(os.environ["RANK"]))
+        dist.init_process_group(backend="gloo" if DEVICE == "cpu" else "nccl", init_method="env://")
         initialize_sequence_parallel_state(dist.get_world_size())
     else:
         from opensora.sample.pipeline_opensora import OpenSoraPipeline
     vae = CausalVAEModelWrapper(os.path.join(tiny, "vae"))
-    vae.vae, vae.vae_scale_factor = vae.vae.to(dtype), ae_stride_config["CausalVAEModel_D4_4x8x8"]
+    vae.vae, vae.vae_scale_factor = vae.vae.to(DEVICE, dtype), ae_stride_config["CausalVAEModel_D4_4x8x8"]
     options = {"torch_dtype": dtype, "low_cpu_mem_usage": False, "device_map": None}
     pipeline = OpenSoraPipeline(
         vae=vae.eval(),
@@ -46,7 +51,7 @@ def pipeline_of(tiny, dtype):
         tokenizer=T5Tokenizer.from_pretrained(os.path.join(tiny, "mt5")),
         scheduler=EulerAncestralDiscreteScheduler(),
         transformer=OpenSoraT2V.from_pretrained(os.path.join(tiny, "model"), **options).eval(),
-    )
+    ).to(DEVICE)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

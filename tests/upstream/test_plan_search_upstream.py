@@ -19,7 +19,7 @@ def test_a_plan_is_searched_and_applied(upstream, script, tmp_path_factory):
     plan, report = json.loads(path.read_text()), json.loads((path.parent / "plan.json.report.json").read_text())
     assert plan["steps"] == 20 and plan["made_for"]["sampler"] == "EulerAncestralDiscreteScheduler"
     assert report["cost"]["plain_generations"] <= 6 and report["work"] <= 1 / 1.5
-    assert report["fingerprint"]["ranks"] == (1 if script == "sample_t2v" else 2)
+    assert report["fingerprint"]["ranks"] == len(upstream.ranks_of(script))
     assert "found a plan for 1.5x" in result.log
     (summary,) = result.summaries
     assert f"network work {100 * report['work']:.1f} %" in summary

@@ -17,8 +17,8 @@ def test_a_rank_without_variables_samples_with_those_of_rank_0(upstream, tmp_pat
     path = tmp_path / "dit_cache_config.json"
     path.write_text(json.dumps(CACHE))
     environ = {"OSACCEL_CACHE_CONFIG": str(path)}
-    both = upstream.run("sample_t2v_sp", prefix=LAUNCHER, **environ)
-    one = upstream.run("sample_t2v_sp", prefix=LAUNCHER, sitecustomize=FORGET, **environ)
+    both = upstream.run("sample_t2v_sp", prefix=LAUNCHER, ranks=2, **environ)
+    one = upstream.run("sample_t2v_sp", prefix=LAUNCHER, sitecustomize=FORGET, ranks=2, **environ)
     assert len(one.videos) == 2 and one.videos == both.videos, one.log[-3000:]
     assert {rank: calls[:6] for rank, calls in one.calls.items()} == {
         rank: calls[:6] for rank, calls in both.calls.items()

@@ -31,7 +31,7 @@ def note(name, line):
 
 def digest(tensor):
     import torch
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 @wrapt.when_imported("opensora.models.causalvideovae.model.causal_vae")
 def watch_vae(module):
@@ -162,15 +162,28 @@ def test_a_rank_killed_in_its_tile_ends_the_others(upstream):
 def test_the_mask_is_left_out_of_self_attention_only(upstream, script):
     plain, active = (
         upstream.run(script, prefix, WATCH, steps=2, **environ)
-        for prefix, environ in (((), {}), (LAUNCHER, {"OSACCEL_ATTENTION": "auto"}))
+        for prefix, environ in (((), {}), (LAUNCHER, {"OSACCEL_PARALLEL_VAE": "1"}))
     )
     assert active.videos == plain.videos and len(plain.videos) == 2, active.log[-3000:]
     before, after = ({line for line in notes(run, "attention")["attention_0"]} for run in (plain, active))
     assert before == {"self masked", "cross masked"} and after == {"self unmasked", "cross masked"}
-    assert "attention: kept, because flash cannot be used: it needs a GPU, the transformer is on cpu" in active.log
+
+
+def test_flash_where_it_applies(upstream):
+    plain = upstream.run(steps=2)
+    auto = upstream.run(prefix=LAUNCHER, steps=2, OSACCEL_ATTENTION="auto")
+    assert len(auto.videos) == 2, auto.log[-3000:]
+    if upstream.on_cpu:
+        assert auto.videos == plain.videos
+        assert "attention: kept, because flash cannot be used: it needs a GPU, the transformer is on cpu" in auto.log
+    else:
+        assert "attention: flash" in auto.log
+        assert upstream.run(prefix=LAUNCHER, steps=2, OSACCEL_ATTENTION="flash").videos == auto.videos
 
 
 def test_flash_is_refused_with_the_reason(upstream):
+    if not upstream.on_cpu:
+        pytest.skip("a GPU has the kernel")
     result = upstream.run(prefix=LAUNCHER, steps=2, OSACCEL_ATTENTION="flash")
     assert result.status != 0 and not result.videos
     assert "OSACCEL_ATTENTION: flash cannot be used: it needs a GPU, the transformer is on cpu. Use keep" in result.log
@@ -183,7 +196,9 @@ def test_the_named_kernel_serves_self_attention_with_a_visible_mask():
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_the_benchmark_takes_a_video_apart_on_every_rank(tmp_path):
+def test_the_benchmark_takes_a_video_apart_on_every_rank(upstream, tmp_path):
+    if not upstream.on_cpu:
+        pytest.skip("it runs the ranks on a CPU")
     from benchmarks import wall
 
     arguments = wall.parse_args(["upstream", CHECKOUT, "--frames", "33", "--width", "64", "--steps", "2"])

@@ -48,11 +48,11 @@ class DeltaLog:
             self._before = self._chosen(before[0])
         if index == self.num_blocks - 1:
             assert self._before is not None
-            self._rows.append(self._chosen(after[0]) - self._before)
+            self._rows.append((self._chosen(after[0]) - self._before).cpu())
             self._before = None
 
     def _chosen(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(batch, numbers) of the chosen tokens, float32, on the host."""
+        """(batch, numbers) of the chosen tokens, float32, where they are."""
         tokens = hidden.movedim(self.batch_dim, 0)
         tokens = tokens.reshape(len(tokens), -1, tokens.shape[-1])
         if self._tokens is None:
@@ -60,7 +60,7 @@ class DeltaLog:
             generator = torch.Generator().manual_seed(0)
             chosen = torch.randperm(tokens.shape[1], generator=generator)[:most].sort().values
             self._tokens, self._scale = chosen.to(hidden.device), tokens.shape[1] / len(chosen)
-        return tokens[:, self._tokens].float().flatten(1).cpu()
+        return tokens[:, self._tokens].float().flatten(1)
 
     def gram(self, weight: Optional[float] = None) -> torch.Tensor:
         """(steps, steps), float64, of the deltas as guidance mixes the two halves of the batch.
