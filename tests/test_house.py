@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "house.md").read_text(encoding="utf-8")
 LONGEST = 50
 # Rooms of the search that each hold one search; what they share is on the search's ground floor.
 WINGS = ("dit_cache", "plan", "timesteps")
@@ -56,8 +57,8 @@ def room(module):
 
 
 def documented_order():
-    """The line of the README that says which way imports point: groups of rooms, from the top down."""
-    (line,) = re.findall(r"^Imports point one way: `(.+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    """The line of the page that says which way imports point: groups of rooms, from the top down."""
+    (line,) = re.findall(r"^Imports point one way: `(.+)`", PAGE, re.MULTILINE)
     return [group.split() for group in line.split(" > ")]
 
 
@@ -72,7 +73,7 @@ def crossed(name, levels, place_of):
 def test_every_room_is_in_the_documented_order_and_in_the_table_of_rooms():
     rooms = {room(name) for name in MODULES} - {"", "demo"}
     assert {place for group in documented_order() for place in group} == rooms
-    table = " ".join(re.findall(r"^\| `osaccel/.*", (ROOT / "README.md").read_text(), re.MULTILINE))
+    table = " ".join(re.findall(r"^\| `osaccel/.*", PAGE, re.MULTILINE))
     assert [place for place in rooms if f"{place}.py`" not in table and f"{place}/`" not in table] == []
 
 

@@ -89,9 +89,3 @@ def test_every_command_answers_a_misspelt_option_with_the_one_that_is_meant(wron
     result = subprocess.run([sys.executable, "-m", *f"osaccel.{wrong}".split()], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.endswith(f": unknown option. Did you mean {meant!r}?\n") and result.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("name", ["CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
-def test_links_lead_somewhere(name):
-    for target in re.findall(r"\]\(([^)#:]+)\)", text(name)):
-        assert (ROOT / target).exists(), target

@@ -76,8 +76,9 @@ def reader_accepts(value):
 
 def documented():
     """Every JSON and YAML example of a plan in the docs, and the demo's files."""
-    for page in sorted((ROOT / "docs").glob("*.md")):
-        for language, text in re.findall(r"^```(json|yaml)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    for path in sorted((ROOT / "docs").glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        for language, text in re.findall(r"^```(json|yaml)\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
             if language == "yaml":
                 content = strict_yaml.parse(text)
                 if "format" in content:
