@@ -106,8 +106,10 @@ HOW = {
     "ruff check . && ruff format --check . && mypy": Run("Success: no issues found", in_repository=True),
     "python -m pytest tests/test_plan.py": Run(" passed", (("tests/", "-q tests/"),), in_repository=True),
     "python -m pytest tests/test_report.py": Run(" passed", (("tests/", "-q tests/"),), in_repository=True),
-    "FUZZ_EXAMPLES=100000 python -m pytest tests/test_fuzz.py":
+    "FUZZ_EXAMPLES=100000 python -m pytest tests/test_fuzz.py -k many":
         Run(" passed", (("100000", "100"), ("tests/", "-q tests/")), in_repository=True),
+    "SIGKILL_MOMENTS=40 python -m pytest tests/test_journal.py -k killed":
+        RunBy("test_journal.py", '"SIGKILL_MOMENTS"'),
     "python -m benchmarks.oracle --corrections --steps 50 25 15 --mixture 300 --mixtures 16 --videos 256":
         Run("energy", (("50 25 15", "6 4"), ("mixtures 16", "mixtures 2"), ("videos 256", "videos 16 --batch 8"))),
     "python -m benchmarks.overhead": Run("every action", (("overhead", "overhead --pairs 1"),)),
@@ -136,6 +138,7 @@ HOW = {
     "python -m pytest": NotHere("is what runs this"),
     ".ci/run": NotHere("runs this, in a fresh environment"),
     "python -m build && twine check --strict dist/*": NotHere("needs build and twine, which no extra brings"),
+    "python -m benchmarks.windows": NotHere("takes hours; test_benchmarks_plans.py tests what it computes"),
     "python -m benchmarks.reference.curve --out DIR": NotHere("needs a training's folder"),
     "python -m benchmarks.reference.export --out DIR": NotHere("needs a training's folder, and writes the checkpoint"),
     "python -m benchmarks.reference.errors --out DIR": NotHere("needs a training's folder"),
