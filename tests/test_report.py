@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from osaccel.formats import plan_content
+from osaccel.formats import SettingsError, plan_content
 from osaccel.plan import Correction, Plan, Region
 from osaccel.report import cache as cache_page
 from osaccel.report import page as report
@@ -191,6 +191,22 @@ def test_a_damaged_report_is_refused_in_one_line(tmp_path, capsys, kind):
         assert status == 0 or (status == 2 and said.count("\n") == 1 and "cannot be shown as a" in said), said
         used += status == 2
     assert used >= 4
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        ({"kind": []}, "not a report of a search"),
+        ({"kind": {"plan": 1}}, "not a report of a search"),
+        ({"windows": {"first": -(10**9), "length": 10**8, "actions": ["full"] * 10}}, "before the first step"),
+        ({"windows": {"first": 0, "length": 10**8, "actions": ["full"] * 10}}, "too many to be shown"),
+    ],
+)
+def test_a_number_or_a_kind_that_is_none_costs_neither_time_nor_a_traceback(tmp_path, damage, said):
+    path = tmp_path / "plan.json.report.json"
+    path.write_text(json.dumps({**of_plan(), **damage}))
+    with pytest.raises(SettingsError, match=said):
+        report.content_of(report.load(str(path)))
 
 
 def test_damaged_frames_are_refused_in_one_line(tmp_path, capsys):

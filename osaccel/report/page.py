@@ -39,7 +39,7 @@ def load(path: str) -> Dict[str, Any]:
     path = path if path.endswith(SUFFIX) else path + SUFFIX
     report = formats.read_file(path)
     kind = report.get("kind", "dit_cache") if isinstance(report, dict) else None
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise SettingsError(f"{path}: not a report of a search.")
     missing = [key for key in _NEEDED[kind] if key not in report]
     if missing:
@@ -80,6 +80,8 @@ def _damage_is_said(report: Mapping[str, Any]) -> Iterator[None]:
 def _check_sizes(report: Mapping[str, Any]) -> None:
     bound, windows = report.get("fingerprint", {}), report.get("windows", {"first": 0, "length": 0, "actions": ()})
     steps = max(bound.get("steps") or 1, len(report.get("delta_change", ())))
+    if windows["first"] < 0 or windows["length"] < 0:
+        raise ValueError("its windows begin before the first step")
     behind = windows["first"] + windows["length"] * len(windows["actions"])
     if (bound.get("blocks") or 1) * steps > _MOST_CELLS or max(steps, behind) > _MOST_STEPS:
         raise ValueError("its blocks and steps are too many to be shown")
