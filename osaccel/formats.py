@@ -83,6 +83,7 @@ def parse_plan(content: Any, place: str) -> Plan:
     if mapping.get("format") != FORMAT:
         raise SettingsError(f"{place}: format must be {FORMAT!r}, got {_described(mapping.get('format'))}.")
     steps = _whole_number(mapping, "steps", place, minimum=1)
+    _check_most_steps("steps", steps, place)
     regions = _list(mapping, "regions", place, "a list of regions")
     try:
         return Plan(
@@ -120,8 +121,7 @@ def _of_mindie(content: Dict[str, Any], place: str) -> Plan:
     blocks, steps, first, every, end, start, stop = (
         _whole_number(given, key, place, minimum=int(key in positive)) for key in _MINDIE_KEYS
     )
-    if steps > MOST_TIMESTEPS:
-        raise SettingsError(f"{place}: steps_count must be at most {MOST_TIMESTEPS}, got {shown(steps)}.")
+    _check_most_steps("steps_count", steps, place)
     reuse = tuple(step for step in range(first, min(end, steps)) if (step - first) % every)
     stop = min(stop, blocks)
     regions = (Region(start, stop, reuse),) if reuse and start < stop else ()
@@ -146,6 +146,11 @@ def _list(mapping: Dict[str, Any], key: str, place: str, what: str) -> List[Any]
     if not isinstance(value, list):
         raise SettingsError(f"{place}: {key} must be {what}, got {_described(value)}.")
     return value
+
+
+def _check_most_steps(key: str, steps: int, place: str) -> None:
+    if steps > MOST_TIMESTEPS:
+        raise SettingsError(f"{place}: {key} must be at most {MOST_TIMESTEPS}, got {shown(steps)}.")
 
 
 def _steps(mapping: Dict[str, Any], key: str, place: str) -> Tuple[int, ...]:

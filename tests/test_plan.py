@@ -461,6 +461,7 @@ def test_four_keys_are_a_plan_too():
         ({"format": None}, "here: format must be 'osaccel.plan/1', got None (nothing)."),
         ({"format": "osaccel.plan/2"}, "here: format must be 'osaccel.plan/1', got 'osaccel.plan/2' (text)."),
         ({"steps": "100"}, "here: steps must be an integer of at least 1, got '100' (text)."),
+        ({"steps": 10**20}, "here: steps must be at most 10000, got 100000000000000000000."),
         ({"steps": True}, "here: steps must be an integer of at least 1, got True (a boolean)."),
         ({"stepss": 3}, "here: unknown key 'stepss'. Did you mean 'steps'?"),
         ({"skip": 31}, "here: skip must be a list of step indices, got 31 (a number of type int)."),

@@ -200,6 +200,7 @@ def test_a_damaged_report_is_refused_in_one_line(tmp_path, capsys, kind):
         ({"kind": {"plan": 1}}, "not a report of a search"),
         ({"windows": {"first": -(10**9), "length": 10**8, "actions": ["full"] * 10}}, "before the first step"),
         ({"windows": {"first": 0, "length": 10**8, "actions": ["full"] * 10}}, "too many to be shown"),
+        ({"evaluations": [{"config": {"format": "osaccel.plan/1", "steps": 10**20}}]}, "steps must be at most 10000"),
     ],
 )
 def test_a_number_or_a_kind_that_is_none_costs_neither_time_nor_a_traceback(tmp_path, damage, said):
