@@ -190,7 +190,7 @@ def table(results: Sequence[Dict[str, Any]]) -> str:
         ]
         rows = [Choice(*row) for row in result["choices"]]
         for name in ("mean", "typical") if draw else ():
-            best = min(draw, key=lambda c, name=name: STATISTICS[name](errors[c]))
+            _, best = min((float(STATISTICS[name](errors[candidate])), candidate) for candidate in draw)
             rows.append(Choice(f"best {name}, drawn", best, float("nan"), 0, 0.0))
         lines += [_line(row, errors, draw) for row in rows]
     return "\n".join(lines) + "\n"

@@ -115,7 +115,8 @@ class Denoiser:
         self.transformer: Any = transformer
         self.scheduler: Any = EulerAncestralDiscreteScheduler()
         self.device, self.dtype = next(transformer.parameters()).device, next(transformer.parameters()).dtype
-        self.stopwatch = Stopwatch(self.transformer.transformer_blocks, self.device)
+        blocks: Any = transformer.transformer_blocks
+        self.stopwatch = Stopwatch(blocks, self.device)
         draw = torch.Generator().manual_seed(0)
         self.noise = torch.randn((1, 4, *size.latents), generator=draw)
         text = torch.randn((2, 1, size.words, size.model["caption_channels"]), generator=draw)

@@ -127,8 +127,10 @@ def beyond(data: Measured, expected: Expectation) -> np.ndarray:
     """(window, action): how many times as much as its family's mildest action an action does locally, squared."""
     found = np.ones((data.windows.count, len(data.names)))
     for place, action in enumerate(data.actions):
-        family = next((kind for kind in action.cycle if kind in FAMILIES), None)
-        for window in range(data.windows.count if family else 0):
+        if action == PLAIN:
+            continue
+        family = next(kind for kind in action.cycle if kind in FAMILIES)
+        for window in range(data.windows.count):
             local, mild = (expected.sizes[name][window][family] for name in (action.name, REFERENCES[family]))
             found[window, place] = max(1.0, local / mild)
     return found
@@ -147,7 +149,7 @@ def excess(data: Measured, work: float, few: int, draws: int, rule: Dict[str, An
     generator, ratios = np.random.default_rng(0), []
     best = chosen(data, data.squares.mean(axis=0), work)
     for _ in range(draws):
-        calls = generator.permutation(len(data.squares))
+        calls = generator.permutation(len(data.squares)).tolist()
         seen, unseen = calls[:few], calls[few:]
         expected = expectation(data, seen, rule.get("groups", 3), rule.get("summed", np.mean))
         squares = expected.squares(data.actions) * beyond(data, expected) ** (rule.get("growth", 1.0) - 1)
