@@ -170,7 +170,8 @@ class Result:
         # The grid of all videos repeats the single ones, and is still being written when a round ends.
         self.videos = {path.name: path.read_bytes() for path in videos if not re.match(r"[A-Za-z0-9]+_gs", path.name)}
         self.calls = {path.name[6:]: json.loads(path.read_text()) for path in out.glob("calls_*")}
-        self.summaries = [line for line in log.splitlines() if "[osaccel] generation:" in line]
+        # A progress bar of the script may stand before a line, on the same one.
+        self.summaries = re.findall(r"\[osaccel\] generation:.*", log)
 
 
 def finish(command, environ, out, stop_after_first_round, limit=400):
