@@ -292,8 +292,8 @@ def test_on_the_miniature_little_depends_on_how_many_first_steps_are_kept(tmp_pa
         _, plan, found[kept] = search(tmp_path / str(kept), steps=50, pipeline=pipeline, **call)
     usual, other = found.values()
     assert other["windows"]["first"] != usual["windows"]["first"] and max(usual["work"], other["work"]) <= 0.5
-    # The same work, saved elsewhere: by how much it matters, without a video that turns.
-    assert 0.5 < other["error"] / usual["error"] < 2 and max(usual["error"], other["error"]) < 0.1
+    # The same work, saved elsewhere: by how much it matters for one call, without a video that turns.
+    assert 1 / 3 < other["error"] / usual["error"] < 3 and max(usual["error"], other["error"]) < 0.1
 
 
 def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
