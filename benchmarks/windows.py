@@ -29,7 +29,7 @@ from benchmarks.lib.plan_search import recorded
 from benchmarks.lib.quality import STATISTICS
 from osaccel import formats
 from osaccel.search.measure import Measure
-from osaccel.search.plan.actions import ACTIONS, FAMILIES, PLAIN, Action, Windows, plan_of
+from osaccel.search.plan.actions import ACTIONS, BY_NAME, FAMILIES, PLAIN, Action, Windows, plan_of
 from osaccel.search.plan.choice import Choice, at_work, curve
 from osaccel.search.plan.gains import REFERENCES, Expectation, gains, probes
 from osaccel.search.plan.local import squared_sizes
@@ -57,8 +57,7 @@ class Measured(NamedTuple):
 
     @property
     def actions(self) -> List[Action]:
-        by_name = {action.name: action for action in ACTIONS}
-        return [by_name[name] for name in self.names]
+        return [BY_NAME[name] for name in self.names]
 
     def of(self, calls: Sequence[int], choice: Choice) -> List[float]:
         """Relative errors of calls under a choice, the windows' squares added up."""
@@ -73,7 +72,7 @@ def measured(name: str, calls: int, folder: Path) -> Measured:
     with tempfile.TemporaryDirectory() as scratch:
         runner = recorded(bench, model.calibration_cases(calls, SEED), str(Path(scratch) / "plan.json"))
     runner.prepare()
-    measure = Measure(runner.replays, runner.team, runner.journal)
+    measure = Measure(runner.replays, runner.team)
     windows, actions = runner.windows, [one for one in ACTIONS if one == PLAIN or one.name in ALONE]
     squares = np.zeros((calls, windows.count, len(actions)))
     sizes = np.zeros((calls, windows.count, len(actions), len(FAMILIES)))

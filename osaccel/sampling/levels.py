@@ -105,6 +105,10 @@ class NoiseLevels:
             return (self._preserved(sample, sigma) * signal - denoised) / math.sqrt(1 - signal * signal)
         return denoised
 
+    def slope(self, sigma: float) -> float:
+        """How far D moves with the model output at a noise level."""
+        return float(self.denoised(torch.ones(1), sigma, torch.zeros(1)))
+
     def _preserved(self, sample: torch.Tensor, sigma: float) -> torch.Tensor:
         """(x0 + s z) / sqrt(1 + s^2)."""
         return sample.float() / (math.sqrt(1 + sigma * sigma) if self.explodes else 1.0)

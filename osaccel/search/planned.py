@@ -20,11 +20,10 @@ from osaccel.search.workers import Evaluate, Helper, Job, Workers
 
 # Network work a search may take, in plain generations of the recorded calls, which are counted in.
 BUDGET = 6.0
-# Errors of calls to come are known within about a quarter. What changes one of the first steps must be so much better
-# than what does not: there a change leaves nearly every video as it is and turns one in some dozens into another, which
-# a search that sees a few calls cannot see.
+# Errors of calls to come are known within about a quarter: what is less likely to be right must be so much better.
 TOLERANCE = 1.25
-# The share of the steps, the noisiest, that are the first ones.
+# The share of the steps, the noisiest, that are the first ones. There a change leaves nearly every video as it is and
+# turns one in some dozens into another, which a search that sees a few calls cannot see.
 SETTLING = 0.1
 
 
@@ -109,6 +108,16 @@ class PlannedRunner(JournalledRunner):
     def spent(self) -> float:
         """The network work so far in plain generations of the recorded calls."""
         return self.block_forwards / self.plain
+
+    def cost(self, seconds: float) -> Dict[str, Any]:
+        """Of a report; `seconds` are those of the search, without the plain generations."""
+        plain_seconds = sum(replay.recording.seconds for replay in self.replays)
+        return {
+            "plain_generations": self.spent,
+            "seconds": seconds + plain_seconds,
+            "plain_seconds": plain_seconds,
+            "recording_bytes": sum(replay.recording.nbytes() for replay in self.replays),
+        }
 
     # Other ranks of a script that splits its prompts
 

@@ -24,7 +24,7 @@ def report(runner: Any, search: Search, best: Candidate, changes: np.ndarray, se
         seconds: of the search, without the plain generations.
     """
     steps, blocks, chosen = search.num_steps, search.num_blocks, search.done[best]
-    expected = search.expected()
+    expected, cost = search.expected(), _cost(runner, seconds)
     return {
         "chosen": best.config.to_dict(),
         "goal": {"ratio": search.goal.ratio, "min_psnr": search.goal.min_psnr},
@@ -35,9 +35,9 @@ def report(runner: Any, search: Search, best: Candidate, changes: np.ndarray, se
         "fingerprint": runner.fingerprint,
         "versions": binding.versions(),
         **binding.occasion([replay.call for replay in runner.replays]),
-        "cost": {**_cost(runner, seconds), "instrument_bytes": runner.bytes_used},
+        "cost": {**cost, "instrument_bytes": runner.bytes_used},
         "slopes": search.expectation.slopes.tolist(),
-        "evaluations": _evaluations(search, expected, _plain_seconds(runner)),
+        "evaluations": _evaluations(search, expected, cost["plain_seconds"]),
         "predictions": [
             {**c.config.to_dict(), "expected_error": value, "predicted_speed_up": c.speed_up(blocks, steps)}
             for c, value in sorted(expected.items(), key=lambda item: item[1])[:LISTED]
@@ -46,18 +46,11 @@ def report(runner: Any, search: Search, best: Candidate, changes: np.ndarray, se
     }
 
 
-def _plain_seconds(runner: PlannedRunner) -> float:
-    return sum(replay.recording.seconds for replay in runner.replays)
-
-
 def _cost(runner: PlannedRunner, seconds: float) -> Dict[str, Any]:
     recording = runner.replays[0].recording
     return {
-        "plain_generations": runner.spent,
+        **runner.cost(seconds),
         "block_forwards": runner.block_forwards,
-        "seconds": seconds + _plain_seconds(runner),
-        "plain_seconds": _plain_seconds(runner),
-        "recording_bytes": sum(replay.recording.nbytes() for replay in runner.replays),
         "forwards_per_step": recording.forwards / max(1, recording.steps),
     }
 

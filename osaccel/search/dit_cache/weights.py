@@ -4,7 +4,6 @@
 from typing import Any
 
 import numpy as np
-import torch
 
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.standin import usual_power
@@ -25,8 +24,7 @@ def step_weights(scheduler: Any, num_steps: int, variance: float) -> np.ndarray:
     try:
         levels = NoiseLevels(scheduler)
         sigmas = np.array(levels.of_steps())
-        one, zero = torch.ones(1), torch.zeros(1)
-        slopes = np.array([float(levels.denoised(one, float(sigma), zero)) for sigma in sigmas[:-1]])
+        slopes = np.array([levels.slope(float(sigma)) for sigma in sigmas[:-1]])
     except (AttributeError, TypeError, ValueError):
         return np.ones(num_steps)
     if len(slopes) != num_steps or not np.isfinite([*slopes, *sigmas]).all() or (sigmas[:-1] <= 0).any():

@@ -63,6 +63,7 @@ ACTIONS = (
     *(_skips_with_halves(length, halves=3) for length in (3,)),
     _skips_with_halves(2, halves=5),
 )
+BY_NAME = {action.name: action for action in ACTIONS}
 # The least length that holds every cycle a whole number of times, and one for short schedules.
 LENGTHS = (12, 6)
 FEWEST_WINDOWS = 4

@@ -67,8 +67,7 @@ def _power(scheduler: Any, call: StepCall) -> Optional[float]:
 def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog) -> Dict[str, Any]:
     """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
     weights, differences = _guidance(replay)
-    one, zero = torch.ones(1), torch.zeros(1)
-    slopes = [float(log.levels.denoised(one, sigma, zero)) for sigma in log.sigmas[:-1]]
+    slopes = [log.levels.slope(sigma) for sigma in log.sigmas[:-1]]
     guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
     return {
         "denoised": torch.stack(log.rows),

@@ -21,10 +21,10 @@ from osaccel.search import frames as pictures
 from osaccel.search import outputs
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
-from osaccel.search.measure import mean_square, price_of
+from osaccel.search.measure import mean_square, plan_of_job, price_of
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
-    ACTIONS,
+    BY_NAME,
     FAMILIES,
     FEWEST,
     FORECAST,
@@ -133,13 +133,12 @@ class PlanRunner(PlannedRunner):
 
     def _kind_of_region(self) -> str:
         """Forecast or reuse: what changes the hidden states less where every other step does it."""
-        mildest = {action.name: action for action in ACTIONS}
         local = torch.zeros(2, dtype=torch.float64)
         for place, kind in enumerate((FORECAST, REUSE)):
             for one in self.observed:
                 if len(one["gram"]):
                     record = observation.record_of(one)
-                    windows = squared_sizes(record, mildest[REFERENCES[kind]], self.windows)
+                    windows = squared_sizes(record, BY_NAME[REFERENCES[kind]], self.windows)
                     local[place] += sum(window[kind] for window in windows)
         forecast, reuse = self.team.sum(local).tolist()
         return FORECAST if forecast <= reuse else REUSE
@@ -171,8 +170,7 @@ class PlanRunner(PlannedRunner):
         return found
 
     def _plan_of(self, probe: Probe) -> Plan:
-        by_name = {action.name: action for action in self.actions}
-        return plan_of(probe.chosen(by_name, self.windows.count), self.windows)
+        return plan_of(probe.chosen(BY_NAME, self.windows.count), self.windows)
 
     def _price(self, probe: Probe) -> float:
         """Plain generations' worth of replaying a probe."""
@@ -209,7 +207,7 @@ class PlanRunner(PlannedRunner):
         """
         if not self._can(SKIP):
             return 0.0
-        skips = next(action for action in self.actions if action.name == REFERENCES[SKIP])
+        skips = BY_NAME[REFERENCES[SKIP]]
         moments = [
             predictor_moments(observation.record_of(observed), skips, self.windows) for observed in self.observed
         ]
@@ -259,15 +257,13 @@ class PlanRunner(PlannedRunner):
         """All that was measured for whatever reason and saves enough."""
         if goal.kind != "speed":
             return []
-        measured = [
-            (formats.parse_plan(one.config, "a replay"), one) for one in self.asked.values() if one.error is not None
-        ]
-        works = [plan.work(self.num_blocks) for plan, _ in measured]
-        return [
-            Found(goal, Choice((), work, float("nan")), plan, evaluation)
-            for work, (plan, evaluation) in zip(works, measured)
-            if work <= 1 / goal.value + 1e-9
-        ]
+        found = []
+        for evaluation in self.asked.values():
+            plan = plan_of_job(evaluation.config, self.steps)
+            work = plan.work(self.num_blocks)
+            if evaluation.error is not None and work <= 1 / goal.value + 1e-9:
+                found.append(Found(goal, Choice((), work, float("nan")), plan, evaluation))
+        return found
 
     def _led(self, goal: Goal, limit: float, best: Found) -> List[Found]:
         """The best so far with the predictor that fits the recorded predictions, where the budget allows it.

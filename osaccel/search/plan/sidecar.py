@@ -37,12 +37,7 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
         "psnr": found.evaluation.psnr,
         "fingerprint": runner.fingerprint,
         "versions": binding.versions(),
-        "cost": {
-            "plain_generations": runner.spent,
-            "seconds": seconds + sum(replay.recording.seconds for replay in replays),
-            "plain_seconds": sum(replay.recording.seconds for replay in replays),
-            "recording_bytes": sum(replay.recording.nbytes() for replay in replays),
-        },
+        "cost": runner.cost(seconds),
         "windows": {
             "first": runner.windows.first, "length": runner.windows.length,
             "actions": [action.name for action in found.choice.actions],
