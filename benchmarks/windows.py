@@ -7,15 +7,15 @@
    gain, root of the squared error of the final latents over the squared local change, by window.
 2. Those errors add up, in square, to what any mixture of the actions does to a call. So it is known which mixture is
    best over all calls at a given work, and what the search would choose from a few of them: its excess on the calls
-   that it has not seen, over draws of calls; by the number of groups, by how a probe's calls are summed up, and by
-   growth: were an action that does r times as much locally as the mildest to leave r^growth in square, not r.
+   that it has not seen, over draws of calls; by the number of groups, by whether the mean error or its square is
+   made small, and by whether every call has a gain of its own.
 """
 
 import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -29,9 +29,9 @@ from benchmarks.lib.plan_search import recorded
 from benchmarks.lib.quality import STATISTICS
 from osaccel import formats
 from osaccel.search.measure import Measure
-from osaccel.search.plan.actions import ACTIONS, BY_NAME, FAMILIES, PLAIN, Action, Windows, plan_of
-from osaccel.search.plan.choice import Choice, at_work, curve
-from osaccel.search.plan.gains import REFERENCES, Expectation, gains, probes
+from osaccel.search.plan.actions import ACTIONS, BY_NAME, FAMILIES, PLAIN, REFERENCES, Action, Windows, plan_of
+from osaccel.search.plan.choice import Choice, at_work, curve, least
+from osaccel.search.plan.gains import Expectation, gains, probes
 from osaccel.search.plan.local import squared_sizes
 from osaccel.search.plan.observation import record_of
 
@@ -92,67 +92,69 @@ def measured(name: str, calls: int, folder: Path) -> Measured:
     return Measured(windows, [action.name for action in actions], squares, sizes)
 
 
-def expectation(
-    data: Measured, calls: Sequence[int], groups: int, summed: Callable[[np.ndarray], float]
-) -> Expectation:
+def expectation(data: Measured, calls: Sequence[int], groups: int) -> Expectation:
     """What the search would take from these calls."""
-    means = data.sizes[calls].mean(axis=0)
-    sizes = {
-        name: [dict(zip(FAMILIES, means[window, place])) for window in range(data.windows.count)]
-        for place, name in enumerate(data.names)
-    }
+    sizes = {name: data.sizes[calls][:, :, place] for place, name in enumerate(data.names)}
     families = [family for family in FAMILIES if REFERENCES[family] in data.names]
     found = {}
     for probe in probes(families, data.windows, groups):
         place = data.names.index(REFERENCES[probe.family])
-        found[probe] = summed(data.squares[calls][:, list(probe.windows), place].sum(axis=1))
+        found[probe] = np.sqrt(data.squares[calls][:, list(probe.windows), place].sum(axis=1)).tolist()
     return Expectation(sizes, gains(found, sizes, data.windows))
 
 
-def log_normal(squares: np.ndarray) -> float:
-    """The mean that a log-normal distribution with the spread of these would have, at least their own."""
-    logs = np.log(squares)
-    return max(float(squares.mean()), float(np.exp(logs.mean() + logs.var(ddof=1) / 2)))
+def pooled(data: Measured, expected: Expectation) -> np.ndarray:
+    """(1, window, action): one call for all, whose gain is that of the sums over calls."""
+    sizes = {name: values.mean(axis=0, keepdims=True) for name, values in expected.sizes.items()}
+    gain = {}
+    for family, values in expected.gain.items():
+        local = expected.sizes[REFERENCES[family]][:, :, FAMILIES.index(family)]
+        gain[family] = (values * local).sum(axis=0, keepdims=True) / local.sum(axis=0, keepdims=True)
+    return Expectation(sizes, gain).squares(data.actions)
 
 
-def chosen(data: Measured, squares: np.ndarray, work: float) -> Choice:
-    found = at_work(curve(data.actions, squares, data.windows), work)
+def chosen(data: Measured, squares: np.ndarray, work: float, is_mean: bool = True) -> Choice:
+    """The choice of least mean error, or of least mean square."""
+
+    def curve_of(weights: Optional[Sequence[float]]) -> List[Choice]:
+        return curve(data.actions, squares, data.windows, weights)
+
+    found = least(curve_of, work) if is_mean else at_work(curve_of(None), work)
     if found is None:
         raise ValueError(f"no mixture of {', '.join(data.names)} has a work of {work:g}")
     return found
 
 
-def beyond(data: Measured, expected: Expectation) -> np.ndarray:
-    """(window, action): how many times as much as its family's mildest action an action does locally, squared."""
-    found = np.ones((data.windows.count, len(data.names)))
-    for place, action in enumerate(data.actions):
-        if action == PLAIN:
-            continue
-        family = next(kind for kind in action.cycle if kind in FAMILIES)
-        for window in range(data.windows.count):
-            local, mild = (expected.sizes[name][window][family] for name in (action.name, REFERENCES[family]))
-            found[window, place] = max(1.0, local / mild)
-    return found
+Rule = Callable[[Measured, Sequence[int], float], Choice]
 
 
-RULES: Dict[str, Dict[str, Any]] = {
-    **{f"{groups} groups": {"groups": groups} for groups in (1, 2, 3, 4)},
-    "3 groups, growth 2": {"growth": 2.0},
-    "3 groups, growth 3": {"growth": 3.0},
-    "3 groups, log-normal": {"summed": log_normal},
+def by_groups(count: int) -> Rule:
+    return lambda data, calls, work: chosen(data, expectation(data, calls, count).squares(data.actions), work)
+
+
+def by_mean_square(data: Measured, calls: Sequence[int], work: float) -> Choice:
+    return chosen(data, expectation(data, calls, 3).squares(data.actions), work, is_mean=False)
+
+
+def by_pooled_gains(data: Measured, calls: Sequence[int], work: float) -> Choice:
+    return chosen(data, pooled(data, expectation(data, calls, 3)), work)
+
+
+RULES: Dict[str, Rule] = {
+    **{f"{groups} groups": by_groups(groups) for groups in (1, 2, 3, 4)},
+    "3 groups, mean square": by_mean_square,
+    "3 groups, one gain for all calls": by_pooled_gains,
 }
 
 
-def excess(data: Measured, work: float, few: int, draws: int, rule: Dict[str, Any]) -> List[float]:
+def excess(data: Measured, work: float, few: int, draws: int, rule: Rule) -> List[float]:
     """Mean, over draws of `few` calls, of a choice's error on all others over that of the best choice for all."""
     generator, ratios = np.random.default_rng(0), []
-    best = chosen(data, data.squares.mean(axis=0), work)
+    best = chosen(data, data.squares, work)
     for _ in range(draws):
         calls = generator.permutation(len(data.squares)).tolist()
         seen, unseen = calls[:few], calls[few:]
-        expected = expectation(data, seen, rule.get("groups", 3), rule.get("summed", np.mean))
-        squares = expected.squares(data.actions) * beyond(data, expected) ** (rule.get("growth", 1.0) - 1)
-        own = chosen(data, squares, work)
+        own = rule(data, seen, work)
         ratios.append([statistic(data, unseen, own, name) / statistic(data, unseen, best, name) for name in JUDGED])
     return np.mean(ratios, axis=0).tolist()
 
@@ -170,13 +172,13 @@ def table(data: Measured, name: str, few: int, draws: int) -> str:
         lines.append(f"{action:6}" + "".join(f"{value:8.3f}" for value in np.sqrt(gain)))
     lines += ["", f"excess of choices from {few} calls on the others, {draws} draws: {', '.join(JUDGED)}"]
     for work in WORKS:
-        best = chosen(data, data.squares.mean(axis=0), work)
+        best = chosen(data, data.squares, work)
         values = [statistic(data, list(range(len(data.squares))), best, one) for one in JUDGED]
         said = ", ".join(f"{value:.4f}" for value in values)
         lines.append(f"work {work:.3f}: best {' '.join(action.name for action in best.actions)}: {said}")
-        for rule, options in RULES.items():
-            found = excess(data, work, few, draws, options)
-            lines.append(f"    {rule:24}" + "".join(f"{value - 1:+8.0%}" for value in found))
+        for name, rule in RULES.items():
+            found = excess(data, work, few, draws, rule)
+            lines.append(f"    {name:33}" + "".join(f"{value - 1:+8.0%}" for value in found))
     return "\n".join(lines)
 
 

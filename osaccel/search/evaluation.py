@@ -20,7 +20,7 @@ class Evaluation:
 
     Args:
         config: what was run, JSON-able: msModelSlim's four keys, or a plan's content.
-        error: relative L2 distance of the final latents from the plain ones over all calls; None when it is not finite.
+        error: relative L2 distance of the final latents from the plain ones, mean over the calls; None if not finite.
         block_forwards: network work it took: block calls x share of the batch.
         psnr: of the decoded frames in dB, where frames are judged.
         resumed_at: the first step that was computed.

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs plans on the recorded calls, from the first step that they change, and says how far the final latents move."""
 
-import math
 import time
 from typing import Any, Callable, List, Mapping, Optional, Sequence
 
@@ -73,10 +72,10 @@ class Measure:
     ) -> Evaluation:
         is_finite = len(squares) == len(self.replays) and None not in squares
         references = self.reference.squares()
-        errors = [(s / r) ** 0.5 for s, r in zip(squares, references)] if is_finite else []
+        errors = [(s / r) ** 0.5 if r > 0 else 0.0 for s, r in zip(squares, references)] if is_finite else []
         return Evaluation(
             config=job,
-            error=(sum(squares) / sum(references)) ** 0.5 if is_finite else None,
+            error=sum(errors) / len(errors) if is_finite else None,
             block_forwards=work,
             psnr=mean_psnr(psnrs) if psnrs and is_finite else None,
             resumed_at=resume,
@@ -103,13 +102,6 @@ def first_change(plan: Plan) -> int:
 def price_of(plan: Plan, num_blocks: int) -> float:
     """Plain generations' worth of replaying a plan: nothing before its first change is computed."""
     return plan.work(num_blocks) - first_change(plan) / (plan.steps or 1)
-
-
-def mean_square(evaluation: Evaluation) -> float:
-    """The mean squared relative error over the calls; infinite, never to be done, where latents are not finite."""
-    if evaluation.error is None:
-        return math.inf
-    return float(np.mean(np.square(evaluation.details.get("errors", [evaluation.error]))))
 
 
 class _Run:

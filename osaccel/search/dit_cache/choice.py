@@ -18,7 +18,6 @@ import numpy as np
 
 from osaccel.search.dit_cache.candidates import Candidate, Goal, candidate_of
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.measure import mean_square
 from osaccel.search.planned import TOLERANCE, doubt
 
 # A gain may differ by a factor e from the first step to the last, or from the first block to the last, before anything
@@ -97,12 +96,12 @@ class Search:
             self.expectation.learn([self.rows[c] for c in known], list(known.values()))
 
     def _judged(self, evaluation: Evaluation) -> float:
-        """The error, the root of the mean square over calls; where frames are judged, theirs. 0 where there is none."""
+        """The error; where frames are judged, theirs. 0 where there is none."""
         if evaluation.error is None:
             return 0.0
         if self.goal.min_psnr is not None:
             return 0.0 if evaluation.psnr is None else 10 ** (-evaluation.psnr / 20)
-        return math.sqrt(mean_square(evaluation))
+        return evaluation.error
 
     def order(self, affordable: int) -> List[Candidate]:
         """What is to be measured next, the most promising first.

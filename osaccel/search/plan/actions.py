@@ -64,6 +64,8 @@ ACTIONS = (
     _skips_with_halves(2, halves=5),
 )
 BY_NAME = {action.name: action for action in ACTIONS}
+# The mildest action of each family: errors add up while they are small.
+REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2", REUSE: "r2"}
 # The least length that holds every cycle a whole number of times, and one for short schedules.
 LENGTHS = (12, 6)
 FEWEST_WINDOWS = 4

@@ -2,10 +2,11 @@
 """Chooses an action for every window so that the summed squared errors are least at every network work; exact.
 
 Errors that different windows make in the final latents are nearly orthogonal, so their squares add up and the best plan
-is a multiple-choice knapsack, solved by dynamic programming over the work in halves of one block.
+is a multiple-choice knapsack, solved by dynamic programming over the work in halves of one block. That is so for every
+weighted mean over calls, and by way of these the mean error is made small too (`least`).
 """
 
-from typing import List, NamedTuple, Optional, Sequence
+from typing import Callable, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -17,24 +18,28 @@ class Choice(NamedTuple):
 
     Attributes:
         work: network work of the generation, plain = 1.
-        square: predicted squared relative error of the final latents.
+        errors: predicted relative error of the final latents, by call.
     """
 
     actions: Sequence[Action]
     work: float
-    square: float
+    errors: Sequence[float]
 
     @property
     def error(self) -> float:
-        return float(np.sqrt(self.square))
+        """The mean over the calls; NaN where nothing is predicted."""
+        return float(np.mean(self.errors)) if len(self.errors) else float("nan")
 
 
-def curve(actions: Sequence[Action], squares: np.ndarray, windows: Windows) -> List[Choice]:
+def curve(
+    actions: Sequence[Action], squares: np.ndarray, windows: Windows, weights: Optional[Sequence[float]] = None
+) -> List[Choice]:
     """The best choice at every work where more work gives less error, from the least work to the plain generation.
 
     Args:
         actions: what a window may do; the first must be the plain one.
-        squares: (window, action), the squared relative error that it adds to the final latents; may be infinite.
+        squares: (call, window, action), the squared relative error that it adds to the final latents; may be infinite.
+        weights: of the calls, in whose weighted mean the square is to be the least; by default all alike.
     """
     costs = np.array([[units(action, windows, window) for action in actions] for window in range(windows.count)])
     before = windows.first * 2 * windows.blocks
@@ -42,14 +47,19 @@ def curve(actions: Sequence[Action], squares: np.ndarray, windows: Windows) -> L
     best = np.full(most + 1, np.inf)
     best[0] = 0.0
     taken = np.zeros((windows.count, most + 1), dtype=int)
+    weighted = np.average(squares, axis=0, weights=weights)
     for window in range(windows.count):
-        best, taken[window] = _extend(best, costs[window], squares[window])
+        best, taken[window] = _extend(best, costs[window], weighted[window])
     whole = before + most
     found: List[Choice] = []
+    lowest = np.inf
     for cost, square in enumerate(best):
         # Only what no cheaper choice is as good as.
-        if np.isfinite(square) and (not found or square < found[-1].square):
-            found.append(Choice(_trace(taken, costs, actions, cost), (before + cost) / whole, float(square)))
+        if np.isfinite(square) and square < lowest:
+            lowest = square
+            places = _trace(taken, costs, cost)
+            errors = np.sqrt(squares[:, range(windows.count), places].sum(axis=1))
+            found.append(Choice([actions[place] for place in places], (before + cost) / whole, errors.tolist()))
     return found
 
 
@@ -62,13 +72,32 @@ def _extend(best: np.ndarray, costs: np.ndarray, squares: np.ndarray) -> "tuple[
     return options[taken, np.arange(len(best))], taken
 
 
-def _trace(taken: np.ndarray, costs: np.ndarray, actions: Sequence[Action], cost: int) -> List[Action]:
-    found: List[Action] = []
+def _trace(taken: np.ndarray, costs: np.ndarray, cost: int) -> List[int]:
+    """The places of the actions, window by window."""
+    found: List[int] = []
     for window in range(len(taken) - 1, -1, -1):
-        number = int(taken[window, cost])
-        found.append(actions[number])
-        cost -= int(costs[window, number])
+        found.append(int(taken[window, cost]))
+        cost -= int(costs[window, found[-1]])
     return found[::-1]
+
+
+def least(curve_of: Callable[[Optional[Sequence[float]]], Sequence[Choice]], work: float) -> Optional[Choice]:
+    """A choice within this work whose mean error is less than that of the least mean square.
+
+    A root is below each of its tangents: E <= (E^2 / F + F) / 2, equal at E = F. So with weights of 1 / F, F the errors
+    of a choice, a choice of less weighted square has less mean error; again and again until none has (majorization and
+    minimization: Hunter and Lange, The American Statistician 58, 2004).
+
+    Args:
+        curve_of: the curve for weights of the calls, see `curve`.
+    """
+    found = at_work(curve_of(None), work)
+    while found is not None and min(found.errors) > 0:
+        better = at_work(curve_of([1 / error for error in found.errors]), work)
+        if better is None or better.error >= found.error:
+            break
+        found = better
+    return found
 
 
 def at_work(choices: Sequence[Choice], work: float) -> Optional[Choice]:

@@ -11,15 +11,15 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import FORECAST, HALF, PLAIN, REUSE, SKIP, Action, Windows
+from osaccel.search.plan.actions import FAMILIES, PLAIN, REFERENCES, Action, Windows
 
-# The mildest action of each family: errors add up while they are small.
-REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2", REUSE: "r2"}
 # The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
+# The logarithm of a gain that no choice takes; finite, as it is interpolated.
+_NEVER = 300.0
 
-# Local squared changes of every window by family, relative to the square of the final latents.
-Sizes = Sequence[Mapping[str, float]]
+# By action's name: local squared changes, (call, window, family), relative to the squares of the final latents.
+Sizes = Mapping[str, np.ndarray]
 
 
 class Probe(NamedTuple):
@@ -39,47 +39,56 @@ def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]
     return [Probe(family, tuple(int(window) for window in group)) for family in families for group in groups]
 
 
-def gains(measured: Mapping[Probe, float], sizes: Mapping[str, Sizes], windows: Windows) -> Dict[str, np.ndarray]:
-    """For every family, the gain of the squared error in every window.
+def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Windows) -> Dict[str, np.ndarray]:
+    """For every family, the gain of the squared error, (call, window).
 
     Args:
-        measured: the squared relative error of the final latents that each probe made.
-        sizes: of the families' reference actions, by the action's name.
+        measured: the relative error of every call's final latents that each probe made; infinite, never to be done,
+            where they are not finite.
+        sizes: of the families' reference actions.
     """
-    found = {}
-    for family in {probe.family for probe in measured}:
-        middles, logs = [], []
-        for probe in sorted((p for p in measured if p.family == family), key=lambda p: p.windows[0]):
-            local = sum(sizes[REFERENCES[family]][window][family] for window in probe.windows)
-            if local > 0 and measured[probe] > 0:
-                middles.append(float(np.mean(probe.windows)))
-                logs.append(math.log(measured[probe] / local))
-        # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
-        every = np.interp(np.arange(windows.count), middles, logs) if logs else np.zeros(windows.count)
-        found[family] = np.exp(every)
+    found: Dict[str, np.ndarray] = {}
+    for probe in measured:
+        if probe.family not in found:
+            own = [one for one in measured if one.family == probe.family]
+            local = sizes[REFERENCES[probe.family]][:, :, FAMILIES.index(probe.family)]
+            calls = range(len(local))
+            found[probe.family] = np.array([_gains({p: measured[p][call] for p in own}, local[call]) for call in calls])
     return found
+
+
+def _gains(measured: Mapping[Probe, float], local: np.ndarray) -> np.ndarray:
+    """One family's gain for one call, by window."""
+    middles, logs = [], []
+    for probe in sorted(measured, key=lambda probe: probe.windows[0]):
+        square = measured[probe] ** 2
+        changed = local[list(probe.windows)].sum()
+        if changed > 0 and square > 0:
+            middles.append(float(np.mean(probe.windows)))
+            logs.append(min(math.log(square / changed), _NEVER))
+    # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
+    return np.exp(np.interp(np.arange(len(local)), middles, logs)) if logs else np.ones(len(local))
 
 
 class Expectation(NamedTuple):
     """What actions are expected to do to the final latents: squared relative errors, which add up over the windows.
 
     Attributes:
-        sizes: by action, what it does locally; gain: by family, how much of it is left, in every window.
+        sizes: what actions do locally; gain: by family, how much of it is left, (call, window).
         scale: how much more or less it was when a choice was measured.
     """
 
-    sizes: Mapping[str, Sizes]
+    sizes: Sizes
     gain: Mapping[str, np.ndarray]
     scale: float = 1.0
 
     def squares(self, actions: Sequence[Action]) -> np.ndarray:
-        """(window, action)."""
-        windows = range(len(self.sizes[PLAIN.name]))
-        return self.scale * np.array([[self._square(action, window) for action in actions] for window in windows])
-
-    def _square(self, action: Action, window: int) -> float:
-        local = self.sizes[action.name][window]
-        return float(sum(gain[window] * local[family] for family, gain in self.gain.items()))
+        """(call, window, action)."""
+        by_action = []
+        for action in actions:
+            sizes = self.sizes[action.name]
+            by_action.append(sum(gain * sizes[:, :, FAMILIES.index(family)] for family, gain in self.gain.items()))
+        return self.scale * np.stack(by_action, axis=2)
 
     def scaled(self, factor: float) -> "Expectation":
         """As it is when a choice's squared error was measured to be so many times what was expected."""

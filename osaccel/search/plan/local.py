@@ -7,13 +7,13 @@ own answer to it left out; what becomes of it until the end of the generation is
 """
 
 import math
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
 
 import torch
 
 from osaccel.plan import forecast
 from osaccel.sampling.standin import FLOW, followed
-from osaccel.search.plan.actions import FORECAST, FULL, HALF, REUSE, SKIP, Action, Windows, kinds
+from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
 
 class Record(NamedTuple):
@@ -25,6 +25,8 @@ class Record(NamedTuple):
             where guidance is off.
         sigmas: noise level of every step and the last one, 0.
         gram: inner products of the blocks' deltas of any two steps, see `osaccel.search.plan.deltas`.
+        forecast: for every window, the squared change of x at its end when every other step's blocks are forecast, as
+            the network's own answers say (`osaccel.search.plan.aside`); none where there is no gram.
         slopes: how far D moves with the network's output, (steps,).
         power: q of the sampler's step.
     """
@@ -35,6 +37,7 @@ class Record(NamedTuple):
     gram: torch.Tensor
     slopes: Sequence[float]
     power: float = FLOW
+    forecast: Sequence[float] = ()
 
 
 def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict[str, float]]:
@@ -43,11 +46,32 @@ def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict
     for window in range(windows.count):
         by_step = kinds(action, windows, window)
         weights = _weights(record, by_step)
+        answer = _answer(record, windows, window)
         found.append({HALF: _square_of_halves(record, by_step, weights),
                       SKIP: _square_of_skips(record, by_step),
-                      FORECAST: _square_of_regions(record, by_step, weights, FORECAST),
-                      REUSE: _square_of_regions(record, by_step, weights, REUSE)})  # fmt: skip
+                      FORECAST: answer * _square_of_regions(record, by_step, weights, FORECAST),
+                      REUSE: answer * _square_of_regions(record, by_step, weights, REUSE)})  # fmt: skip
     return found
+
+
+def forecast_squares(record: Record, errors: Mapping[int, torch.Tensor], windows: Windows) -> List[float]:
+    """For every window, the squared change of x at its end when D is wrong by `errors` where blocks are forecast."""
+    found = []
+    for window in range(windows.count):
+        by_step = kinds(BY_NAME[REFERENCES[FORECAST]], windows, window)
+        weights = _weights(record, by_step)
+        found.append(_square({step: weights[step] * errors[step] for step in by_step if step in errors}))
+    return found
+
+
+def _answer(record: Record, windows: Windows, window: int) -> float:
+    """What D makes of a squared change of the hidden states in a window."""
+    if not record.forecast:
+        return 0.0
+    by_step = kinds(BY_NAME[REFERENCES[FORECAST]], windows, window)
+    hidden = _square_of_regions(record, by_step, _weights(record, by_step), FORECAST)
+    answered = record.forecast[window]
+    return answered / hidden if hidden > 0 and math.isfinite(answered) else 0.0
 
 
 def _weight(record: Record, step: int, end: float) -> float:
@@ -90,14 +114,14 @@ def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int
     errors = {}
     for step, kind in by_step.items():
         if kind == HALF:
-            newest, before = _full_before(step, by_step)
+            newest, before = full_before(step, by_step)
             values = record.guidance
             guess = values[newest] + forecast(step, newest, before) * (values[newest] - values[before])
             errors[step] = weights[step] * (guess - values[step])
     return _square(errors)
 
 
-def _full_before(step: int, by_step: Dict[int, str]) -> List[int]:
+def full_before(step: int, by_step: Dict[int, str]) -> List[int]:
     """The two newest full steps before `step`; before the window every step is taken for one."""
     begin = min(by_step)
     inside = [earlier for earlier in range(step - 1, begin - 1, -1) if by_step[earlier] == FULL]
@@ -151,17 +175,15 @@ def _square(errors: Dict[int, torch.Tensor]) -> float:
 
 
 def _square_of_regions(record: Record, by_step: Dict[int, str], weights: Dict[int, float], family: str) -> float:
-    """Of forecasting or reusing the blocks' deltas, in units of hidden states.
-
-    D answers to the hidden states through the last layers, which change little within a window; what that answer is
-    belongs to what is measured.
-    """
+    """Of forecasting or reusing the blocks' deltas, in units of hidden states."""
+    if not len(record.gram):
+        return 0.0
     # What is put in place of what, in terms of the steps' deltas.
     total = torch.zeros(len(record.slopes), dtype=torch.float64)
     for step, kind in by_step.items():
         if kind == family:
             amount = weights[step] * record.slopes[step]
-            newest, before = _full_before(step, by_step)
+            newest, before = full_before(step, by_step)
             ahead = forecast(step, newest, before) if family == FORECAST else 0.0
             total[newest] += amount * (1 + ahead)
             total[before] -= amount * ahead

@@ -12,8 +12,9 @@ from osaccel.network.forwards import HiddenStates
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
 from osaccel.sampling.standin import FLOW, check_scheduler, power_of
+from osaccel.search.plan.aside import ForecastsAside
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.local import Record
+from osaccel.search.plan.local import Record, forecast_squares
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Replay
 
@@ -22,21 +23,24 @@ def record(replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict
     """The pipeline's output, and what was observed: plain values and tensors, for `record_of`."""
     call = replay.call
     denoised, deltas = DenoisedLog(), DeltaLog(len(blocks), call.target.block_batch_dim())
+    aside = ForecastsAside(len(blocks))
 
     def attach(generation: Generation) -> Callable[[], None]:
-        return watch_blocks(blocks, generation.clock, HiddenStates(call.target.hidden_states), deltas.observe)
+        states = HiddenStates(call.target.hidden_states)
+        return watch_blocks(blocks, generation.clock, states, deltas.observe, aside.observe, aside=aside)
 
     def before_first_forward() -> None:
         deltas.steps = len(call.pipeline.scheduler.timesteps)
 
     replay.before_first_forward = before_first_forward
-    output = replay.record(attach, keep_outputs=True, watchers=[denoised])
-    return output, _observed(replay, denoised, deltas)
+    output = replay.record(attach, keep_outputs=True, watchers=[denoised, aside])
+    return output, _observed(replay, denoised, deltas, aside)
 
 
 def record_of(observed: Dict[str, Any]) -> Record:
     """What a recorded call showed."""
-    return Record(**{**observed, "power": observed["power"] or FLOW})
+    shown = {name: observed[name] for name in Record._fields}
+    return Record(**{**shown, "power": observed["power"] or FLOW})
 
 
 class DenoisedLog(Interceptor):
@@ -64,19 +68,40 @@ def _power(scheduler: Any, call: StepCall) -> Optional[float]:
         return None
 
 
-def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog) -> Dict[str, Any]:
-    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
+def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog, aside: ForecastsAside) -> Dict[str, Any]:
+    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`.
+
+    `passes` are those that ran aside.
+    """
     weights, differences = _guidance(replay)
     slopes = [log.levels.slope(sigma) for sigma in log.sigmas[:-1]]
     guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
-    return {
+    observed = {
         "denoised": torch.stack(log.rows),
         "guidance": torch.stack(guidance) if guidance else torch.zeros(0),
         "sigmas": list(log.sigmas),
         "gram": deltas.gram(statistics.median(weights) if weights else None),
         "slopes": slopes,
         "power": 0.0 if log.power is None else log.power,
+        "forecast": [],
+        "passes": len(aside.errors),
     }
+    if aside.errors:
+        errors = {
+            step: slopes[step] * _guided(error, weights[step] if weights else None, replay.recording.predictions[step])
+            for step, error in aside.errors.items()
+        }
+        observed["forecast"] = forecast_squares(record_of(observed), errors, aside.windows)
+    return observed
+
+
+def _guided(output: torch.Tensor, weight: Optional[float], prediction: torch.Tensor) -> torch.Tensor:
+    """What guidance makes of a change of the network's output, flat; learned variances are behind the channels."""
+    change = output[:, : prediction.shape[1]]
+    if weight is not None:
+        unconditional, conditional = change.chunk(2)
+        change = torch.lerp(unconditional, conditional, weight)
+    return change.flatten()
 
 
 def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:

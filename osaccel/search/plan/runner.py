@@ -6,6 +6,7 @@ in `gains` and `choice`; here is what it is decided on, and in which order.
 """
 
 import logging
+import math
 import os
 import time
 from dataclasses import replace
@@ -21,14 +22,16 @@ from osaccel.search import frames as pictures
 from osaccel.search import outputs
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
-from osaccel.search.measure import mean_square, plan_of_job, price_of
+from osaccel.search.measure import plan_of_job, price_of
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
     BY_NAME,
+    COMPUTED_BLOCKS,
     FAMILIES,
     FEWEST,
     FORECAST,
     HALF,
+    REFERENCES,
     REUSE,
     SKIP,
     Action,
@@ -38,8 +41,8 @@ from osaccel.search.plan.actions import (
     even_plan,
     plan_of,
 )
-from osaccel.search.plan.choice import Choice, at_error, at_work, curve
-from osaccel.search.plan.gains import GROUPS, REFERENCES, Expectation, Probe, gains, probes
+from osaccel.search.plan.choice import Choice, at_error, curve, least
+from osaccel.search.plan.gains import GROUPS, Expectation, Probe, gains, probes
 from osaccel.search.plan.local import predictor_moments, squared_sizes
 from osaccel.search.planned import BUDGET, TOLERANCE, PlannedRunner
 from osaccel.search.recording.replay import Call, Replay
@@ -61,8 +64,9 @@ class Found(NamedTuple):
     evaluation: Evaluation
 
     @property
-    def square(self) -> float:
-        return mean_square(self.evaluation)
+    def error(self) -> float:
+        """Infinite, never to be taken, where latents are not finite."""
+        return math.inf if self.evaluation.error is None else self.evaluation.error
 
 
 class PlanRunner(PlannedRunner):
@@ -78,7 +82,7 @@ class PlanRunner(PlannedRunner):
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self.decodes, search="plan")
+        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         return output
@@ -93,6 +97,10 @@ class PlanRunner(PlannedRunner):
     @property
     def decodes(self) -> bool:
         return any(goal.kind == "psnr" for goal in self.settings.target)
+
+    @property
+    def beside(self) -> float:
+        return float(COMPUTED_BLOCKS * sum(one["passes"] for one in self.observed))
 
     # Searching
 
@@ -118,7 +126,7 @@ class PlanRunner(PlannedRunner):
         can = {
             HALF: all(len(one["guidance"]) for one in observed),
             SKIP: all(one["power"] > 0 for one in observed),
-            self._kind_of_region(): all(len(one["gram"]) for one in observed),
+            self._kind_of_region(): all(one["forecast"] and np.isfinite(one["forecast"]).all() for one in observed),
         }
         # One decision: what one rank cannot do, none does.
         families = [family for family in FAMILIES if self.team.all_agree(can.get(family, False))]
@@ -132,14 +140,12 @@ class PlanRunner(PlannedRunner):
         return actions
 
     def _kind_of_region(self) -> str:
-        """Forecast or reuse: what changes the hidden states less where every other step does it."""
+        """Forecast or reuse: what changes less where every other step does it."""
         local = torch.zeros(2, dtype=torch.float64)
         for place, kind in enumerate((FORECAST, REUSE)):
             for one in self.observed:
-                if len(one["gram"]):
-                    record = observation.record_of(one)
-                    windows = squared_sizes(record, BY_NAME[REFERENCES[kind]], self.windows)
-                    local[place] += sum(window[kind] for window in windows)
+                windows = squared_sizes(observation.record_of(one), BY_NAME[REFERENCES[kind]], self.windows)
+                local[place] += sum(window[kind] for window in windows)
         forecast, reuse = self.team.sum(local).tolist()
         return FORECAST if forecast <= reuse else REUSE
 
@@ -150,19 +156,22 @@ class PlanRunner(PlannedRunner):
         plans = [self._plan_of(probe) for probe in probes]
         self._expect(plans, self.settings.target)
         evaluations = self.evaluated([formats.plan_content(plan) for plan in plans])
-        measured = {probe: mean_square(evaluation) for probe, evaluation in zip(probes, evaluations)}
+        never = [math.inf] * len(self.replays)
+        measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
         return Expectation(sizes, gains(measured, sizes, self.windows))
 
-    def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
+    def choices(
+        self, places: Optional[Sequence[int]] = None, weights: Optional[Sequence[float]] = None
+    ) -> List[Choice]:
         """The curve of best choices as far as is known, among all actions or those at some places."""
         actions = self.actions if places is None else [self.actions[place] for place in places]
-        return curve(actions, self.expectation.squares(actions), self.windows)
+        return curve(actions, self.expectation.squares(actions), self.windows, weights)
 
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plans."""
         families = [family for family in FAMILIES if self._can(family)]
         goal = self.settings.target[0]
-        rest = BUDGET - 1 - (2 / goal.value if goal.kind == "speed" else 1.0)
+        rest = BUDGET - self.spent - (2 / goal.value if goal.kind == "speed" else 1.0)
         for groups in range(GROUPS, 0, -1):
             found = probes(families, self.windows, groups)
             if groups == 1 or sum(map(self._price, found)) <= rest:
@@ -188,16 +197,14 @@ class PlanRunner(PlannedRunner):
         most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
         self.progress.expected = min(self.progress.done + ahead, most)
 
-    def _sizes(self) -> Dict[str, List[Dict[str, float]]]:
-        """By action: for every window and family, the squared local change relative to the final latents."""
-        reference, found = sum(self.measure.reference.squares()), {}
+    def _sizes(self) -> Dict[str, np.ndarray]:
+        """By action: squared local changes relative to the final latents, (call, window, family)."""
+        reference, found = np.array(self.measure.reference.squares()), {}
         for action in self.actions:
-            sizes = np.zeros((self.windows.count, len(FAMILIES)))
-            for observed in self.observed:
-                for window, size in enumerate(squared_sizes(observation.record_of(observed), action, self.windows)):
-                    sizes[window] += [size[family] for family in FAMILIES]
-            total = (self.team.sum(torch.from_numpy(sizes)) / reference).tolist()
-            found[action.name] = [dict(zip(FAMILIES, values)) for values in total]
+            by_call = [squared_sizes(observation.record_of(one), action, self.windows) for one in self.observed]
+            sizes = [[[size[family] for family in FAMILIES] for size in windows] for windows in by_call]
+            total = self.team.sum(torch.tensor(sizes, dtype=torch.float64)).numpy()
+            found[action.name] = total / reference[:, None, None]
         return found
 
     def _fitted_predictor(self) -> float:
@@ -223,8 +230,8 @@ class PlanRunner(PlannedRunner):
             found = self._verified(goal, choice)
             tried.append(found)
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
-            if choice.square > 0:
-                self.expectation = self.expectation.scaled(found.square / choice.square)
+            if choice.error > 0:
+                self.expectation = self.expectation.scaled((found.error / choice.error) ** 2)
             choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
         tried += self._plainer(goal, limit, tried)
         tried += self._led(goal, limit, self._best(tried))
@@ -240,8 +247,8 @@ class PlanRunner(PlannedRunner):
         if goal.kind != "speed" or not self._can(SKIP):
             return []
         even = even_plan(self.windows.total, 1 / goal.value)
-        others = [(Choice((), even.work(self.num_blocks), float("nan")), even)]
-        skips = self.team.share(self._within(goal, self.choices(alone(self.actions, SKIP))))
+        others = [(Choice((), even.work(self.num_blocks), ()), even)]
+        skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
         if skips is not None and all(skips.actions != one.choice.actions for one in tried):
             others.insert(0, (skips, plan_of(skips.actions, self.windows)))
         self._expect([plan for _, plan in others], self._behind(goal))
@@ -262,7 +269,7 @@ class PlanRunner(PlannedRunner):
             plan = plan_of_job(evaluation.config, self.steps)
             work = plan.work(self.num_blocks)
             if evaluation.error is not None and work <= 1 / goal.value + 1e-9:
-                found.append(Found(goal, Choice((), work, float("nan")), plan, evaluation))
+                found.append(Found(goal, Choice((), work, ()), plan, evaluation))
         return found
 
     def _led(self, goal: Goal, limit: float, best: Found) -> List[Found]:
@@ -285,8 +292,8 @@ class PlanRunner(PlannedRunner):
         first = tried[0].choice.actions
 
         def order(found: Found) -> Tuple[bool, float]:
-            doubt = 1.0 if found.choice.actions == first else TOLERANCE**2
-            return not self._keeps(found), doubt * found.square
+            doubt = 1.0 if found.choice.actions == first else TOLERANCE
+            return not self._keeps(found), doubt * found.error
 
         return min(tried, key=order)
 
@@ -300,18 +307,17 @@ class PlanRunner(PlannedRunner):
         milder = [choice for choice in self.choices() if choice.work > last.choice.work]
         return at_error(milder, needed) or (milder[-1] if milder else None)
 
-    def _within(self, goal: Goal, choices: Sequence[Choice]) -> Optional[Choice]:
+    def _within(self, goal: Goal, places: Optional[Sequence[int]] = None) -> Optional[Choice]:
         """What is predicted to reach a goal; None where nothing is."""
         if goal.kind == "speed":
-            return at_work(choices, 1 / goal.value)
+            return least(lambda weights: self.choices(places, weights), 1 / goal.value)
         # What an error of the latents is in the frames is not known before one was decoded.
-        return at_error(choices, goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
+        return at_error(self.choices(places), goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
     def _chosen(self, goal: Goal) -> Optional[Choice]:
         """The first choice; None where only skipping evenly goes as far."""
-        choices = self.choices()
-        chosen = self._within(goal, choices)
-        farthest = 1 / choices[0].work
+        chosen = self._within(goal)
+        farthest = 1 / self.choices()[0].work
         if goal.kind == "speed" and self._can(SKIP):
             farthest = max(farthest, self.windows.total / FEWEST)
         if chosen is None and (goal.kind != "speed" or goal.value > farthest):

@@ -42,7 +42,7 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
             "first": runner.windows.first, "length": runner.windows.length,
             "actions": [action.name for action in found.choice.actions],
         },
-        "gains": {family: np.sqrt(values).tolist() for family, values in runner.expectation.gain.items()},
+        "gains": {family: np.sqrt(values.mean(axis=0)).tolist() for family, values in runner.expectation.gain.items()},
         "curves": curves,
         "evaluations": [_row(evaluation) for evaluation in runner.asked.values()],
     }  # fmt: skip
@@ -50,7 +50,7 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
 
 def predicted(found: Any) -> Optional[float]:
     """The error that was expected of a plan; None for one that does not come from the windows."""
-    return None if math.isnan(found.choice.square) else found.choice.error
+    return None if math.isnan(found.choice.error) else found.choice.error
 
 
 def _row(evaluation: Any) -> Dict[str, Any]:

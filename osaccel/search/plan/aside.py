@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the network would have answered had its blocks been forecast, tried beside the steps of a plain generation.
+
+At every other step the network is called once more with the same arguments. Then the first block is computed and what
+the others add is forecast from the steps before, which is all that such a step of a plan computes. The answer goes
+nowhere: the plain generation stays what it is, bit for bit.
+"""
+
+from typing import Any, Callable, Dict, List, Optional
+
+import torch
+
+from osaccel.interceptors import Interceptor, StepCall
+from osaccel.network.forwards import Streams, prediction_of
+from osaccel.plan import forecast
+from osaccel.search.plan.actions import BY_NAME, COMPUTED_BLOCKS, FORECAST, REFERENCES, Windows, kinds
+from osaccel.search.plan.local import full_before
+
+
+class ForecastsAside(Interceptor):
+    """Runs the passes, and observes the blocks for them (`osaccel.search.recording.observe`).
+
+    Attributes:
+        windows: of the generation.
+        errors: by step, what a forecast made of the network's output less what it was, float32, on the host. Empty
+            where guidance runs as two forwards, or there are no blocks to forecast.
+        is_running: whether a pass is running now.
+    """
+
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
+        self.errors: Dict[int, torch.Tensor] = {}
+        self.is_running = False
+        self._deltas: Dict[int, Streams] = {}
+
+    def begin(self, scheduler: Any) -> None:
+        self.windows = Windows.of(len(scheduler.timesteps), self.num_blocks)
+        # The two steps that each forecast follows, newest first; and the last that follows each.
+        self._follows: Dict[int, List[int]] = {}
+        for window in range(self.windows.count):
+            by_step = kinds(BY_NAME[REFERENCES[FORECAST]], self.windows, window)
+            forecasts = [step for step, kind in by_step.items() if kind == FORECAST]
+            self._follows.update((step, full_before(step, by_step)) for step in forecasts)
+        self._last = {step: follower for follower in sorted(self._follows) for step in self._follows[follower]}
+        self._before: Optional[Streams] = None
+        self._is_one_forward = self.num_blocks > COMPUTED_BLOCKS
+        self._step = 0
+
+    def observe(self, step: int, forward: int, index: int, before: Streams, after: Streams) -> None:
+        """Called after every block of the plain generation."""
+        if forward > 0:
+            self._is_one_forward = False
+            self._deltas.clear()
+            self.errors.clear()
+        if not self._is_one_forward or step not in self._last:
+            return
+        if index == COMPUTED_BLOCKS:
+            self._before = before
+            # What no forecast follows any more goes before the new delta exists: at most three are there.
+            self._deltas = {kept: delta for kept, delta in self._deltas.items() if self._last[kept] >= step}
+        if index == self.num_blocks - 1:
+            assert self._before is not None
+            self._deltas[step] = tuple(late - early for late, early in zip(after, self._before))
+            self._before = None
+
+    def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
+        output = proceed(*args, **kwargs)
+        if self._is_one_forward and self._step in self._follows:
+            plain = prediction_of(output)
+            self.is_running = True
+            try:
+                tried = prediction_of(proceed(*args, **kwargs))
+            finally:
+                self.is_running = False
+            self.errors[self._step] = (tried - plain).float().cpu()
+        return output
+
+    def of_block(self, index: int, before: Streams) -> Optional[Streams]:
+        if index < COMPUTED_BLOCKS:
+            return None
+        if index > COMPUTED_BLOCKS:
+            return before
+        newest, older = self._follows[self._step]
+        ahead = forecast(self._step, newest, older)
+        streams = zip(before, self._deltas[newest], self._deltas[older])
+        return tuple(hidden + (1.0 + ahead) * late - ahead * early for hidden, late, early in streams)
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        result = proceed(call)
+        self._step += 1
+        return result
+
+    def close(self) -> None:
+        self._deltas.clear()
