@@ -19,9 +19,10 @@ from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
 from osaccel.generation import Generation
 from osaccel.search import planned
 from osaccel.search.errors import SearchError
-from osaccel.search.plan import runner
+from osaccel.search.plan import observation, runner
 from osaccel.search.plan.actions import (
     ACTIONS,
+    BY_NAME,
     FAMILIES,
     FORECAST,
     FULL,
@@ -35,10 +36,11 @@ from osaccel.search.plan.actions import (
     plan_of,
     units,
 )
-from osaccel.search.plan.choice import at_error, at_work, curve
+from osaccel.search.plan.choice import at_error, at_work, curve, least
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.gains import Expectation
-from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
+from osaccel.search.plan.gains import Expectation, gains, probes
+from osaccel.search.plan.local import Record, forecast_squares, predictor_moments, squared_sizes
+from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
 from osaccel.targets import target_of
@@ -92,20 +94,27 @@ def test_an_action_costs_what_its_plan_does(steps):
 def test_the_choice_is_the_best_of_all_there_are():
     windows, generator = Windows(2, 6, 3, 4), np.random.default_rng(0)
     actions = actions_for(6, MIXED)
-    squares = generator.random((3, len(actions))) ** 4
-    squares[:, 0] = 0.0
+    squares = generator.random((3, 3, len(actions))) ** 4 * np.array([1.0, 4.0, 25.0])[:, None, None]
+    squares[:, :, 0] = 0.0
     choices = curve(actions, squares, windows)
+    is_better = []
     for work in (0.33, 0.41, 0.5, 0.8, 1.0):
-        best = min(
-            (sum(squares[w, n] for w, n in enumerate(numbers)), numbers)
+        every = [
+            np.sqrt(squares[:, range(3), numbers].sum(axis=1))
             for numbers in itertools.product(range(len(actions)), repeat=3)
             if plan_of([actions[n] for n in numbers], windows).work(4) <= work + 1e-9
-        )
+        ]
         chosen = at_work(choices, work)
-        assert chosen.square == pytest.approx(best[0])
+        assert np.square(chosen.errors).mean() == pytest.approx(min(np.square(errors).mean() for errors in every))
         assert plan_of(chosen.actions, windows).work(4) == pytest.approx(chosen.work) and chosen.work <= work + 1e-9
         assert at_error(choices, chosen.error).work <= chosen.work
-    assert choices[-1].square == 0.0 and at_work(choices, 0.0) is None
+        # By way of weights the mean error, too, comes near the least there is.
+        found = least(lambda weights: curve(actions, squares, windows, weights), work)
+        lowest = min(errors.mean() for errors in every)
+        assert found.work <= work + 1e-9 and lowest - 1e-9 <= found.error <= min(1.1 * lowest, chosen.error) + 1e-9
+        is_better.append(found.error < chosen.error - 1e-9)
+    assert any(is_better)
+    assert choices[-1].error == 0.0 and at_work(choices, 0.0) is None
 
 
 def test_what_a_run_cannot_do_is_not_among_its_actions():
@@ -126,10 +135,12 @@ def test_local_errors_vanish_where_the_stand_ins_are_exact():
     sigmas = [float(10 * 0.7**k) for k in range(14)] + [0.0]
     logs = torch.tensor(sigmas[:-1]).log()[:, None]
     steps, slopes = torch.arange(14.0)[:, None], [-sigma for sigma in sigmas[:-1]]
-    record = Record(logs * torch.ones(1, 5), steps * torch.ones(1, 5), sigmas, gram_of(steps), slopes, power=2.0)
+    shown = {"power": 2.0, "forecast": [0.0, 0.0]}
+    record = Record(logs * torch.ones(1, 5), steps * torch.ones(1, 5), sigmas, gram_of(steps), slopes, **shown)
     for action in actions_for(6, MIXED):
         for sizes in squared_sizes(record, action, windows):
             assert max(sizes.values()) < 1e-8
+    record = record._replace(forecast=[1.0, 1.0], gram=gram_of(steps**2))
     still = record._replace(gram=gram_of(torch.ones(14, 1)))
     for action in actions_for(6, FAMILIES):
         for one, is_still in ((record, False), (still, True)):
@@ -149,6 +160,19 @@ def test_local_errors_vanish_where_the_stand_ins_are_exact():
             assert not any(size for other, size in by_name[mild][window].items() if other != family)
 
 
+def test_regions_change_what_the_tried_forecasts_did_scaled_by_what_deltas_say():
+    windows, steps = Windows(2, 6, 2, 4), torch.arange(14.0)[:, None]
+    sigmas, slopes = [float(10 * 0.7**k) for k in range(14)] + [0.0], [-1.0] * 14
+    empty = torch.zeros(14, 1)
+    record = Record(empty, empty, sigmas, gram_of(steps**2), slopes, 2.0, [0.25, 9.0])
+    changes = {name: squared_sizes(record, BY_NAME[name], windows) for name in ("f2", "f3", "r2")}
+    assert [size[FORECAST] for size in changes["f2"]] == pytest.approx([0.25, 9.0])
+    twice = squared_sizes(record._replace(forecast=[0.5, 9.0]), BY_NAME["r2"], windows)
+    assert twice[0][REUSE] == pytest.approx(2 * changes["r2"][0][REUSE]) and twice[1] == changes["r2"][1]
+    for unknown in ([], [math.inf, math.nan]):
+        assert not any(squared_sizes(record._replace(forecast=unknown), BY_NAME["f3"], windows)[1].values())
+
+
 def gram_of(deltas):
     deltas = deltas.double()
     return deltas @ deltas.T
@@ -166,17 +190,27 @@ def test_a_forecasts_local_change_is_that_of_the_deltas_themselves(action):
         log.observe(step, 0, 1, (second,), (third,))
     sigmas, slopes = [float(10 * 0.7**k) for k in range(14)] + [0.0], [-float(k) for k in range(14)]
     empty = torch.zeros(14, 1)
-    record = Record(empty, empty, sigmas, log.gram(3.0), slopes, power=2.0)
     windows = Windows(2, 6, 2, 2)
     chosen = next(one for one in ACTIONS if one.name == action)
     family = FORECAST if FORECAST in chosen.cycle else REUSE
+    record = Record(empty, empty, sigmas, log.gram(3.0), slopes, power=2.0, forecast=[1.0, 1.0])
+    mildest = squared_sizes(record, BY_NAME["f2"], windows)[0][FORECAST]
+    assert mildest == pytest.approx(1.0)
     found = squared_sizes(record, chosen, windows)[0][family]
 
     unconditional, conditional = (watched[:, 2] - watched[:, 1]).unbind(1)
     deltas = unconditional + 3.0 * (conditional - unconditional)
+    # In the unit of the mildest forecasts.
+    unit = square_of_deltas(BY_NAME["f2"], FORECAST, deltas, slopes, sigmas)
+    total = square_of_deltas(chosen, family, deltas, slopes, sigmas)
+    assert found == pytest.approx(total / unit, rel=1e-4)
+
+
+def square_of_deltas(action, family, deltas, slopes, sigmas):
+    """By a loop over the steps of the window from 2 to 7."""
     full, wrong = [0, 1], {8: 0.0 * deltas[0]}
     for step in range(2, 8):
-        kind = chosen.cycle[(step - 2) % len(chosen.cycle)]
+        kind = action.cycle[(step - 2) % len(action.cycle)]
         if kind == family:
             before, newest = full[-2:]
             ahead = (step - newest) / (newest - before) if kind == FORECAST else 0.0
@@ -192,7 +226,71 @@ def test_a_forecasts_local_change_is_that_of_the_deltas_themselves(action):
         share = math.log(sigmas[start] / sigmas[step]) / math.log(sigmas[start] / sigmas[end])
         error = (1 - share) * wrong[start] + share * wrong[end]
         total = total + sigmas[8] ** 2 * (sigmas[step + 1] ** -2 - sigmas[step] ** -2) * error
-    assert found == pytest.approx(float(total.square().sum()), rel=1e-4)
+    return float(total.square().sum())
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_what_is_tried_aside_is_the_answer_to_a_forecast_and_changes_nothing(guidance):
+    """Against the first block, its forecast and the output layers, by hand at the latents of the plain generation."""
+    pipeline = tiny.UnseededPipeline()
+    call = {"prompt": "", "num_inference_steps": STEPS, "guidance_scale": guidance}
+    torch.manual_seed(5)
+    plain = pipeline(**call)
+    torch.manual_seed(5)
+    target = target_of(pipeline) if target_of(pipeline).guidance else tiny.TARGET
+    replay = Replay(Call(type(pipeline).__call__, pipeline, (pipeline,), call, target))
+    output, observed = observation.record(replay, list(pipeline.transformer.transformer_blocks))
+    assert torch.equal(output, plain) and observed["passes"] == len(tried_by_hand(pipeline, call))
+    windows, record = Windows.of(STEPS, 6), observation.record_of(observed)
+    changes = {step: record.slopes[step] * error for step, error in tried_by_hand(pipeline, call).items()}
+    assert record.forecast == pytest.approx(forecast_squares(record, changes, windows), rel=1e-3)
+    assert min(record.forecast) > 0
+
+
+def tried_by_hand(pipeline, call):
+    """By step: guided output with all blocks but the first forecast along their last two full steps, less the plain."""
+    blocks, rows, seen = pipeline.transformer.transformer_blocks, [], {}
+    handles = [
+        blocks[1].register_forward_pre_hook(lambda module, args: seen.update(before=args[0].clone())),
+        blocks[-1].register_forward_hook(lambda module, args, output: seen.update(after=output.clone())),
+    ]
+    step = pipeline.scheduler.step
+
+    def watched(output, time, sample, **arguments):
+        scaled = pipeline.scheduler.scale_model_input(sample, time)
+        rows.append((seen["after"] - seen["before"], output.clone(), time, scaled.clone()))
+        return step(output, time, sample, **arguments)
+
+    pipeline.scheduler.step = watched
+    torch.manual_seed(5)
+    try:
+        pipeline(**call)
+    finally:
+        pipeline.scheduler.step = step
+        for handle in handles:
+            handle.remove()
+    windows, errors = Windows.of(STEPS, 6), {}
+    for window in range(windows.count):
+        steps = list(windows.steps(window))
+        for place in range(1, len(steps), 2):
+            if steps[place] == STEPS - 1:
+                continue
+            newest, older = steps[place] - 1, steps[place] - (3 if place > 1 else 2)
+            ahead = (steps[place] - newest) / (newest - older)
+            delta = rows[newest][0] + ahead * (rows[newest][0] - rows[older][0])
+            _, plain, time, sample = rows[steps[place]]
+            behind = [block.forward for block in blocks[1:]]
+            try:
+                for number, block in enumerate(blocks[1:]):
+                    add = delta if number == 0 else 0.0
+                    block.forward = lambda hidden, *args, add=add, **kwargs: hidden + add
+                with torch.no_grad():
+                    tried = pipeline.predict(sample, time.float(), call["guidance_scale"])
+            finally:
+                for block, forward in zip(blocks[1:], behind):
+                    block.forward = forward
+            errors[steps[place]] = (tried - plain).flatten()
+    return errors
 
 
 def test_a_choice_of_tokens_is_scaled_up_and_two_forwards_a_step_say_nothing():
@@ -222,11 +320,25 @@ def test_the_predictor_is_fitted_to_how_predictions_move():
 
 
 def test_a_measured_choice_rescales_what_others_are_expected_to_do():
-    sizes = {"full": [{SKIP: 0.0}] * 2, "s2": [{SKIP: 1.0}] * 2, "s4": [{SKIP: 4.0}] * 2}
-    mild, strong = (next(action for action in ACTIONS if action.name == name) for name in ("s2", "s4"))
-    first = Expectation(sizes, {SKIP: np.array([1.0, 10.0])})
-    assert first.squares([PLAIN, mild, strong]).tolist() == [[0, 1, 4], [0, 10, 40]]
-    assert first.scaled(2.0).scaled(1.5).squares([mild]).tolist() == [[3], [30]]
+    skips = np.arange(len(FAMILIES)) == FAMILIES.index(SKIP)
+    sizes = {
+        name: np.broadcast_to(size * skips, (2, 2, len(FAMILIES))) for name, size in (("full", 0), ("s2", 1), ("s4", 4))
+    }
+    mild, strong = BY_NAME["s2"], BY_NAME["s4"]
+    first = Expectation(sizes, {SKIP: np.array([[1.0, 10.0], [2.0, 3.0]])})
+    assert first.squares([PLAIN, mild, strong]).tolist() == [[[0, 1, 4], [0, 10, 40]], [[0, 2, 8], [0, 3, 12]]]
+    assert first.scaled(2.0).scaled(1.5).squares([mild]).tolist() == [[[3], [30]], [[6], [9]]]
+
+
+def test_every_call_has_the_gain_that_was_measured_of_it():
+    windows, sizes = Windows(4, 6, 4, 6), np.zeros((3, 4, len(FAMILIES)))
+    sizes[:, :, FAMILIES.index(SKIP)] = [[1.0, 3.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
+    early, late = probes([SKIP], windows, 2)
+    found = gains({early: [2.0, 3.0, 0.0], late: [1.0, math.inf, 0.0]}, {"s2": sizes}, windows)[SKIP]
+    assert found[0] == pytest.approx([1.0, 1.0 * 0.25**0.25, 0.25**0.75, 0.25])
+    # What gave latents that are not finite is never to be done; where nothing was changed nothing is known.
+    assert found[1][0] == pytest.approx(4.5) and found[1][-1] > 1e100 and np.isfinite(found).all()
+    assert found[2].tolist() == [1.0] * 4
 
 
 # The whole search ---------------------------------------------------------------------------------------------------
@@ -236,7 +348,7 @@ def test_a_search_finds_a_plan_of_the_asked_work_within_its_budget_and_measures_
     pipeline, plan, report = search(tmp_path, prompts=2)
     assert 0.4 < plan.work(6) <= 0.5 + 1e-9 and report["cost"]["plain_generations"] <= 6.0
     # The report's error is what sampling with the file gives, on the calls that were recorded.
-    errors, squares = [], []
+    errors = []
     torch.manual_seed(5)
     for number in range(2):
         call = {"prompt": f"prompt {number}", "num_inference_steps": STEPS, "guidance_scale": 4.0}
@@ -246,10 +358,8 @@ def test_a_search_finds_a_plan_of_the_asked_work_within_its_budget_and_measures_
         with Generation(pipeline, plan, tiny.TARGET):
             planned = pipeline(**call)
         errors.append(relative(planned, plain))
-        squares.append(((planned - plain).square().sum(), plain.square().sum()))
     assert report["plan"]["measured"] == {} and plan.measured["errors_of_calls"] == pytest.approx(errors, rel=1e-3)
-    together = float((sum(square for square, _ in squares) / sum(whole for _, whole in squares)) ** 0.5)
-    assert plan.measured["error"] == pytest.approx(together, rel=1e-3)
+    assert plan.measured["error"] == pytest.approx(np.mean(errors), rel=1e-3)
     assert plan.made_for["steps"] == STEPS and plan.made_for["sampler"] == "EulerAncestralDiscreteScheduler"
 
 
