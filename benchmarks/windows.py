@@ -39,6 +39,8 @@ from osaccel.search.plan.observation import record_of
 ALONE = ("c2", "s2", "f2", "s3")
 WORKS = (1 / 1.3, 1 / 1.6, 0.55, 0.5)
 JUDGED = ("mean", "typical", "worst tenth")
+# How many calls a search might see instead.
+OTHERS = (1, 2, 4, 16, 24)
 
 
 class Measured(NamedTuple):
@@ -179,6 +181,9 @@ def table(data: Measured, name: str, few: int, draws: int) -> str:
         for name, rule in RULES.items():
             found = excess(data, work, few, draws, rule)
             lines.append(f"    {name:33}" + "".join(f"{value - 1:+8.0%}" for value in found))
+        for seen in OTHERS:
+            found = excess(data, work, seen, draws, by_groups(3))
+            lines.append(f"    {f'3 groups, {seen} calls':33}" + "".join(f"{value - 1:+8.0%}" for value in found))
     return "\n".join(lines)
 
 

@@ -176,7 +176,7 @@ def test_choices_from_few_calls_lose_nothing_where_all_calls_are_alike():
         sizes[:, :, place, kinds[name]] = generator.random(count) * (3 if name == "s3" else 1)
     gain = np.exp(np.linspace(0, 2, count))[:, None]
     alike = bench_windows.Measured(Windows.of(100, BLOCKS), names, sizes.sum(-1) * gain, sizes)
-    rule = {"groups": count}
+    rule = bench_windows.by_groups(count)
     assert bench_windows.excess(alike, 0.6, 4, 5, rule) == pytest.approx([1.0, 1.0, 1.0])
     # One call in twelve is another matter: what few calls show is then not what all do.
     odd = alike._replace(

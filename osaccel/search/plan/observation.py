@@ -34,6 +34,7 @@ def record(replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict
 
     replay.before_first_forward = before_first_forward
     output = replay.record(attach, keep_outputs=True, watchers=[denoised, aside])
+    replay.recording.seconds -= aside.seconds
     return output, _observed(replay, denoised, deltas, aside)
 
 
