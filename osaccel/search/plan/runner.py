@@ -243,21 +243,41 @@ class PlanRunner(PlannedRunner):
         return self.settings.target[self.settings.target.index(goal) + 1 :]
 
     def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
-        """Steps skipped and nothing else, as the windows have it and evenly; as far as the budget allows."""
+        """Steps skipped evenly; where that does better than the choice, the first steps can bear it: then the choice
+        behind them; steps skipped and nothing else as the windows have it. As far as the budget allows."""
         if goal.kind != "speed" or not self._can(SKIP):
             return []
         even = even_plan(self.windows.total, 1 / goal.value)
-        others = [(Choice((), even.work(self.num_blocks), ()), even)]
-        skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
-        if skips is not None and all(skips.actions != one.choice.actions for one in tried):
-            others.insert(0, (skips, plan_of(skips.actions, self.windows)))
-        self._expect([plan for _, plan in others], self._behind(goal))
-        found: List[Found] = []
-        for choice, plan in others:
-            if not tried or self.spent + price_of(plan, self.num_blocks) <= limit:
-                found += self._measured(goal, choice, plan)
+        found = self._tried(goal, limit, [(Choice((), even.work(self.num_blocks), ()), even)], not tried)
         if not tried and not found:
             raise _not_finite(goal)
+        if found and (not tried or found[0].error < tried[0].error):
+            found += self._tried(goal, limit, self._behind_first(goal, even))
+        skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
+        if skips is not None and all(skips.actions != one.choice.actions for one in tried):
+            found += self._tried(goal, limit, [(skips, plan_of(skips.actions, self.windows))])
+        return found
+
+    def _behind_first(self, goal: Goal, even: Plan) -> List[Tuple[Choice, Plan]]:
+        """The choice for the windows where the steps before them are skipped as in the even plan."""
+        early = [step for step in even.skip if step < self.windows.first]
+        work = 1 / goal.value + len(early) / self.steps
+        choice = self.team.share(least(lambda weights: self.choices(None, weights), work))
+        if choice is None or not early:
+            return []
+        chosen = plan_of(choice.actions, self.windows)
+        plan = replace(chosen, skip=(*early, *chosen.skip), correction=even.correction)
+        return [(Choice((), plan.work(self.num_blocks), ()), plan)]
+
+    def _tried(
+        self, goal: Goal, limit: float, plans: Sequence[Tuple[Choice, Plan]], anyway: bool = False
+    ) -> List[Found]:
+        """What was measured of those that the budget allows."""
+        found: List[Found] = []
+        for choice, plan in plans:
+            if anyway or self.spent + price_of(plan, self.num_blocks) <= limit:
+                self._expect([plan], self._behind(goal))
+                found += self._measured(goal, choice, plan)
         return found
 
     def _others(self, goal: Goal) -> List[Found]:
