@@ -33,6 +33,7 @@ from osaccel.search.plan.actions import (
     Windows,
     actions_for,
     alone,
+    even_plan,
     plan_of,
     units,
 )
@@ -496,6 +497,18 @@ def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
     sampler = Pipeline(scheduler=DPMSolverMultistepScheduler(), num_blocks=1)
     with pytest.raises(SearchError, match="guidance is off, DPMSolverMultistepScheduler cannot skip steps, and"):
         search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)
+
+
+def test_where_the_first_steps_are_skipped_too_the_choice_behind_them_is_measured(tmp_path):
+    _, plan, report = search(tmp_path, ("4x",))
+    first, even = Windows.of(STEPS, 6).first, even_plan(STEPS, 1 / 4)
+    tried = [(parse_plan(one["config"], "evaluation"), one["error"]) for one in report["evaluations"]]
+    saving = [(one, error) for one, error in tried if one.work(6) <= 1 / 4 + 1e-9]
+    early = [one for one, _ in saving if one.skip != even.skip]
+    assert even.skip in [one.skip for one, _ in saving] and len(early) == 1
+    assert [step for step in early[0].skip if step < first] == [step for step in even.skip if step < first]
+    assert early[0].correction.corrector == 1.0 and early[0].work(6) > 1 / 4 - 0.05
+    assert plan.measured["error"] == min(error for _, error in saving)
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
