@@ -73,6 +73,8 @@ COUNTING_SITECUSTOMIZE = """
         sys.meta_path.insert(0, CountBlocks())
 """
 METHOD = "EulerAncestralDiscrete"
+# Of the tiny transformer.
+BLOCKS = 6
 
 
 def most_ranks():
@@ -169,7 +171,8 @@ class Result:
         videos = sorted((out / "videos").glob("*")) if (out / "videos").exists() else []
         # The grid of all videos repeats the single ones, and is still being written when a round ends.
         self.videos = {path.name: path.read_bytes() for path in videos if not re.match(r"[A-Za-z0-9]+_gs", path.name)}
-        self.calls = {path.name[6:]: json.loads(path.read_text()) for path in out.glob("calls_*")}
+        # By rank, of every block. The script of several ranks loops, and loads its model again.
+        self.calls = {path.name[6:]: json.loads(path.read_text())[:BLOCKS] for path in out.glob("calls_*")}
         # A progress bar of the script may stand before a line, on the same one.
         self.summaries = re.findall(r"\[osaccel\] generation:.*", log)
 
