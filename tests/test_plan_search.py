@@ -40,7 +40,7 @@ from osaccel.search.plan.actions import (
 from osaccel.search.plan.choice import at_error, at_work, curve, least
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import Expectation, gains, probes
-from osaccel.search.plan.local import Record, forecast_squares, predictor_moments, squared_sizes
+from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -243,9 +243,27 @@ def test_what_is_tried_aside_is_the_answer_to_a_forecast_and_changes_nothing(gui
     output, observed = observation.record(replay, list(pipeline.transformer.transformer_blocks))
     assert torch.equal(output, plain) and observed["passes"] == len(tried_by_hand(pipeline, call))
     windows, record = Windows.of(STEPS, 6), observation.record_of(observed)
-    changes = {step: record.slopes[step] * error for step, error in tried_by_hand(pipeline, call).items()}
-    assert record.forecast == pytest.approx(forecast_squares(record, changes, windows), rel=1e-3)
+    errors = tried_by_hand(pipeline, call)
+    # The last window ends with the generation, where x becomes D.
+    for window in range(windows.count - 1):
+        steps, total = windows.steps(window), 0.0
+        for step in steps:
+            now, following, end = (pipeline.scheduler.sigmas[place].item() for place in (step, step + 1, steps[-1] + 1))
+            # The sampler's own step from D, wrong by the noise level times what the network's answer is wrong by.
+            total = total - now * errors.get(step, 0.0) * ((end / following) ** 2 - (end / now) ** 2)
+        assert record.forecast[window] == pytest.approx(float(total.double().square().sum()), rel=1e-3)
     assert min(record.forecast) > 0
+
+
+def test_guidance_in_two_forwards_tries_nothing_aside():
+    pipeline = tiny.UnseededPipeline(forwards=2)
+    call = {"prompt": "", "num_inference_steps": STEPS, "guidance_scale": 4.0}
+    torch.manual_seed(5)
+    plain = pipeline(**call)
+    torch.manual_seed(5)
+    replay = Replay(Call(type(pipeline).__call__, pipeline, (pipeline,), call, tiny.TARGET))
+    output, observed = observation.record(replay, list(pipeline.transformer.transformer_blocks))
+    assert torch.equal(output, plain) and observed["passes"] == 0 and observed["forecast"] == []
 
 
 def tried_by_hand(pipeline, call):
@@ -497,6 +515,12 @@ def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
     sampler = Pipeline(scheduler=DPMSolverMultistepScheduler(), num_blocks=1)
     with pytest.raises(SearchError, match="guidance is off, DPMSolverMultistepScheduler cannot skip steps, and"):
         search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)
+
+
+def test_too_short_a_generation_is_refused(tmp_path):
+    with pytest.raises(SearchError, match="6 steps is too short for a plan search; sample at least 7"):
+        search(tmp_path, steps=6)
+    search(tmp_path / "enough", steps=7)
 
 
 def test_where_the_first_steps_are_skipped_too_the_choice_behind_them_is_measured(tmp_path):

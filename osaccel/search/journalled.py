@@ -65,7 +65,7 @@ class JournalledRunner(Runner):
         """
         if self._journal is not None:
             return
-        metric = "latents and frames" if decodes else "latents"
+        metric = ("latents and frames" if decodes else "latents") + ", mean over calls"
         prompts = self.session.settings.search_prompts
         self.fingerprint = self.team.share(
             binding.of_search(call, self.num_blocks, self.timesteps, prompts, self.team.size, metric)

@@ -3,7 +3,7 @@
 
 Errors that different windows make in the final latents are nearly orthogonal, so their squares add up and the best plan
 is a multiple-choice knapsack, solved by dynamic programming over the work in halves of one block. That is so for every
-weighted mean over calls, and by way of these the mean error is made small too (`least`).
+weighted mean over calls, and by way of these the mean error is made small too, for a given work (`least`).
 """
 
 from typing import Callable, List, NamedTuple, Optional, Sequence
@@ -34,7 +34,7 @@ class Choice(NamedTuple):
 def curve(
     actions: Sequence[Action], squares: np.ndarray, windows: Windows, weights: Optional[Sequence[float]] = None
 ) -> List[Choice]:
-    """The best choice at every work where more work gives less error, from the least work to the plain generation.
+    """The choice of least mean square at every work where more work gives less, from the least to the plain generation.
 
     Args:
         actions: what a window may do; the first must be the plain one.
@@ -82,7 +82,7 @@ def _trace(taken: np.ndarray, costs: np.ndarray, cost: int) -> List[int]:
 
 
 def least(curve_of: Callable[[Optional[Sequence[float]]], Sequence[Choice]], work: float) -> Optional[Choice]:
-    """A choice within this work whose mean error is less than that of the least mean square.
+    """A choice within this work whose mean error is no more than that of the least mean square, and mostly less.
 
     A root is below each of its tangents: E <= (E^2 / F + F) / 2, equal at E = F. So with weights of 1 / F, F the errors
     of a choice, a choice of less weighted square has less mean error; again and again until none has (majorization and
@@ -101,7 +101,7 @@ def least(curve_of: Callable[[Optional[Sequence[float]]], Sequence[Choice]], wor
 
 
 def at_work(choices: Sequence[Choice], work: float) -> Optional[Choice]:
-    """The least error within this work; None when even the cheapest choice takes more."""
+    """The least mean square within this work; None when even the cheapest choice takes more."""
     return max((choice for choice in choices if choice.work <= work + 1e-9), key=lambda c: c.work, default=None)
 
 

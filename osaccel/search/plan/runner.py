@@ -107,6 +107,8 @@ class PlanRunner(PlannedRunner):
     def prepare(self) -> None:
         """What is known without a replay: the windows, and what they may do."""
         self.windows = Windows.of(self.steps, self.num_blocks)
+        if not self.windows.count:
+            raise SearchError(f"A generation of {self.steps} steps is too short for a plan search; sample at least 7.")
         self.actions = self._actions()
 
     def search(self) -> Dict[str, Any]:
@@ -134,8 +136,8 @@ class PlanRunner(PlannedRunner):
         if len(actions) == 1:
             raise SearchError(
                 f"Nothing can be saved: guidance is off, {type(self.replays[0].call.pipeline.scheduler).__name__} "
-                "cannot skip steps, and there are no blocks to forecast (one forward a step, two blocks). Sample "
-                "with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                "cannot skip steps, and there are no blocks to forecast (one forward a step, two blocks, finite answers). "
+                "Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
 
@@ -233,7 +235,7 @@ class PlanRunner(PlannedRunner):
             if choice.error > 0:
                 self.expectation = self.expectation.scaled((found.error / choice.error) ** 2)
             choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
-        tried += self._plainer(goal, limit, tried)
+        tried += self._alternatives(goal, limit, tried)
         tried += self._led(goal, limit, self._best(tried))
         self._expect([], self._behind(goal))
         return tried
@@ -242,7 +244,7 @@ class PlanRunner(PlannedRunner):
         """The goals that come after this one."""
         return self.settings.target[self.settings.target.index(goal) + 1 :]
 
-    def _plainer(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
+    def _alternatives(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
         """Steps skipped evenly; where that does better than the choice, the first steps can bear it: then the choice
         behind them; steps skipped and nothing else as the windows have it. As far as the budget allows."""
         if goal.kind != "speed" or not self._can(SKIP):
