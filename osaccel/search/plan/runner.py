@@ -136,8 +136,8 @@ class PlanRunner(PlannedRunner):
         if len(actions) == 1:
             raise SearchError(
                 f"Nothing can be saved: guidance is off, {type(self.replays[0].call.pipeline.scheduler).__name__} "
-                "cannot skip steps, and there are no blocks to forecast (one forward a step, two blocks, finite answers). "
-                "Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                "cannot skip steps, and there are no blocks to forecast (one forward a step, two blocks, finite "
+                "answers). Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
 
