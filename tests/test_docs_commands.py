@@ -120,8 +120,8 @@ HOW = {
     "python -m benchmarks.reference.redundancy --prompts 4": Run("", (("--prompts 4", "--prompts 1 --steps 5"),)),
     "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": RunBy("test_demo.py", '"osaccel.demo"'),
     "pip install -c constraints.txt -e \".[test]\" && python -m pytest": RunBy("../.ci/run", "python -m pytest"),
-    "python -m benchmarks.plans --prompts 8 --kept DIR [--model second]":
-        Run("osaccel plan", (("--prompts 8 --kept DIR [--model second]",
+    "python -m benchmarks.plans --prompts 24 --kept DIR [--model second]":
+        Run("osaccel plan", (("--prompts 24 --kept DIR [--model second]",
             "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
     "python -m benchmarks.corrections --work DIR --prompts 16 [--model second]":
         Run("gap to 100 steps closed", (("DIR --prompts 16 [--model second]",

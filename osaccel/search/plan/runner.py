@@ -237,6 +237,7 @@ class PlanRunner(PlannedRunner):
             choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
         tried += self._alternatives(goal, limit, tried)
         tried += self._led(goal, limit, self._best(tried))
+        tried += self._skips(goal, limit, tried)
         self._expect([], self._behind(goal))
         return tried
 
@@ -246,7 +247,7 @@ class PlanRunner(PlannedRunner):
 
     def _alternatives(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
         """Steps skipped evenly; where that does better than the choice, the first steps can bear it: then the choice
-        behind them; steps skipped and nothing else as the windows have it. As far as the budget allows."""
+        behind them. As far as the budget allows."""
         if goal.kind != "speed" or not self._can(SKIP):
             return []
         even = even_plan(self.windows.total, 1 / goal.value)
@@ -255,10 +256,16 @@ class PlanRunner(PlannedRunner):
             raise _not_finite(goal)
         if found and (not tried or found[0].error < tried[0].error):
             found += self._tried(goal, limit, self._behind_first(goal, even))
-        skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
-        if skips is not None and all(skips.actions != one.choice.actions for one in tried):
-            found += self._tried(goal, limit, [(skips, plan_of(skips.actions, self.windows))])
         return found
+
+    def _skips(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
+        """Steps skipped and nothing else, as the windows have it."""
+        if goal.kind != "speed" or not self._can(SKIP):
+            return []
+        skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
+        if skips is None or any(skips.actions == one.choice.actions for one in tried):
+            return []
+        return self._tried(goal, limit, [(skips, plan_of(skips.actions, self.windows))])
 
     def _behind_first(self, goal: Goal, even: Plan) -> List[Tuple[Choice, Plan]]:
         """The choice for the windows where the steps before them are skipped as in the even plan."""
