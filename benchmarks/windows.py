@@ -15,7 +15,7 @@ import argparse
 import json
 import tempfile
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -117,11 +117,8 @@ def pooled(data: Measured, expected: Expectation) -> np.ndarray:
 
 def chosen(data: Measured, squares: np.ndarray, work: float, is_mean: bool = True) -> Choice:
     """The choice of least mean error, or of least mean square."""
-
-    def curve_of(weights: Optional[Sequence[float]]) -> List[Choice]:
-        return curve(data.actions, squares, data.windows, weights)
-
-    found = least(curve_of, work) if is_mean else at_work(curve_of(None), work)
+    known = data.actions, squares, data.windows
+    found = least(*known, work) if is_mean else at_work(curve(*known), work)
     if found is None:
         raise ValueError(f"no mixture of {', '.join(data.names)} has a work of {work:g}")
     return found

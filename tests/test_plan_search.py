@@ -110,7 +110,7 @@ def test_the_choice_is_the_best_of_all_there_are():
         assert plan_of(chosen.actions, windows).work(4) == pytest.approx(chosen.work) and chosen.work <= work + 1e-9
         assert at_error(choices, chosen.error).work <= chosen.work
         # By way of weights the mean error, too, comes near the least there is.
-        found = least(lambda weights: curve(actions, squares, windows, weights), work)
+        found = least(actions, squares, windows, work)
         lowest = min(errors.mean() for errors in every)
         assert found.work <= work + 1e-9 and lowest - 1e-9 <= found.error <= min(1.1 * lowest, chosen.error) + 1e-9
         is_better.append(found.error < chosen.error - 1e-9)

@@ -19,7 +19,6 @@ from benchmarks.lib.own import code
 from osaccel import binding, formats
 from osaccel.search.errors import SearchError
 from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, Action, Windows, alone, plan_of, units
-from osaccel.search.plan.choice import least
 from osaccel.search.plan.runner import PlanRunner, path_of
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -136,7 +135,7 @@ def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output
 def _alone(runner: PlanRunner, family: str, speeds: Sequence[float]) -> List[Any]:
     """The same choice among the actions of one family, from the same measurements."""
     places = alone(runner.actions, family)
-    found = [least(lambda weights: runner.choices(places, weights), 1 / speed) for speed in speeds]
+    found = [runner.choice_at(1 / speed, places) for speed in speeds]
     return [None if one is None else formats.plan_content(plan_of(one.actions, runner.windows)) for one in found]
 
 

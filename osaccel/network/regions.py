@@ -25,6 +25,11 @@ class _Lane:
         self.deltas: List[Tuple[int, Streams]] = []
 
 
+def hidden_ahead(hidden: torch.Tensor, delta: torch.Tensor, older: torch.Tensor, ahead: float) -> torch.Tensor:
+    """Hidden states plus the delta on the line through the two newest; `ahead` is `osaccel.plan.forecast`."""
+    return hidden + (1.0 + ahead) * delta - ahead * older
+
+
 class RegionCache:
     """One region's deltas, and the replacement forwards of its blocks.
 
@@ -135,8 +140,7 @@ class RegionCache:
         if self.region.order == 0 or not earlier:
             return hidden + delta
         before, older = earlier[0]
-        ahead = forecast(clock.step, newest, before)
-        return hidden + (1.0 + ahead) * delta - ahead * older[number]
+        return hidden_ahead(hidden, delta, older[number], forecast(clock.step, newest, before))
 
 
 class BlockCache:

@@ -133,6 +133,14 @@ class Upstream:
         ended = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=400)
         return ended.stdout.decode()
 
+    def found(self, name, ranks, *arguments):
+        """The same; returns what each rank printed behind FOUND."""
+        output = self.run_file(name, ranks, *arguments)
+        # Ranks print at once, now and then on one line.
+        found = [json.loads(text) for text in re.findall(r"FOUND (\{.*?\})", output)]
+        assert len(found) == ranks, output[-4000:]
+        return found
+
     def _run(self, script, prefix, sitecustomize, steps, method, frames, extra, ranks, variables):
         out = self.folder / str(len(self.runs))
         out.mkdir()

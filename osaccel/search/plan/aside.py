@@ -11,8 +11,9 @@ from typing import Any, Callable, Dict, List, Optional
 
 import torch
 
-from osaccel.interceptors import Interceptor, StepCall
+from osaccel.interceptors import Interceptor
 from osaccel.network.forwards import Streams, prediction_of, with_prediction
+from osaccel.network.regions import hidden_ahead
 from osaccel.plan import forecast
 from osaccel.search.plan.actions import BY_NAME, COMPUTED_BLOCKS, FORECAST, REFERENCES, Windows, kinds
 from osaccel.search.plan.local import full_before
@@ -49,11 +50,11 @@ class ForecastsAside(Interceptor):
         self._last = {step: follower for follower in sorted(self._follows) for step in self._follows[follower]}
         self._before: Optional[Streams] = None
         self._is_one_forward = self.num_blocks > COMPUTED_BLOCKS
-        self._step = 0
 
     @torch.no_grad()
     def observe(self, step: int, forward: int, index: int, before: Streams, after: Streams) -> None:
         """Called after every block of the plain generation."""
+        self._step = step
         if forward > 0:
             self._is_one_forward = False
             self._deltas.clear()
@@ -97,12 +98,7 @@ class ForecastsAside(Interceptor):
         newest, older = self._follows[self._step]
         ahead = forecast(self._step, newest, older)
         streams = zip(before, self._deltas[newest], self._deltas[older])
-        return tuple(hidden + (1.0 + ahead) * late - ahead * early for hidden, late, early in streams)
-
-    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
-        result = proceed(call)
-        self._step += 1
-        return result
+        return tuple(hidden_ahead(hidden, late, early, ahead) for hidden, late, early in streams)
 
     def close(self) -> None:
         self._deltas.clear()

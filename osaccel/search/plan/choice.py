@@ -6,7 +6,7 @@ is a multiple-choice knapsack, solved by dynamic programming over the work in ha
 weighted mean over calls, and by way of these the mean error is made small too, for a given work (`least`).
 """
 
-from typing import Callable, List, NamedTuple, Optional, Sequence
+from typing import List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -81,19 +81,16 @@ def _trace(taken: np.ndarray, costs: np.ndarray, cost: int) -> List[int]:
     return found[::-1]
 
 
-def least(curve_of: Callable[[Optional[Sequence[float]]], Sequence[Choice]], work: float) -> Optional[Choice]:
+def least(actions: Sequence[Action], squares: np.ndarray, windows: Windows, work: float) -> Optional[Choice]:
     """A choice within this work whose mean error is no more than that of the least mean square, and mostly less.
 
     A root is below each of its tangents: E <= (E^2 / F + F) / 2, equal at E = F. So with weights of 1 / F, F the errors
     of a choice, a choice of less weighted square has less mean error; again and again until none has (majorization and
-    minimization: Hunter and Lange, The American Statistician 58, 2004).
-
-    Args:
-        curve_of: the curve for weights of the calls, see `curve`.
+    minimization: Hunter and Lange, The American Statistician 58, 2004). The arguments are those of `curve`.
     """
-    found = at_work(curve_of(None), work)
+    found = at_work(curve(actions, squares, windows), work)
     while found is not None and min(found.errors) > 0:
-        better = at_work(curve_of([1 / error for error in found.errors]), work)
+        better = at_work(curve(actions, squares, windows, [1 / error for error in found.errors]), work)
         if better is None or better.error >= found.error:
             break
         found = better

@@ -11,7 +11,7 @@ from typing import Dict, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import FAMILIES, PLAIN, REFERENCES, Action, Windows
+from osaccel.search.plan.actions import BY_NAME, FAMILIES, PLAIN, REFERENCES, Action, Windows
 
 # The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
@@ -28,9 +28,9 @@ class Probe(NamedTuple):
     family: str
     windows: Sequence[int]
 
-    def chosen(self, actions: Mapping[str, Action], count: int) -> List[Action]:
+    def chosen(self, count: int) -> List[Action]:
         """An action for every window."""
-        return [actions[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
+        return [BY_NAME[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
 
 def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
@@ -48,12 +48,11 @@ def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Wind
         sizes: of the families' reference actions.
     """
     found: Dict[str, np.ndarray] = {}
-    for probe in measured:
-        if probe.family not in found:
-            own = [one for one in measured if one.family == probe.family]
-            local = sizes[REFERENCES[probe.family]][:, :, FAMILIES.index(probe.family)]
-            calls = range(len(local))
-            found[probe.family] = np.array([_gains({p: measured[p][call] for p in own}, local[call]) for call in calls])
+    for family in dict.fromkeys(probe.family for probe in measured):
+        local = sizes[REFERENCES[family]][:, :, FAMILIES.index(family)]
+        own = {probe: errors for probe, errors in measured.items() if probe.family == family}
+        by_call = [{probe: errors[call] for probe, errors in own.items()} for call in range(len(local))]
+        found[family] = np.array([_gains(errors, changes) for errors, changes in zip(by_call, local)])
     return found
 
 

@@ -97,12 +97,17 @@ def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog, aside: Forecas
 
 
 def _guided(output: torch.Tensor, weight: Optional[float], prediction: torch.Tensor) -> torch.Tensor:
-    """What guidance makes of a change of the network's output, flat; learned variances are behind the channels."""
-    change = output[:, : prediction.shape[1]]
+    """What guidance makes of a change of the network's output, flat."""
+    change = _predicted(output, prediction)
     if weight is not None:
         unconditional, conditional = change.chunk(2)
         change = torch.lerp(unconditional, conditional, weight)
     return change.flatten()
+
+
+def _predicted(output: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+    """The channels of a prediction, float32; behind them are learned variances, where there are any."""
+    return output[:, : prediction.shape[1]].float()
 
 
 def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
@@ -117,8 +122,7 @@ def _guidance(replay: Replay) -> Tuple[List[float], List[torch.Tensor]]:
         prediction = recording.predictions[step]
         if len(forwards) != 1 or forwards[0].shape[0] != 2 * prediction.shape[0]:
             return [], []
-        # Learned variances, where there are any, are behind the prediction's channels.
-        unconditional, conditional = (half[:, : prediction.shape[1]].float() for half in forwards[0].chunk(2))
+        unconditional, conditional = _predicted(forwards[0], prediction).chunk(2)
         difference = conditional - unconditional
         square = difference.square().sum()
         weights.append(float(((prediction.float() - unconditional) * difference).sum() / square) if square > 0 else 1.0)

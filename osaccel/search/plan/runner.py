@@ -162,12 +162,18 @@ class PlanRunner(PlannedRunner):
         measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
         return Expectation(sizes, gains(measured, sizes, self.windows))
 
-    def choices(
-        self, places: Optional[Sequence[int]] = None, weights: Optional[Sequence[float]] = None
-    ) -> List[Choice]:
+    def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
         """The curve of best choices as far as is known, among all actions or those at some places."""
-        actions = self.actions if places is None else [self.actions[place] for place in places]
-        return curve(actions, self.expectation.squares(actions), self.windows, weights)
+        actions = self._among(places)
+        return curve(actions, self.expectation.squares(actions), self.windows)
+
+    def choice_at(self, work: float, places: Optional[Sequence[int]] = None) -> Optional[Choice]:
+        """The choice of least mean error within this work, among the same; None where nothing saves as much."""
+        actions = self._among(places)
+        return least(actions, self.expectation.squares(actions), self.windows, work)
+
+    def _among(self, places: Optional[Sequence[int]]) -> List[Action]:
+        return self.actions if places is None else [self.actions[place] for place in places]
 
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plans."""
@@ -181,7 +187,7 @@ class PlanRunner(PlannedRunner):
         return found
 
     def _plan_of(self, probe: Probe) -> Plan:
-        return plan_of(probe.chosen(BY_NAME, self.windows.count), self.windows)
+        return plan_of(probe.chosen(self.windows.count), self.windows)
 
     def _price(self, probe: Probe) -> float:
         """Plain generations' worth of replaying a probe."""
@@ -194,8 +200,7 @@ class PlanRunner(PlannedRunner):
         for goal in goals:
             work = 1 / goal.value if goal.kind == "speed" else 1.0
             behind = max(0.0, work - self.windows.first / self.windows.total)
-            is_skipped = goal.kind == "speed" and self._can(SKIP)
-            ahead += behind + is_skipped * (behind + work) + bool(self.fitted) * behind
+            ahead += behind + self._may_skip(goal) * (behind + work) + bool(self.fitted) * behind
         most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
         self.progress.expected = min(self.progress.done + ahead, most)
 
@@ -224,7 +229,7 @@ class PlanRunner(PlannedRunner):
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
     def _reach(self, goal: Goal) -> List[Found]:
-        """Verified plans for a goal: what the knapsack chose, milder ones while an error is missed, plainer ones."""
+        """Verified plans for a goal: what the knapsack chose, milder ones while an error is missed, others."""
         choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
@@ -248,46 +253,50 @@ class PlanRunner(PlannedRunner):
     def _alternatives(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
         """Steps skipped evenly; where that does better than the choice, the first steps can bear it: then the choice
         behind them. As far as the budget allows."""
-        if goal.kind != "speed" or not self._can(SKIP):
+        if not self._may_skip(goal):
             return []
         even = even_plan(self.windows.total, 1 / goal.value)
-        found = self._tried(goal, limit, [(Choice((), even.work(self.num_blocks), ()), even)], not tried)
+        found = self._tried(goal, limit, even, anyway=not tried)
         if not tried and not found:
             raise _not_finite(goal)
         if found and (not tried or found[0].error < tried[0].error):
-            found += self._tried(goal, limit, self._behind_first(goal, even))
+            early = self._behind_first(goal, even)
+            found += self._tried(goal, limit, early) if early else []
         return found
 
     def _skips(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
         """Steps skipped and nothing else, as the windows have it."""
-        if goal.kind != "speed" or not self._can(SKIP):
+        if not self._may_skip(goal):
             return []
         skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
         if skips is None or any(skips.actions == one.choice.actions for one in tried):
             return []
-        return self._tried(goal, limit, [(skips, plan_of(skips.actions, self.windows))])
+        return self._tried(goal, limit, plan_of(skips.actions, self.windows), skips)
 
-    def _behind_first(self, goal: Goal, even: Plan) -> List[Tuple[Choice, Plan]]:
+    def _behind_first(self, goal: Goal, even: Plan) -> Optional[Plan]:
         """The choice for the windows where the steps before them are skipped as in the even plan."""
         early = [step for step in even.skip if step < self.windows.first]
         work = 1 / goal.value + len(early) / self.steps
-        choice = self.team.share(least(lambda weights: self.choices(None, weights), work))
+        choice = self.team.share(self.choice_at(work))
         if choice is None or not early:
-            return []
+            return None
         chosen = plan_of(choice.actions, self.windows)
-        plan = replace(chosen, skip=(*early, *chosen.skip), correction=even.correction)
-        return [(Choice((), plan.work(self.num_blocks), ()), plan)]
+        return replace(chosen, skip=(*early, *chosen.skip), correction=even.correction)
 
     def _tried(
-        self, goal: Goal, limit: float, plans: Sequence[Tuple[Choice, Plan]], anyway: bool = False
+        self, goal: Goal, limit: float, plan: Plan, choice: Optional[Choice] = None, anyway: bool = False
     ) -> List[Found]:
-        """What was measured of those that the budget allows."""
-        found: List[Found] = []
-        for choice, plan in plans:
-            if anyway or self.spent + price_of(plan, self.num_blocks) <= limit:
-                self._expect([plan], self._behind(goal))
-                found += self._measured(goal, choice, plan)
-        return found
+        """What was measured of a plan, where the budget allows it; `choice`: where it comes from the windows alone."""
+        if not anyway and not self._affords(plan, limit):
+            return []
+        self._expect([plan], self._behind(goal))
+        return self._measured(goal, choice or self._unpredicted(plan), plan)
+
+    def _affords(self, plan: Plan, limit: float) -> bool:
+        return self.spent + price_of(plan, self.num_blocks) <= limit
+
+    def _unpredicted(self, plan: Plan) -> Choice:
+        return Choice((), plan.work(self.num_blocks), ())
 
     def _others(self, goal: Goal) -> List[Found]:
         """All that was measured for whatever reason and saves enough."""
@@ -296,9 +305,9 @@ class PlanRunner(PlannedRunner):
         found = []
         for evaluation in self.asked.values():
             plan = plan_of_job(evaluation.config, self.steps)
-            work = plan.work(self.num_blocks)
-            if evaluation.error is not None and work <= 1 / goal.value + 1e-9:
-                found.append(Found(goal, Choice((), work, ()), plan, evaluation))
+            choice = self._unpredicted(plan)
+            if evaluation.error is not None and choice.work <= 1 / goal.value + 1e-9:
+                found.append(Found(goal, choice, plan, evaluation))
         return found
 
     def _led(self, goal: Goal, limit: float, best: Found) -> List[Found]:
@@ -309,9 +318,11 @@ class PlanRunner(PlannedRunner):
         if not best.plan.skip or not self.fitted:
             return []
         plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
-        if self.spent + price_of(plan, self.num_blocks) > limit:
-            return []
-        return self._measured(goal, best.choice, plan)
+        return self._measured(goal, best.choice, plan) if self._affords(plan, limit) else []
+
+    def _may_skip(self, goal: Goal) -> bool:
+        """Whether steps skipped by another rule than the windows' are to be tried for a goal."""
+        return goal.kind == "speed" and self._can(SKIP)
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
@@ -339,7 +350,7 @@ class PlanRunner(PlannedRunner):
     def _within(self, goal: Goal, places: Optional[Sequence[int]] = None) -> Optional[Choice]:
         """What is predicted to reach a goal; None where nothing is."""
         if goal.kind == "speed":
-            return least(lambda weights: self.choices(places, weights), 1 / goal.value)
+            return self.choice_at(1 / goal.value, places)
         # What an error of the latents is in the frames is not known before one was decoded.
         return at_error(self.choices(places), goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
@@ -347,7 +358,7 @@ class PlanRunner(PlannedRunner):
         """The first choice; None where only skipping evenly goes as far."""
         chosen = self._within(goal)
         farthest = 1 / self.choices()[0].work
-        if goal.kind == "speed" and self._can(SKIP):
+        if self._may_skip(goal):
             farthest = max(farthest, self.windows.total / FEWEST)
         if chosen is None and (goal.kind != "speed" or goal.value > farthest):
             raise SearchError(
