@@ -12,7 +12,7 @@ from typing import Any, Callable, Dict, List, Sequence, Tuple
 
 from osaccel.dit_cache_config import CACHE_KEYS, DitCacheConfig, check_cache_value
 from osaccel.messages import SettingsError, closest, kind, shown
-from osaccel.plan import FORMAT, Correction, Plan, Region, of_dit_cache
+from osaccel.plan import FORMAT, Correction, Plan, Region, Strengths, of_dit_cache
 from osaccel.reading import cannot_be_read, check_regular, read_file
 
 logger = logging.getLogger("osaccel")
@@ -66,7 +66,7 @@ def write_cache_config(path: str, config: DitCacheConfig) -> None:
 
 _PLAN_KEYS = ("format", "steps", "skip", "conditional_only", "regions", "correction", "made_for", "measured")
 _REGION_KEYS = ("start", "stop", "reuse", "order")
-_CORRECTION_KEYS = ("predictor", "corrector")
+_CORRECTION_KEYS = Strengths._fields
 
 
 def parse_plan(content: Any, place: str) -> Plan:

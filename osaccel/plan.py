@@ -59,24 +59,44 @@ class Correction:
     Args:
         predictor: how far what stands in for the denoised prediction within a step follows its newest change.
         corrector: how much of what an interval lost is made good once its end is known.
+        response: how far what stands in at skipped steps answers to the noise that was added since
+            (`osaccel.sampling.response`); of use for samplers that add noise.
     """
 
     predictor: Union[float, Tuple[float, ...]] = 0.0
     corrector: Union[float, Tuple[float, ...]] = 0.0
+    response: Union[float, Tuple[float, ...]] = 0.0
 
     @property
     def is_used(self) -> bool:
-        return any(any(value) if isinstance(value, tuple) else value for value in (self.predictor, self.corrector))
+        return any(any(value) if isinstance(value, tuple) else value for value in self._strengths())
+
+    @property
+    def responds(self) -> bool:
+        return any(self.response) if isinstance(self.response, tuple) else bool(self.response)
 
     def __str__(self) -> str:
-        return f"predictor {_extent(self.predictor)}, corrector {_extent(self.corrector)}"
+        names = ["predictor", "corrector", *(["response"] if self.responds else [])]
+        return ", ".join(f"{name} {_extent(getattr(self, name))}" for name in names)
 
-    def at(self, step: int) -> Tuple[float, float]:
-        """(predictor, corrector) at one step."""
-        predictor, corrector = (
-            value[step] if isinstance(value, tuple) else value for value in (self.predictor, self.corrector)
-        )
-        return predictor, corrector
+    def at(self, step: int) -> "Strengths":
+        """The strengths of one step."""
+        return Strengths(*(value[step] if isinstance(value, tuple) else value for value in self._strengths()))
+
+    def _strengths(self) -> List[Union[float, Tuple[float, ...]]]:
+        return [getattr(self, name) for name in Strengths._fields]
+
+
+class Strengths(NamedTuple):
+    """Of a correction at one step."""
+
+    predictor: float
+    corrector: float
+    response: float
+
+
+# What stands beside skipped steps unless something else is asked for.
+UNDER_SKIP = Correction(corrector=1.0, response=1.0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +134,7 @@ class Plan:
         for number, region in enumerate(self.regions):
             _check_region(f"regions[{number}]", region, self.skip)
         _check_disjoint(self.regions)
-        for name in ("predictor", "corrector"):
+        for name in Strengths._fields:
             _check_strengths(f"correction.{name}", getattr(self.correction, name), self.steps)
 
     def _named_steps(self) -> List[Tuple[str, Tuple[int, ...]]]:

@@ -10,7 +10,7 @@ from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple
 from osaccel import formats, reading
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.messages import SettingsError, closest, shown
-from osaccel.plan import Correction, Plan, of_dit_cache
+from osaccel.plan import UNDER_SKIP, Correction, Plan, of_dit_cache
 
 PREFIX = "OSACCEL_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -18,10 +18,9 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 LONGEST_PATH = 4096
 SEARCHES = ("plan", "dit_cache", "restep", "all")
 ATTENTIONS = ("keep", "flash", "auto")
-# What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from.
+# What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from. Beside a plan that skips steps it is
+# UNDER_SKIP: the plain run's own video is the aim, and a predictor leads away from it.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
-# The same beside a plan that skips steps: the plain run's own video is the aim, and a predictor leads away from it.
-DEFAULT_UNDER_SKIP = Correction(corrector=1.0)
 # Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
 _NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")
 _WHOLE = re.compile(r"[1-9][0-9]{0,8}")
@@ -122,21 +121,21 @@ def _step_counts(value: Value) -> Tuple[int, ...]:
 
 
 def _correction(value: Value) -> Optional[Correction]:
-    """1 for the default strengths, 0 for none, or two strengths."""
+    """1 for the default strengths, 0 for none, or the strengths themselves; the response may be left out."""
     word = str(value.raw).lower()
     if word in ("1", "true", "yes", "on"):
         return DEFAULT_CORRECTION
     if word in ("0", "false", "no", "off"):
         return None
     parts = value.raw if isinstance(value.raw, list) else word.split(",")
-    allowed = "expected 1, 0, or two numbers in [0, 1], predictor,corrector"
-    if len(parts) != 2:
+    allowed = "expected 1, 0, or numbers in [0, 1], predictor,corrector or predictor,corrector,response"
+    if len(parts) not in (2, 3):
         raise SettingsError(f"{value.place}: {allowed}, got {shown(value.raw)}.")
     try:
-        predictor, corrector = (_number(0, 1)(value._replace(raw=part)) for part in parts)
+        strengths = [_number(0, 1)(value._replace(raw=part)) for part in parts]
     except SettingsError:
         raise SettingsError(f"{value.place}: {allowed}, got {shown(value.raw)}.") from None
-    return Correction(predictor, corrector)
+    return Correction(*strengths)
 
 
 def _targets(value: Value) -> Tuple[Goal, ...]:
@@ -375,7 +374,7 @@ class Settings:
         correction = self.correction or plan.correction
         # By identity: whoever names both strengths gets them.
         if plan.skip and correction is DEFAULT_CORRECTION:
-            correction = DEFAULT_UNDER_SKIP
+            correction = UNDER_SKIP
         return replace(plan, timesteps=self.timesteps, correction=correction)
 
     @property

@@ -102,7 +102,7 @@ def written_out(sigmas, denoiser, first, noises, power, correction):
     x, history, followed = first.double(), [], [0.0]
     for k in range(len(sigmas) - 1):
         s, t = sigmas[k], sigmas[k + 1]
-        predictor, corrector = correction.at(k)
+        predictor, corrector, _ = correction.at(k)
         denoised = denoiser(x, s)
         history.append(denoised)
         damped = persists(history[-1] - history[-2], history[-2] - history[-3]) if k > 1 else 1.0

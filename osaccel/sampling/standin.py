@@ -22,6 +22,7 @@ from osaccel.network.forwards import prediction_of, with_prediction
 from osaccel.plan import Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
+from osaccel.sampling.response import Response
 
 ANCESTRAL, FLOW = 2.0, 1.0
 
@@ -43,7 +44,7 @@ class _Computed(NamedTuple):
 
 
 class Corrected(Interceptor):
-    """Corrects what goes to the scheduler; keeps a denoised prediction and its last change, float32.
+    """Corrects what goes to the scheduler; keeps a denoised prediction and its last change, and a response's, float32.
 
     Args:
         plan: its `skip` and `correction` are what is done here.
@@ -62,6 +63,7 @@ class Corrected(Interceptor):
         self._newest: Optional[_Computed] = None
         # How far each stand-in since the newest computed step followed its change, by step, before `persists`.
         self._followed: List[float] = []
+        self._response: Optional[Response] = None
 
     def begin(self, scheduler: Any) -> None:
         self.close()
@@ -69,24 +71,55 @@ class Corrected(Interceptor):
         self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
         self.sigmas = self.levels.of_steps()
         self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
+        self._response = Response(self.sigmas) if self._skip and self.plan.correction.responds else None
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
-        sigma, sample = self.sigmas[step], call.sample
-        if step not in self._skip:
+        sigma, sample, is_skipped = self.sigmas[step], call.sample, step in self._skip
+        if power != ANCESTRAL:
+            self._response = None  # no noise is added
+        foreseen = self._foreseen(step, sample)
+        if not is_skipped:
             newest = self._computed(step, self.levels.denoised(call.model_output, sigma, sample))
-            sample = self._corrected(sample, newest, power)
+            self._learn(sample, newest)
+            sample = self._corrected(sample, newest, foreseen, power)
             self._newest, self._followed = newest, []
         assert self._newest is not None
-        followed = self._follow(step, power)
+        followed, assumed = self._follow(step, power), self._newest.denoised
         self._followed.append(followed)
-        if step not in self._skip and sample is call.sample and not followed:
-            return proceed(call)
-        assumed = self._newest.denoised
         if followed and self._newest.change is not None:
             assumed = assumed + followed * self._newest.persists * self._newest.change
+        if is_skipped and foreseen is not None:
+            assumed = assumed + foreseen
+        self._tell_response(step, sample, assumed)
+        if not is_skipped and sample is call.sample and not followed:
+            return proceed(call)
         output = self.levels.model_output(assumed, sigma, sample)
         return proceed(call.replaced(output.to(call.model_output.dtype), sample))
+
+    def _foreseen(self, step: int, sample: torch.Tensor) -> Optional[torch.Tensor]:
+        """What the noise since the newest computed step has done to D; None where nothing is known or asked for."""
+        strength = self.plan.correction.at(step).response
+        if self._response is None or not strength:
+            return None
+        foreseen = self._response.foreseen(step, self._exploded(step, sample))
+        return None if foreseen is None else strength * foreseen
+
+    def _learn(self, sample: torch.Tensor, newest: _Computed) -> None:
+        if self._response is not None and newest.change is not None:
+            self._response.learn(newest.step, self._exploded(newest.step, sample), newest.change)
+
+    def _tell_response(self, step: int, sample: torch.Tensor, assumed: torch.Tensor) -> None:
+        """`sample` and `assumed` are what the scheduler gets."""
+        if self._response is None or (step == 0 and self._starts_without_signal):
+            return
+        if step not in self._skip:
+            self._response.leave(step, self._exploded(step, sample))
+        self._response.passed(step, assumed)
+
+    def _exploded(self, step: int, sample: torch.Tensor) -> torch.Tensor:
+        """x = x0 + s z."""
+        return sample.float() * self.levels.scale(self.sigmas[step])
 
     def _computed(self, step: int, denoised: torch.Tensor) -> _Computed:
         """What a computed step adds to what is known."""
@@ -98,7 +131,7 @@ class Corrected(Interceptor):
 
     def _follow(self, step: int, power: float) -> float:
         """How far D is taken to have moved on at `step`, in units of the newest change."""
-        strength, newest = self.plan.correction.at(step)[0], self._newest
+        strength, newest = self.plan.correction.at(step).predictor, self._newest
         if not strength or newest is None or newest.change is None:
             return 0.0
         earlier, start = self.sigmas[newest.before], self.sigmas[newest.step]
@@ -106,16 +139,21 @@ class Corrected(Interceptor):
             return strength * followed(earlier, start, self.sigmas[step])
         return strength * reach(earlier, start, self.sigmas[step + 1], power)
 
-    def _corrected(self, sample: torch.Tensor, newest: _Computed, power: float) -> torch.Tensor:
-        """The sample where it would be, had D moved evenly in log s from the computed step before to this one."""
+    def _corrected(
+        self, sample: torch.Tensor, newest: _Computed, foreseen: Optional[torch.Tensor], power: float
+    ) -> torch.Tensor:
+        """The sample where it would be, had D moved evenly in log s from the computed step before to this one.
+
+        So it is for what was not `foreseen` of the change; the rest the scheduler has been told on the way.
+        """
         step, last = newest.step, self._newest
-        strength = self.plan.correction.at(step)[1]
+        strength = self.plan.correction.at(step).corrector
         if not strength or last is None or newest.change is None or (last.step == 0 and self._starts_without_signal):
             return sample
         moved, followed = self._missed(last.step, step, power)
         if not moved and not followed:
             return sample
-        missed = moved * newest.change
+        missed = moved * (newest.change if foreseen is None else newest.change - foreseen)
         if followed and last.change is not None:
             missed = missed - followed * last.persists * last.change
         missed = (strength / self.levels.scale(self.sigmas[step])) * newest.persists * missed

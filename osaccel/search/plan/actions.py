@@ -8,7 +8,7 @@ window begins with a full step and its error depends little on what its neighbou
 from dataclasses import dataclass
 from typing import Container, Dict, List, NamedTuple, Sequence, Tuple
 
-from osaccel.plan import Correction, Plan, Region
+from osaccel.plan import UNDER_SKIP, Correction, Plan, Region
 from osaccel.search.places import even_places
 from osaccel.search.planned import settling
 
@@ -140,7 +140,7 @@ def plan_of(chosen: Sequence[Action], windows: Windows) -> Plan:
         skip=steps[SKIP],
         conditional_only=steps[HALF],
         regions=tuple(regions),
-        correction=Correction(corrector=1.0) if steps[SKIP] else Correction(),
+        correction=UNDER_SKIP if steps[SKIP] else Correction(),
     )
 
 
@@ -148,4 +148,4 @@ def even_plan(steps: int, work: float) -> Plan:
     """The plan of at most this work that knows no windows: steps are skipped evenly, from the first on."""
     computed = even_places(steps, max(FEWEST, int(work * steps + 1e-9)))
     skip = tuple(step for step in range(steps) if step not in computed)
-    return Plan(steps=steps, skip=skip, correction=Correction(corrector=1.0) if skip else Correction())
+    return Plan(steps=steps, skip=skip, correction=UNDER_SKIP if skip else Correction())

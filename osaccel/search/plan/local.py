@@ -7,20 +7,21 @@ own answer to it left out; what becomes of it until the end of the generation is
 """
 
 import math
-from typing import Dict, List, Mapping, NamedTuple, Sequence, Tuple
+from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
 from osaccel.plan import forecast
+from osaccel.sampling.response import carried, gain, slope_of
 from osaccel.sampling.standin import FLOW, followed
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
 
 class Record(NamedTuple):
-    """What a plain generation showed at every step; tensors on the host, float32, flat.
+    """What a plain generation showed at every step; tensors on the host, float32.
 
     Attributes:
-        denoised: D at every step, (steps, entries).
+        denoised: D at every step, (steps, N, C, ...).
         guidance: how D would move, were the difference of the two branches to grow by itself, (steps, entries); empty
             where guidance is off.
         sigmas: noise level of every step and the last one, 0.
@@ -29,6 +30,7 @@ class Record(NamedTuple):
             the network's own answers say (`osaccel.search.plan.aside`); none where there is no gram.
         slopes: how far D moves with the network's output, (steps,).
         power: q of the sampler's step.
+        noise: what an ancestral sampler added behind every step, in units of x / s^2, as `denoised`; else empty.
     """
 
     denoised: torch.Tensor
@@ -38,6 +40,7 @@ class Record(NamedTuple):
     slopes: Sequence[float]
     power: float = FLOW
     forecast: Sequence[float] = ()
+    noise: torch.Tensor = torch.zeros(0)
 
 
 def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict[str, float]]:
@@ -129,20 +132,48 @@ def full_before(step: int, by_step: Dict[int, str]) -> List[int]:
 
 
 def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
-    """Of what the corrector leaves at skipped steps."""
+    """Of what response and corrector leave at skipped steps."""
     errors, end = {}, record.sigmas[max(by_step) + 1]
+    before = min(by_step) - 1
     for start, following in _intervals(record, by_step):
-        for step in range(start + 1, following):
-            share = _share(record, start, step, following)
-            guess = torch.lerp(record.denoised[start], record.denoised[following], share)
-            errors[step] = _weight(record, step, end) * (guess - record.denoised[step])
+        if following > start + 1:
+            foreseen = _Foreseen(record, before, start)
+            unforeseen = record.denoised[following] - foreseen.at(following)
+            for step in range(start + 1, following):
+                guess = foreseen.at(step) + _share(record, start, step, following) * unforeseen
+                errors[step] = _weight(record, step, end) * (guess - record.denoised[step])
+        before = start
     return _square(errors)
+
+
+class _Foreseen:
+    """D as it is foreseen behind a computed step `start`, by what it made of the noise since the one `before`."""
+
+    def __init__(self, record: Record, before: int, start: int):
+        self.record, self.start = record, start
+        self.slope: Optional[torch.Tensor] = None
+        if len(record.noise):
+            change = record.denoised[start] - record.denoised[before]
+            slope = slope_of(change, self._noise(before, start), self._kept(before, start))
+            self.slope = carried(slope, record.sigmas[before], record.sigmas[start])
+
+    def at(self, step: int) -> torch.Tensor:
+        newest = self.record.denoised[self.start]
+        if self.slope is None:
+            return newest
+        return newest + gain(self.slope, self._kept(self.start, step)) * self._noise(self.start, step)
+
+    def _noise(self, start: int, end: int) -> torch.Tensor:
+        return self.record.sigmas[end] ** 2 * self.record.noise[start:end].sum(0)
+
+    def _kept(self, start: int, end: int) -> float:
+        return (self.record.sigmas[end] / self.record.sigmas[start]) ** 2
 
 
 def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple[float, float]:
     """How the predictor meets what x lacks at computed steps, in this rank's entries: products to fit its strength by.
 
-    A stand-in that repeats D_i leaves x wrong by u until the next computed step, one that follows the newest change by
+    A stand-in as foreseen leaves x wrong by u until the next computed step, one that follows the newest change by
     u + g v. The squares' sum is least at g = -(u, v) / (v, v); here are (u, v) and (v, v), summed over the generation.
     """
     against = along = 0.0
@@ -159,12 +190,13 @@ def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple
 
 
 def _stand_ins(record: Record, before: int, start: int, end: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """What x is wrong by at `end` when D stands still from `start` on, and what following its last change adds."""
+    """What x is wrong by at `end` when D is as foreseen from `start` on, and what following its last change adds."""
     denoised, sigmas = record.denoised, record.sigmas
+    foreseen = _Foreseen(record, before, start)
     held, led = torch.zeros_like(denoised[0]), 0.0
     for step in range(start + 1, end):
         weight = _weight(record, step, sigmas[end])
-        held += weight * (denoised[start] - denoised[step])
+        held += weight * (foreseen.at(step) - denoised[step])
         led += weight * followed(sigmas[before], sigmas[start], sigmas[step])
     return held, led * (denoised[start] - denoised[before])
 

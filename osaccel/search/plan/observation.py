@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Records a plain generation for the plan search: predictions of every step, both branches, and the blocks' deltas."""
 
+import math
 import statistics
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
 from osaccel.generation import Generation
-from osaccel.interceptors import Interceptor, StepCall
+from osaccel.interceptors import Interceptor, StepCall, latents_of
 from osaccel.network.forwards import HiddenStates
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import FLOW, check_scheduler, power_of
+from osaccel.sampling.standin import ANCESTRAL, FLOW, check_scheduler, power_of
 from osaccel.search.plan.aside import ForecastsAside
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.local import Record, forecast_squares
@@ -45,20 +46,38 @@ def record_of(observed: Dict[str, Any]) -> Record:
 
 
 class DenoisedLog(Interceptor):
-    """Keeps the guided denoised prediction of every step, flat, float32, on the host."""
+    """Keeps the guided denoised prediction of every step and the noise behind it, float32, on the host."""
 
     def begin(self, scheduler: Any) -> None:
         self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
-        self.sigmas, self.rows = self.levels.of_steps(), []  # type: ignore[var-annotated]
+        self.sigmas = self.levels.of_steps()
+        self.rows: List[torch.Tensor] = []
+        # As `osaccel.search.plan.local.Record` has it; none where the sampler adds none.
+        self.noise: List[torch.Tensor] = []
         # q of the sampler's step; None where its steps cannot be skipped.
         self.power: Optional[float] = None
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         if not self.rows:
             self.power = _power(self.scheduler, call)
-        denoised = self.levels.denoised(call.model_output, self.sigmas[len(self.rows)], call.sample)
-        self.rows.append(denoised.detach().flatten().cpu())
-        return proceed(call)
+        step = len(self.rows)
+        denoised = self.levels.denoised(call.model_output, self.sigmas[step], call.sample)
+        self.rows.append(denoised.detach().cpu())
+        result = proceed(call)
+        if self.power == ANCESTRAL:
+            self.noise.append(self._noise(step, call.sample, latents_of(result)))
+        return result
+
+    def _noise(self, step: int, sample: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+        """What the step added to x / s^2 beside D."""
+        now, then = self.sigmas[step : step + 2]
+        if not (math.isfinite(now) and then > 0):
+            return torch.zeros_like(self.rows[step])
+        before, after = (
+            tensor.detach().float().cpu() * (self.levels.scale(sigma) / sigma**2)
+            for tensor, sigma in ((sample, now), (following, then))
+        )
+        return after - before - self.rows[step] * (then**-2 - now**-2)
 
 
 def _power(scheduler: Any, call: StepCall) -> Optional[float]:
@@ -79,6 +98,7 @@ def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog, aside: Forecas
     guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
     observed = {
         "denoised": torch.stack(log.rows),
+        "noise": torch.stack(log.noise) if log.noise else torch.zeros(0),
         "guidance": torch.stack(guidance) if guidance else torch.zeros(0),
         "sigmas": list(log.sigmas),
         "gram": deltas.gram(statistics.median(weights) if weights else None),

@@ -82,7 +82,7 @@ class PlanRunner(PlannedRunner):
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside")
+        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside, noise")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         return output

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How D answers to the noise that an ancestral sampler adds: what is known of D at a skipped step without a call.
+
+In the notation of `osaccel.sampling.standin`, x_k = r x_p + s_k^2 (sum of D_i (s_(i+1)^-2 - s_i^-2)) + n, r = (s_k / s_p)^2:
+n is the noise that was added since step p. Were the data near x_p Gaussian with variance P, D would have moved by
+
+    D_k - D_p = P / ((1 - r) P + s_k^2) n = a / (r + (1 - r) a) n,        a = P / s_p^2, the slope of D at p.
+
+a is different from place to place, near 0 where everything is settled and near 1 where x is taken for what it is. It is
+measured where two computed steps show what D made of the noise between them, and carried on as that of a Gaussian
+(docs/correction.md, *Response*; second order in the sense of Analytic-DPM, arXiv 2201.06503).
+"""
+
+from typing import Any, Optional, Sequence
+
+import torch
+
+# Neighbours on each side of a place, in a frame, that its slope is measured on too.
+NEAR = 1
+
+
+class Response:
+    """Follows the noise of one generation since its newest computed step, and D's answer; holds three latents."""
+
+    def __init__(self, sigmas: Sequence[float]):
+        self._sigmas = sigmas
+        self._start = -1
+        self._left: Any = None
+        self._drift: Any = 0.0
+        self._slope: Optional[torch.Tensor] = None
+
+    def leave(self, step: int, x: torch.Tensor) -> None:
+        """A computed step: noise is counted from here on. x = x0 + s z, (N, C, ...), float32."""
+        self._start, self._left, self._drift = step, x, 0.0
+
+    def passed(self, step: int, denoised: torch.Tensor) -> None:
+        """What the scheduler is told that D is at `step`."""
+        following, now = self._sigmas[step + 1], self._sigmas[step]
+        if following > 0:
+            self._drift = self._drift + denoised * (following**-2 - now**-2)
+
+    def foreseen(self, step: int, x: torch.Tensor) -> Optional[torch.Tensor]:
+        """By how much D has moved since the newest computed step; None while nothing was measured."""
+        if self._slope is None:
+            return None
+        return gain(self._slope, self._kept(step)) * self._noise(step, x)
+
+    def learn(self, step: int, x: torch.Tensor, change: torch.Tensor) -> None:
+        """Measures the slope: D changed by `change` from the newest computed step to this one, and comes to x."""
+        if self._left is None:
+            return
+        start, end = self._sigmas[self._start], self._sigmas[step]
+        self._slope = carried(slope_of(change, self._noise(step, x), self._kept(step)), start, end)
+
+    def _kept(self, step: int) -> float:
+        return (self._sigmas[step] / self._sigmas[self._start]) ** 2
+
+    def _noise(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        return x - self._kept(step) * self._left - self._sigmas[step] ** 2 * self._drift
+
+
+def gain(slope: torch.Tensor, kept: float) -> torch.Tensor:
+    """What D makes of noise; kept: r, what is left of x at the newest computed step."""
+    return slope / (kept + (1 - kept) * slope)
+
+
+def slope_of(change: torch.Tensor, noise: torch.Tensor, kept: float) -> torch.Tensor:
+    """The slope in [0, 1] that makes `change` of noise, place by place: the inverse of `gain`, by least squares."""
+    made = (_near(change * noise) / _near(noise * noise).clamp_min(1e-30)).clamp(0.0, 1.0)
+    return kept * made / (1 - (1 - kept) * made)
+
+
+def carried(slope: torch.Tensor, start: float, end: float) -> torch.Tensor:
+    """The slope at a lower noise level `end`, for Gaussian data of the variance that makes it `slope` at `start`."""
+    return slope * start**2 / (slope * start**2 + (1 - slope) * end**2)
+
+
+def _near(values: torch.Tensor) -> torch.Tensor:
+    """Sums over the channels and, in proportion, the places nearby in the frame; (N, 1, ...). Of all that is no frame."""
+    if values.dim() < 4:
+        return values.sum(tuple(range(1, values.dim())), keepdim=True)
+    summed = values.sum(1, keepdim=True)
+    frames = summed.reshape(-1, 1, *summed.shape[-2:])
+    return torch.nn.functional.avg_pool2d(frames, 2 * NEAR + 1, stride=1, padding=NEAR).reshape(summed.shape)
