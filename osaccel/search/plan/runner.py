@@ -18,6 +18,7 @@ import torch
 from osaccel import binding, formats
 from osaccel.generation import find_blocks
 from osaccel.plan import Plan
+from osaccel.sampling.standin import ANCESTRAL
 from osaccel.search import frames as pictures
 from osaccel.search import outputs
 from osaccel.search.errors import SearchError
@@ -217,9 +218,10 @@ class PlanRunner(PlannedRunner):
     def _fitted_predictor(self) -> float:
         """The strength that fits the recorded predictions best where every other step is skipped.
 
-        Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion.
+        Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion. Predictions
+        of ancestral samplers are a martingale: none of their moves says anything of the next.
         """
-        if not self._can(SKIP):
+        if not self._can(SKIP) or any(one["power"] == ANCESTRAL for one in self.observed):
             return 0.0
         skips = BY_NAME[REFERENCES[SKIP]]
         moments = [
@@ -328,14 +330,15 @@ class PlanRunner(PlannedRunner):
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        """The first, which all probes speak for, unless another is clearly better."""
-        first = tried[0].choice.actions
+        """The first, which all probes speak for, unless another is clearly better; its own predictor is no other."""
+        first, *others = [found for found in tried if self._keeps(found)] or tried
 
-        def order(found: Found) -> Tuple[bool, float]:
-            doubt = 1.0 if found.choice.actions == first else TOLERANCE
-            return not self._keeps(found), doubt * found.error
+        def is_better(found: Found) -> bool:
+            if found.choice.actions == first.choice.actions:
+                return found.error < first.error
+            return is_clearly_better(found.evaluation, first.evaluation)
 
-        return min(tried, key=order)
+        return min(filter(is_better, others), key=lambda found: found.error, default=first)
 
     def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
         """What is to be tried next for an error that was missed; None where there is nothing milder."""
@@ -434,6 +437,18 @@ class PlanRunner(PlannedRunner):
 
     def settings_of(self, found: Any) -> Dict[str, Any]:
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
+
+
+def is_clearly_better(one: Evaluation, other: Evaluation) -> bool:
+    """Whether the mean error is less by more than the calls leave in doubt: the standard error of the differences.
+
+    One call says nothing of that; there it must be less by TOLERANCE.
+    """
+    errors, others = (np.array(evaluation.details["errors"]) for evaluation in (one, other))
+    if len(errors) == 1:
+        return bool(TOLERANCE * errors[0] < others[0])
+    gained = others - errors
+    return bool(gained.mean() > gained.std(ddof=1) / math.sqrt(len(gained)))
 
 
 def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
