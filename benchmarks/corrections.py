@@ -28,14 +28,15 @@ from benchmarks.lib.models import Case
 from benchmarks.lib.own import planned, with_plan
 from benchmarks.lib.quality import STATISTICS, errors, interval, over
 from benchmarks.schedules import SEEDS_PER_PROMPT, fresh_data
-from osaccel.plan import Correction, Plan
+from osaccel.plan import UNDER_SKIP, Correction, Plan
 from osaccel.search.places import even_places
 from osaccel.settings import DEFAULT_CORRECTION
 
 CORRECTIONS = {
     "uncorrected": Correction(),
     "corrector": Correction(0.0, 1.0),
-    "both": Correction(1.0, 1.0),
+    # What OSACCEL_CORRECTION=1 does beside skipped steps.
+    "corrector and response": UNDER_SKIP,
 }
 
 
@@ -135,12 +136,12 @@ def latents_of(sampled: Sampled, arm: Arm) -> torch.Tensor:
 
 def text(rows: Dict[str, Dict[str, Any]]) -> str:
     """A line per arm of the first table."""
-    lines = [f"{'same noise, error against plain':<34}" + "".join(f"{name:>27}" for name in STATISTICS)
+    lines = [f"{'same noise, error against plain':<38}" + "".join(f"{name:>27}" for name in STATISTICS)
              + f"{'typical over uncorrected':>32}{'mean over uncorrected':>32}"]  # fmt: skip
     for name, row in rows.items():
         cells = ["{:.4f} [{:.4f}, {:.4f}]".format(*row[key]) for key in STATISTICS]
         more = ["{:+.0%} [{:+.0%}, {:+.0%}]".format(*value) for value in row.get("over", {}).values()]
-        lines.append(f"{name:<34}" + "".join(f"{cell:>27}" for cell in cells) + "".join(f"{c:>32}" for c in more))
+        lines.append(f"{name:<38}" + "".join(f"{cell:>27}" for cell in cells) + "".join(f"{c:>32}" for c in more))
     return "\n".join(lines)
 
 

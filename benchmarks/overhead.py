@@ -31,12 +31,14 @@ from diffusers import EulerAncestralDiscreteScheduler
 from torch import nn
 
 from benchmarks.lib.kept import made_by
-from benchmarks.lib.own import with_plan
 from benchmarks.lib.quality import interval
 from osaccel import hooks
+from osaccel.clock import Clock
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
-from osaccel.plan import Correction, Plan, Region, of_dit_cache
+from osaccel.interceptors import StepCall
+from osaccel.plan import UNDER_SKIP, Plan, Region, of_dit_cache
+from osaccel.sampling.standin import Corrected, StandIn
 from osaccel.settings import DEFAULT_CORRECTION
 from osaccel.targets import Guidance, Target
 
@@ -104,7 +106,7 @@ PLANS = {
         skip=(5, 9, 13),
         conditional_only=(3, 6, 7, 10, 11, 14, 15, 18),
         regions=(Region(1, 6, (4, 7, 12, 16)), Region(6, 12, (8, 11, 16, 17), 1)),
-        correction=Correction(corrector=1.0),
+        correction=UNDER_SKIP,
     ),
 }
 
@@ -195,26 +197,35 @@ def planned_speed(plan: Plan, repeats: int, place: Place) -> Dict[str, float]:
 
 
 def correction_cost(steps: int, place: Place = PLACES["cpu"]) -> Dict[str, float]:
-    """What both strengths add to `scheduler.step`: seconds, and those of a network step at the same place.
+    """What a correction adds to a mean `scheduler.step`: seconds, and those of a network step at the same place.
 
     The network's are those of its weights' multiplications alone, at the rate that a large product reaches here.
     """
-    scheduler: Any = EulerAncestralDiscreteScheduler()
-    pipeline = types.SimpleNamespace(scheduler=scheduler, transformer=nn.Module())
-    latents, *outputs = (torch.randn(LATENTS).to(place.device, place.dtype) for _ in range(4))
-    found: Dict[str, float] = {}
-    for name, used in (("plain", Correction()), ("corrected", DEFAULT_CORRECTION)):
-        times = []
-        with with_plan(pipeline, Plan(correction=used)):
-            scheduler.set_timesteps(steps, device=place.device)
-            scheduler.scale_model_input(latents, scheduler.timesteps[0])
-            for number, t in enumerate(scheduler.timesteps):
-                output = outputs[number % 3]
-                times.append(place.seconds(functools.partial(scheduler.step, output, t, latents)))
-        # The first steps have no change to look back to, the last one is first order.
-        found[name] = float(np.median(times[3:-1]))
+    plans = {
+        "scheduler_s": Plan(),
+        "added_s": Plan(correction=DEFAULT_CORRECTION),
+        "added_under_skip_s": Plan(steps=steps, skip=tuple(range(1, steps - 1, 2)), correction=UNDER_SKIP),
+    }
+    found = {name: _step_seconds(plan, steps, place) for name, plan in plans.items()}
+    plain = found.pop("scheduler_s")
     network = WEIGHTS * 2 * TOKENS / flops_per_second(place)
-    return {"scheduler_s": found["plain"], "added_s": found["corrected"] - found["plain"], "network_s": network}
+    return {"scheduler_s": plain, **{name: value - plain for name, value in found.items()}, "network_s": network}
+
+
+def _step_seconds(plan: Plan, steps: int, place: Place) -> float:
+    """Of a `scheduler.step` with what a plan does to it."""
+    scheduler, clock = EulerAncestralDiscreteScheduler(), Clock()
+    latents, *outputs = (torch.randn(LATENTS).to(place.device, place.dtype) for _ in range(4))
+    scheduler.set_timesteps(steps, device=place.device)
+    corrected, times = (StandIn if plan.skip else Corrected)(plan, clock), []
+    corrected.begin(scheduler)
+    scheduler.scale_model_input(latents, scheduler.timesteps[0])
+    for number, t in enumerate(scheduler.timesteps):
+        call = StepCall((outputs[number % 3], t, latents), {})
+        times.append(place.seconds(functools.partial(corrected.step, lambda one: one.made_on(scheduler.step), call)))
+        clock.end_step()
+    # The first steps have no change to look back to, the last one is first order.
+    return float(np.mean(np.sort(times[3:-1])[: -len(times) // 10]))
 
 
 def flops_per_second(place: Place, repeats: int = 10) -> float:
@@ -253,7 +264,8 @@ def main() -> None:
     added, network = corrected["added_s"], corrected["network_s"]
     print(
         f"correction of a step on latents {LATENTS}   {1000 * added:.2f} ms = "
-        f"{added / corrected['scheduler_s']:.2f} of scheduler.step, {added / network:.1e} of the network's"
+        f"{added / corrected['scheduler_s']:.2f} of scheduler.step, {added / network:.1e} of the network's; "
+        f"with every other step skipped {1000 * corrected['added_under_skip_s']:.2f} ms"
     )
     print(f"import osaccel.auto                            {cost:.1f} ms")
     if arguments.json:

@@ -18,8 +18,8 @@ LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 LONGEST_PATH = 4096
 SEARCHES = ("plan", "dit_cache", "restep", "all")
 ATTENTIONS = ("keep", "flash", "auto")
-# What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from. Beside a plan that skips steps it is
-# UNDER_SKIP: the plain run's own video is the aim, and a predictor leads away from it.
+# What OSACCEL_CORRECTION=1 stands for; docs/correction.md says where it comes from. Beside a plan that skips steps it
+# is UNDER_SKIP: the plain run's own video is the aim, and a predictor leads away from it.
 DEFAULT_CORRECTION = Correction(predictor=1.0, corrector=1.0)
 # Written out: float() and int() also take "1_000", "010" and other scripts' digits, and need long for very many digits.
 _NUMBER = re.compile(r"[-+]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][-+]?[0-9]{1,3})?")

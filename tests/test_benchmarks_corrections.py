@@ -41,7 +41,7 @@ def test_skipping_computes_what_it_says_and_uncorrected_is_uncorrected(bench, tm
     cases = MODEL.heldout_cases(2)
     sampled = corrections.Sampled(kept, cases, math.inf)
     rows = corrections.same_videos(sampled, [3])
-    assert set(rows) == {"3 computed, uncorrected", "3 computed, corrector", "3 computed, both"}
+    assert set(rows) == {"3 computed, uncorrected", "3 computed, corrector", "3 computed, corrector and response"}
     assert len({tuple(row["errors"]) for row in rows.values()}) == 3
     arm = corrections.skipping(kept, 3, "uncorrected")
     assert arm.work == 0.5 and bench.run(arm, cases)[0].computed == 3 * bench.num_blocks

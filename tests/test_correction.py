@@ -269,6 +269,124 @@ def test_persistence_follows_the_correlation_of_successive_changes():
     assert persistence(change, None) == 1.0 and float(persistence(change, 0 * change)) == 1.0
 
 
+# The response to noise, at skipped steps ------------------------------------------------------------------------------
+
+# Guidance, width, steps; fewer steps than these and the plain run itself swings over and grows without bound.
+TRAP = [(4.0, 0.3, 25), (4.0, 0.7, 15), (7.5, 0.3, 25), (7.5, 0.3, 50), (7.5, 0.7, 25), (7.5, 0.14, 100)]
+PLACES = (2, 3, 2, 6, 5)  # videos, channels, frames, height, width
+
+
+def near(values):
+    """Sums over channels and the neighbours in a frame, by hand."""
+    summed, found = values.sum(1, keepdim=True), torch.zeros_like(values[:, :1])
+    height, width = summed.shape[-2:]
+    for i in range(height):
+        for j in range(width):
+            box = summed[..., max(0, i - 1) : i + 2, max(0, j - 1) : j + 2]
+            found[..., i, j] = box.sum((-1, -2))
+    return found
+
+
+def responding(sigmas, denoiser, first, noises, skip, strength):
+    """Skipped steps with corrector and response by hand, in x = x0 + s z; ancestral."""
+    x, computed, slope, drift = first.double(), [], None, 0.0
+    for k in range(len(sigmas) - 1):
+        s, t = sigmas[k], sigmas[k + 1]
+        if computed:
+            p, left, D_p, _ = computed[-1]
+            kept = (s / sigmas[p]) ** 2
+            noise = x - kept * left - s**2 * drift
+            answer = 0.0 if slope is None else strength * slope / (kept + (1 - kept) * slope) * noise
+        if k in skip:
+            assumed = D_p + answer
+        else:
+            assumed = denoised = denoiser(x, s)
+            if computed:
+                change = denoised - D_p
+                before = computed[-1][3]
+                damped = persists(change, before) if before is not None else 1.0
+                between = range(p, k)
+                moved = sum(s**2 * (sigmas[i + 1] ** -2 - sigmas[i] ** -2) * math.log(sigmas[p] / sigmas[i])
+                            for i in between) / math.log(sigmas[p] / s)  # fmt: skip
+                x = x + moved * damped * (change - answer)
+                made = (near(change * noise) / near(noise**2)).clamp(0, 1)
+                at_p = kept * made / (1 - (1 - kept) * made)
+                variance = at_p * sigmas[p] ** 2 / (1 - at_p)
+                slope = torch.where(at_p < 1, variance / (variance + s**2), torch.ones_like(at_p))
+            computed.append((k, x, denoised, change if computed else None))
+            drift = 0.0
+        if t > 0:
+            drift = drift + assumed * (t**-2 - s**-2)
+        kept = (t / s) ** 2
+        x = kept * x + (1 - kept) * assumed + t * math.sqrt(1 - kept) * noises[k]
+    return x
+
+
+@pytest.mark.parametrize("strength", [1.0, 0.5])
+@pytest.mark.parametrize("name", ["EulerAncestral", "EulerAncestral, v", "DDPM"])
+def test_the_response_equals_a_loop_written_out(name, strength):
+    width = torch.linspace(0.05, 1.5, 30).reshape(6, 5)
+    pipeline = Sampler(SAMPLERS[name][0](), Denoiser(width), shape=PLACES)
+    sigmas, first, noises = parts_of(pipeline, 14)
+    skip = (1, 3, 4, 6, 8, 9, 11)
+    expected = responding(sigmas, pipeline.denoiser, first, noises, skip, strength)
+    output = sampled(pipeline, 14, Correction(0.0, 1.0, strength), skip=skip)
+    torch.testing.assert_close(output, expected, rtol=5e-4, atol=5e-4 * float(expected.abs().max()))
+    assert (output - sampled(pipeline, 14, Correction(0.0, 1.0), skip=skip)).abs().max() > 1e-2
+
+
+def against_plain(pipeline, steps, skip, *corrections):
+    """Relative errors against the plain run of the same noise."""
+    plain = sampled(pipeline, steps)
+    errors = (sampled(pipeline, steps, correction, skip=skip) - plain for correction in corrections)
+    return [float(error.norm() / plain.norm()) for error in errors]
+
+
+def test_where_predictions_answer_to_noise_skipped_steps_do():
+    """Narrow and wide places side by side, each told by its own answer. No step is like the next."""
+    width = torch.tensor([0.03] * 12 + [1.0] * 12)
+    pipeline = Sampler(EulerAncestralDiscreteScheduler(), Denoiser(width, 0.0), torch.float32, (2, 4, 2, 12, 24))
+    skip = tuple(range(1, 49, 2))
+    corrector, response = against_plain(pipeline, 50, skip, Correction(0.0, 1.0), settings.UNDER_SKIP)
+    assert response < 0.5 * corrector
+
+
+@pytest.mark.parametrize("guidance, width, steps", TRAP)
+def test_where_predictions_swing_back_the_response_does_nothing_worse(guidance, width, steps):
+    pipeline = Sampler(
+        EulerAncestralDiscreteScheduler(), Denoiser(width, guidance=guidance), torch.float32, (2, 8, 8, 8)
+    )
+    skip = tuple(range(1, 2 * steps - 1, 2))
+    corrector, response = against_plain(pipeline, 2 * steps, skip, Correction(0.0, 1.0), settings.UNDER_SKIP)
+    assert response < 1.05 * corrector
+
+
+@pytest.mark.parametrize("name", ["Euler", "DDIM"])
+def test_without_noise_there_is_no_response(name):
+    pipeline = Sampler(SAMPLERS[name][0](), Denoiser(), shape=PLACES)
+    without, response = (sampled(pipeline, 12, Correction(0.0, 1.0, strength), skip=(3, 5)) for strength in (0.0, 1.0))
+    assert torch.equal(without, response)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_video_is_answered_as_it_is_alone_and_keeps_its_dtype(dtype):
+    width = torch.linspace(0.05, 1.5, 30).reshape(6, 5)
+    skip, watch = (2, 4, 6, 7, 9), Watch()
+    both = sampled(Sampler(EulerAncestralDiscreteScheduler(), Denoiser(width), dtype, PLACES), 12,
+                   settings.UNDER_SKIP, watch, skip=skip)  # fmt: skip
+    assert {call.sample.dtype for call in watch.calls} == {dtype}
+    first = Sampler(EulerAncestralDiscreteScheduler(), Denoiser(width), dtype, (1, *PLACES[1:]))
+    draw = torch.randn
+
+    def of_the_first(shape, *args, **kwargs):
+        return draw((2, *shape[1:]), *args, **kwargs)[:1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "randn", of_the_first)
+        alone = sampled(first, 12, settings.UNDER_SKIP, skip=skip)
+    torch.testing.assert_close(both[:1], alone, rtol=1e-4 if dtype == torch.float32 else 0.1, atol=1e-2)
+
+
 # What it does to distributions ---------------------------------------------------------------------------------------
 
 
@@ -295,10 +413,6 @@ def test_half_the_steps_or_fewer_lose_less_variance(width):
     assert missing[50, "corrected"] < missing[100, "plain"] + noise
     assert missing[25, "corrected"] < missing[100, "plain"] + noise
     assert missing[15, "corrected"] < missing[50, "plain"] + noise
-
-
-# Guidance, width, steps; fewer steps than these and the plain run itself swings over and grows without bound.
-TRAP = [(4.0, 0.3, 25), (4.0, 0.7, 15), (7.5, 0.3, 25), (7.5, 0.3, 50), (7.5, 0.7, 25), (7.5, 0.14, 100)]
 
 
 @pytest.mark.parametrize("guidance, width, steps", TRAP)
@@ -345,16 +459,22 @@ def test_one_word_is_enough_and_the_line_says_what_is_done():
         "generation of 6 steps (default timesteps) begins: corrected (predictor 1, corrector 1)"
     ]  # the network is left alone, so there is no line about its work
     assert str(Correction((0.0, 0.5), 1.0)) == "predictor 0 to 0.5, corrector 1"
+    assert str(Correction(0.0, 1.0, 0.5)) == "predictor 0, corrector 1, response 0.5"
     assert not settings.load({"OSACCEL_CORRECTION": "0"}).accelerates
     assert not settings.load({"OSACCEL_CORRECTION": "0,0"}).accelerates
 
 
-def test_beside_a_plan_that_skips_the_default_is_the_corrector_alone(tmp_path):
+def test_beside_a_plan_that_skips_the_default_is_corrector_and_response(tmp_path):
     plan = tmp_path / "plan.json"
     plan.write_text('{"format": "osaccel.plan/1", "steps": 8, "skip": [3, 5]}')
     found = {given: settings.load({"OSACCEL_PLAN": str(plan), "OSACCEL_CORRECTION": given}).generation_plan().correction
-             for given in ("1", "1,1", "0")}  # fmt: skip
-    assert found == {"1": Correction(0.0, 1.0), "1,1": BOTH, "0": Correction()}
+             for given in ("1", "1,1", "0,1,0.5", "0")}  # fmt: skip
+    assert found == {
+        "1": Correction(0.0, 1.0, 1.0),
+        "1,1": BOTH,
+        "0,1,0.5": Correction(0.0, 1.0, 0.5),
+        "0": Correction(),
+    }
     plan.write_text('{"format": "osaccel.plan/1", "steps": 8, "regions": []}')
     loaded = settings.load({"OSACCEL_PLAN": str(plan), "OSACCEL_CORRECTION": "1"})
     assert loaded.generation_plan().correction == settings.DEFAULT_CORRECTION

@@ -487,8 +487,8 @@ def test_four_keys_are_a_plan_too():
         ({"correction": {"predictor": 2}}, "here: correction.predictor must be a number in [0, 1], got 2."),
         ({"correction": {"corrector": [1.0, 0.5]}}, "here: correction.corrector has 2 values, but the plan has 100 "
                                                     "steps; one each, or one number."),
-        ({"correction": 1}, "here: correction: expected a mapping with predictor, corrector, got a number of type "
-                            "int."),
+        ({"correction": 1}, "here: correction: expected a mapping with predictor, corrector, response, "
+                            "got a number of type int."),
         ({"made_for": []}, "here: made_for must be a mapping, got [] (a list)."),
     ],
     ids=str,

@@ -11,7 +11,7 @@ from benchmarks.lib.bench import Arm
 from benchmarks.lib.calibration import Calibration
 from benchmarks.lib.own import masked, planned
 from benchmarks.lib.quality import errors
-from osaccel.plan import Correction, Plan, Region
+from osaccel.plan import UNDER_SKIP, Plan, Region
 
 # The stretches that are tried, as shares of the steps; two steps at least, for forecasts go along two.
 STRETCHES = (0.0, 0.05, 0.1, 0.2, 0.3)
@@ -26,7 +26,7 @@ def conditional_only(work: float, num_blocks: int, steps: int, first: int) -> Pl
 
 def skipped(work: float, num_blocks: int, steps: int, first: int) -> Plan:
     """Corrected."""
-    return Plan(steps=steps, skip=_saved(1 - work, steps, first), correction=Correction(corrector=1.0))
+    return Plan(steps=steps, skip=_saved(1 - work, steps, first), correction=UNDER_SKIP)
 
 
 def region_forecast(work: float, num_blocks: int, steps: int, first: int) -> Plan:

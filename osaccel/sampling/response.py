@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """How D answers to the noise that an ancestral sampler adds: what is known of D at a skipped step without a call.
 
-In the notation of `osaccel.sampling.standin`, x_k = r x_p + s_k^2 (sum of D_i (s_(i+1)^-2 - s_i^-2)) + n, r = (s_k / s_p)^2:
-n is the noise that was added since step p. Were the data near x_p Gaussian with variance P, D would have moved by
+In the notation of `osaccel.sampling.standin`, with r = (s_k / s_p)^2,
+
+    x_k = r x_p + s_k^2 (sum of D_i (s_(i+1)^-2 - s_i^-2)) + n,        n the noise that was added since step p.
+
+Were the data near x_p Gaussian with variance P, D would have moved by
 
     D_k - D_p = P / ((1 - r) P + s_k^2) n = a / (r + (1 - r) a) n,        a = P / s_p^2, the slope of D at p.
 
@@ -76,7 +79,7 @@ def carried(slope: torch.Tensor, start: float, end: float) -> torch.Tensor:
 
 
 def _near(values: torch.Tensor) -> torch.Tensor:
-    """Sums over the channels and, in proportion, the places nearby in the frame; (N, 1, ...). Of all that is no frame."""
+    """In proportion to sums over channels and nearby places of a frame, (N, 1, ...); without frames, over all."""
     if values.dim() < 4:
         return values.sum(tuple(range(1, values.dim())), keepdim=True)
     summed = values.sum(1, keepdim=True)

@@ -218,8 +218,8 @@ class PlanRunner(PlannedRunner):
     def _fitted_predictor(self) -> float:
         """The strength that fits the recorded predictions best where every other step is skipped.
 
-        Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion. Predictions
-        of ancestral samplers are a martingale: none of their moves says anything of the next.
+        Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion. The
+        predictions of ancestral samplers are a martingale: no move of theirs says anything of the next.
         """
         if not self._can(SKIP) or any(one["power"] == ANCESTRAL for one in self.observed):
             return 0.0
