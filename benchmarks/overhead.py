@@ -214,7 +214,8 @@ def correction_cost(steps: int, place: Place = PLACES["cpu"]) -> Dict[str, float
 
 def _step_seconds(plan: Plan, steps: int, place: Place) -> float:
     """Of a `scheduler.step` with what a plan does to it."""
-    scheduler, clock = EulerAncestralDiscreteScheduler(), Clock()
+    scheduler: Any = EulerAncestralDiscreteScheduler()
+    clock = Clock()
     latents, *outputs = (torch.randn(LATENTS).to(place.device, place.dtype) for _ in range(4))
     scheduler.set_timesteps(steps, device=place.device)
     corrected, times = (StandIn if plan.skip else Corrected)(plan, clock), []

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 from osaccel import settings
 from osaccel.binding import report_path
 from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
 from osaccel.generation import Generation
+from osaccel.interceptors import Interceptor
+from osaccel.plan import Plan
 from osaccel.search import planned
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
@@ -42,6 +44,7 @@ from osaccel.search.plan.choice import at_error, at_work, curve, least
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import Expectation, gains, probes
 from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
+from osaccel.search.plan.observation import DenoisedLog
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -229,6 +232,62 @@ def square_of_deltas(action, family, deltas, slopes, sigmas):
         error = (1 - share) * wrong[start] + share * wrong[end]
         total = total + sigmas[8] ** 2 * (sigmas[step + 1] ** -2 - sigmas[step] ** -2) * error
     return float(total.square().sum())
+
+
+class Told:
+    """A pipeline whose denoised predictions are told beforehand, whatever its latents are."""
+
+    def __init__(self, scheduler, predictions):
+        self.scheduler, self.predictions, self.transformer = scheduler, predictions, Pipeline(1).transformer
+
+    def __call__(self, steps):
+        generator = torch.Generator().manual_seed(1)
+        self.scheduler.set_timesteps(steps)
+        latents = torch.randn(SHAPE, generator=generator) * self.scheduler.init_noise_sigma
+        for step, t in enumerate(self.scheduler.timesteps):
+            sigma = float(self.scheduler.sigmas[step])
+            self.scheduler.scale_model_input(latents, t)
+            output = (latents - self.predictions(step, latents, sigma)) / sigma
+            latents = self.scheduler.step(output, t, latents, generator=generator, return_dict=False)[0]
+        return latents
+
+
+class Samples(Interceptor):
+    """What the scheduler steps on from."""
+
+    def __init__(self):
+        self.seen = []
+
+    def step(self, proceed, call):
+        self.seen.append(call.sample)
+        return proceed(call)
+
+
+SHAPE = (2, 3, 2, 8, 6)
+
+
+@pytest.mark.parametrize("action", ["s2", "s3", "s6"])
+@pytest.mark.parametrize("sampler", [EulerAncestralDiscreteScheduler, EulerDiscreteScheduler])
+def test_the_local_change_of_skipped_steps_is_that_of_a_network_that_does_not_answer_to_it(sampler, action):
+    """Against a generation with the very same predictions in which one window skips, with corrector and response."""
+    width = torch.linspace(0.05, 1.5, 48).reshape(8, 6)
+    pipeline, log, plain = (
+        Told(sampler(), lambda step, x, s: x * width**2 / (width**2 + s**2)),
+        DenoisedLog(),
+        Samples(),
+    )
+    with Generation(pipeline, Plan(), tiny.TARGET, [log, plain]):
+        pipeline(14)
+    windows, noise = Windows(2, 6, 2, 1), torch.stack(log.noise) if log.noise else torch.zeros(0)
+    empty, slopes = torch.zeros(14, 1), [0.0] * 14
+    record = Record(torch.stack(log.rows), empty, log.sigmas, torch.zeros(0), slopes, log.power, noise=noise)
+    expected = squared_sizes(record, BY_NAME[action], windows)[0][SKIP]
+
+    told, changed = Told(sampler(), lambda step, x, s: log.rows[step]), Samples()
+    with Generation(told, plan_of([BY_NAME[action], PLAIN], windows), tiny.TARGET, [changed]):
+        told(14)
+    found = float((changed.seen[8] - plain.seen[8]).double().square().sum())
+    assert found == pytest.approx(expected, rel=1e-2) and found > 0
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])

@@ -242,9 +242,11 @@ class PlanRunner(PlannedRunner):
             if choice.error > 0:
                 self.expectation = self.expectation.scaled((found.error / choice.error) ** 2)
             choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
-        tried += self._alternatives(goal, limit, tried)
+        # What the predictor's replay will take is kept free.
+        before_led = limit - (1 / goal.value if self.fitted and goal.kind == "speed" else 0.0)
+        tried += self._skips(goal, before_led, tried)
+        tried += self._alternatives(goal, before_led, tried)
         tried += self._led(goal, limit, self._best(tried))
-        tried += self._skips(goal, limit, tried)
         self._expect([], self._behind(goal))
         return tried
 
