@@ -9,6 +9,8 @@
    calls, each with the spacing that does best at the fewest steps: energy distance and bands against fresh data of the
    same prompts (two videos each).
 
+3. With --response N: how much of the moves of D over two steps the response foresees, in N plain generations.
+
 Every batch is kept in DIR: after --seconds what is there is measured, and the same command goes on.
 """
 
@@ -25,11 +27,13 @@ from benchmarks.lib import measures, models
 from benchmarks.lib.bench import PLAIN, Arm, Bench, Sample
 from benchmarks.lib.kept import digest_of, made_by
 from benchmarks.lib.models import Case
-from benchmarks.lib.own import planned, with_plan
+from benchmarks.lib.own import along, planned, with_plan
 from benchmarks.lib.quality import STATISTICS, errors, interval, over
 from benchmarks.schedules import SEEDS_PER_PROMPT, fresh_data
 from osaccel.plan import UNDER_SKIP, Correction, Plan
+from osaccel.sampling.response import carried, gain, slope_of
 from osaccel.search.places import even_places
+from osaccel.search.plan.observation import DenoisedLog
 from osaccel.settings import DEFAULT_CORRECTION
 
 CORRECTIONS = {
@@ -118,6 +122,36 @@ def distributions(sampled: Sampled, counts: Sequence[int], others: Sequence[int]
     return measures.compare(results, real, sorted({*counts, *others}, reverse=True), groups)
 
 
+def foreseen_shares(bench: Bench, cases: Sequence[Case], steps: Sequence[int]) -> Dict[str, List[float]]:
+    """R^2 of what the response foresees of D's move over two steps, place by place and with one slope for a video."""
+    left: Dict[str, torch.Tensor] = {name: torch.zeros(len(steps)) for name in ("places", "videos", "moved")}
+    for case in cases:
+        log = DenoisedLog()
+        bench.run(_watched(log), [case])
+        for place, step in enumerate(steps):
+            change = log.rows[step + 2] - log.rows[step]
+            left["moved"][place] += change.square().sum()
+            for name, flat in (("places", False), ("videos", True)):
+                left[name][place] += (change - _foreseen(log, step, flat)).square().sum()
+    return {name: (1 - left[name] / left["moved"]).tolist() for name in ("places", "videos")}
+
+
+def _watched(log: DenoisedLog) -> Arm:
+    return Arm(lambda pipeline: along(pipeline, None, log), alone=True)
+
+
+def _foreseen(log: DenoisedLog, step: int, flat: bool) -> torch.Tensor:
+    """By how much the response has D move from `step` over two steps, by the two before."""
+    before, now, then = (log.sigmas[place] for place in (step - 2, step, step + 2))
+    earlier = now**2 * torch.stack(log.noise[step - 2 : step]).sum(0)
+    noise = then**2 * torch.stack(log.noise[step : step + 2]).sum(0)
+    change, shape = log.rows[step] - log.rows[step - 2], noise.shape
+    if flat:
+        change, earlier, noise = (values.flatten(1) for values in (change, earlier, noise))
+    slope = carried(slope_of(change, earlier, (now / before) ** 2), before, now)
+    return (gain(slope, (then / now) ** 2) * noise).reshape(shape)
+
+
 def best_spacings(report: Dict[str, Any], count: int) -> Dict[str, str]:
     """By sampler, the spacing with the least energy distance at this number of steps."""
 
@@ -155,6 +189,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs="*", default=[67, 50, 34, 25], help="fewer steps, corrected or not")
     parser.add_argument("--samplers", type=int, nargs="*", default=[50, 25], help="steps of other samplers")
     parser.add_argument("--data", type=int, default=24, help="fresh data per prompt")
+    parser.add_argument(
+        "--response", type=int, default=0, metavar="N", help="plain generations to look at D's moves in"
+    )
     parser.add_argument("--json")
     models.add_options(parser)
     return parser.parse_args()
@@ -172,6 +209,12 @@ def main() -> None:
     print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
     report["same videos"] = same_videos(sampled, options.computed)
     print(text(report["same videos"]), flush=True)
+    if options.response:
+        steps = [40, 60, 70, 80, 88, 94]
+        shares = foreseen_shares(bench, model.calibration_cases(options.response, 10**6), steps)
+        report["response"] = {"steps": steps, **shares}
+        print(f"of D's moves over two steps from {steps} the response foresees, R^2:")
+        print("\n".join(f"{name:<8}" + " ".join(f"{value:6.3f}" for value in found) for name, found in shares.items()))
     # Fresh data can be drawn for the miniature only.
     if options.model == "miniature" and (options.steps or options.samplers):
         real = [fresh_data(pipeline, prompts, options.data, 1), fresh_data(pipeline, prompts, SEEDS_PER_PROMPT, 2)]
