@@ -8,6 +8,7 @@ every branch of guidance runs through the transformer alone, blocks and `schedul
 """
 
 import json
+import math
 import os
 import sys
 
@@ -73,6 +74,7 @@ class ByHand:
         self.step, self.branch, self.calls = 0, "", 0.0
         self.forward, self.scheduler_step = pipeline.transformer.forward, pipeline.scheduler.step
         self.stored, self.differences, self.denoised = {}, [], None
+        self.left, self.slope, self.drift, self.change = None, None, 0.0, None
         pipeline.transformer.forward = self.network
 
         def step(model_output, timestep, sample, generator=None, return_dict=True):
@@ -130,12 +132,52 @@ class ByHand:
 
     def sampled(self, model_output, timestep, sample, **others):
         sigma = self.pipeline.scheduler.sigmas[self.step].item()
-        if self.step in self.plan.get("skip", []):
+        if "correction" in self.plan:
+            output, x = self.corrected(model_output.float(), sample.float())
+            model_output, sample = output.to(model_output.dtype), x.to(sample.dtype)
+        elif self.step in self.plan.get("skip", []):
             model_output = ((sample.float() - self.denoised) / sigma).to(model_output.dtype)
         else:
             self.denoised = sample.float() - sigma * model_output.float()
         self.step += 1
         return self.scheduler_step(model_output, timestep, sample, **others)
+
+    def corrected(self, output, x):
+        """Corrector and response at full strength: the model output and the sample that the scheduler gets."""
+        sigmas, step = self.pipeline.scheduler.sigmas.double().tolist(), self.step
+        s, t = sigmas[step : step + 2]
+        answer, assumed = 0.0, self.denoised
+        if self.left is not None:
+            start, left = self.left
+            kept = (s / sigmas[start]) ** 2
+            noise = x - kept * left - s**2 * self.drift
+            if self.slope is not None:
+                answer = self.slope / (kept + (1 - kept) * self.slope) * noise
+        if step in self.plan.get("skip", []):
+            assumed = assumed + answer
+        else:
+            assumed = denoised = x - s * output
+            if self.left is not None:
+                change, before, self.change = denoised - self.denoised, self.change, denoised - self.denoised
+                weights = [s**2 * (sigmas[k + 1] ** -2 - sigmas[k] ** -2) for k in range(start, step)]
+                passed = [math.log(sigmas[start] / sigmas[k]) / math.log(sigmas[start] / s) for k in range(start, step)]
+                r = 0.0 if before is None else float((change * before).sum() / (change.norm() * before.norm()))
+                missed = sum(w * share for w, share in zip(weights, passed)) * min(1.0, max(0.0, 2 + 4 * r))
+                made = (near(change * noise) / near(noise**2)).clamp(0, 1)
+                made = kept * made / (1 - (1 - kept) * made)
+                self.slope = made / (made + (1 - made) * kept)
+                x = x + missed * (change - answer)
+            self.left, self.denoised, self.drift = (step, x), denoised, 0.0
+        if t > 0:
+            self.drift = self.drift + assumed * (t**-2 - s**-2)
+        return (x - assumed) / s, x
+
+
+def near(values):
+    """Sums over channels and 3 x 3 places of a frame."""
+    frames = values.sum(1).flatten(0, -3).unsqueeze(1)
+    summed = torch.nn.functional.conv2d(frames, torch.ones(1, 1, 3, 3), padding=1)
+    return summed.reshape(values.sum(1, keepdim=True).shape)
 
 
 def distance(one, other):

@@ -9,6 +9,7 @@ LAUNCHER = ("python", "-m", "osaccel.run")
 FORMAT = {"format": "osaccel.plan/1", "steps": 8}
 PLANS = {
     "skip": {**FORMAT, "skip": [2, 4, 5]},
+    "corrected": {**FORMAT, "skip": [2, 4, 5], "correction": {"corrector": 1, "response": 1}},
     "conditional only": {**FORMAT, "conditional_only": [2, 3, 5, 7]},
     "regions": {**FORMAT, "regions": [{"start": 1, "stop": 3, "reuse": [2, 4, 6]},
                                       {"start": 3, "stop": 6, "reuse": [3, 5, 6], "order": 1}]},
@@ -34,9 +35,10 @@ def test_every_action_equals_the_same_worked_out_by_hand(by_hand, name, ranks):
         assert found["work"] == pytest.approx(found["by hand"])
 
 
+@pytest.mark.parametrize("name", ["everything", "corrected"])
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"frames": 1}, {"dtype": "bfloat16", "ranks": 2}], ids=str)
-def test_half_precision_and_image_mode(by_hand, options):
-    for found in by_hand(PLANS["everything"], **options):
+def test_half_precision_and_image_mode(by_hand, name, options):
+    for found in by_hand(PLANS[name], **options):
         assert found["empty"] == found["again"] == 0.0
         # bfloat16 kernels round one branch differently from both, and guidance multiplies that.
         assert found["off"] < (0.6 * found["changed"] if "dtype" in options else 1e-4)
