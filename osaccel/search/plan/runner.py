@@ -332,15 +332,27 @@ class PlanRunner(PlannedRunner):
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        """The first, which all probes speak for, unless another is clearly better; its own predictor is no other."""
-        first, *others = [found for found in tried if self._keeps(found)] or tried
+        """The first, which all probes speak for, unless another is clearly better.
 
-        def is_better(found: Found) -> bool:
-            if found.choice.actions == first.choice.actions:
-                return found.error < first.error
-            return is_clearly_better(found.evaluation, first.evaluation)
+        What saves among the first steps comes last: it must be better by TOLERANCE too (`osaccel.search.planned`).
+        """
+        best, *others = [found for found in tried if self._keeps(found)] or tried
+        for is_early in (False, True):
+            some = [found for found in others if self._is_early(found.plan) == is_early]
+            better = [found for found in some if self._is_better(found, best)]
+            best = min(better, key=lambda found: found.error, default=best)
+        return best
 
-        return min(filter(is_better, others), key=lambda found: found.error, default=first)
+    def _is_better(self, one: Found, other: Found) -> bool:
+        if one.choice.actions == other.choice.actions != ():
+            return one.error < other.error  # the same with another predictor
+        doubt = TOLERANCE if self._is_early(one.plan) and not self._is_early(other.plan) else 1.0
+        return is_clearly_better(one.evaluation, other.evaluation, doubt)
+
+    def _is_early(self, plan: Plan) -> bool:
+        """Whether it saves before the first window."""
+        named = (*plan.skip, *plan.conditional_only, *(step for region in plan.regions for step in region.reuse))
+        return min(named, default=self.steps) < self.windows.first
 
     def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
         """What is to be tried next for an error that was missed; None where there is nothing milder."""
@@ -441,15 +453,15 @@ class PlanRunner(PlannedRunner):
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
 
 
-def is_clearly_better(one: Evaluation, other: Evaluation) -> bool:
-    """Whether the mean error is less by more than the calls leave in doubt: the standard error of the differences.
+def is_clearly_better(one: Evaluation, other: Evaluation, doubt: float = 1.0) -> bool:
+    """Whether the mean error, times `doubt`, is less by more than the calls leave open: the differences' standard error.
 
     One call says nothing of that; there it must be less by TOLERANCE.
     """
     errors, others = (np.array(evaluation.details["errors"]) for evaluation in (one, other))
     if len(errors) == 1:
         return bool(TOLERANCE * errors[0] < others[0])
-    gained = others - errors
+    gained = others - doubt * errors
     return bool(gained.mean() > gained.std(ddof=1) / math.sqrt(len(gained)))
 
 
