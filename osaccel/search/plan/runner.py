@@ -454,13 +454,13 @@ class PlanRunner(PlannedRunner):
 
 
 def is_clearly_better(one: Evaluation, other: Evaluation, doubt: float = 1.0) -> bool:
-    """Whether the mean error, times `doubt`, is less by more than the calls leave open: the differences' standard error.
+    """Whether the mean error, times `doubt`, is less by more than the standard error of the calls' differences.
 
     One call says nothing of that; there it must be less by TOLERANCE.
     """
     errors, others = (np.array(evaluation.details["errors"]) for evaluation in (one, other))
     if len(errors) == 1:
-        return bool(TOLERANCE * errors[0] < others[0])
+        return bool(max(TOLERANCE, doubt) * errors[0] < others[0])
     gained = others - doubt * errors
     return bool(gained.mean() > gained.std(ddof=1) / math.sqrt(len(gained)))
 
