@@ -526,8 +526,10 @@ def test_no_plan_is_clearly_worse_than_one_that_was_measured_for_more_speed(tmp_
         for one in reports[-1]["evaluations"]:
             plan = parse_plan(one["config"], "a replay")
             if plan.work(6) <= 1 / float(report["goal"].rstrip("x")) + 1e-9:
-                gained = own - runner.TOLERANCE * np.array(one["details"]["errors"])
-                assert gained.mean() <= 2**-0.5 * gained.std(ddof=1) + 1e-12, (name, plan.describe())
+                errors = np.array(one["details"]["errors"])
+                is_clear = (own - errors).mean() > 2**-0.5 * (own - errors).std(ddof=1) + 1e-12
+                # Among the first steps it takes a quarter.
+                assert not (is_clear and runner.TOLERANCE * errors.mean() < own.mean()), (name, plan.describe())
                 compared += 1
     assert compared > 3
 
@@ -545,7 +547,6 @@ def test_no_plan_is_clearly_worse_than_one_that_was_measured_for_more_speed(tmp_
 def test_a_plan_is_clearly_better_by_more_than_its_calls_leave_in_doubt(errors, others, is_clear):
     one, other = (Evaluation({}, 0.0, 1.0, details={"errors": values}) for values in (errors, others))
     assert runner.is_clearly_better(one, other) is is_clear
-    assert not runner.is_clearly_better(one, other, doubt=1.3)
 
 
 @pytest.mark.parametrize("steps", [40, 60])

@@ -334,7 +334,7 @@ class PlanRunner(PlannedRunner):
     def _best(self, tried: Sequence[Found]) -> Found:
         """The first, which all probes speak for, unless another is clearly better.
 
-        What saves among the first steps comes last: it must be better by TOLERANCE too (`osaccel.search.planned`).
+        What saves among the first steps comes last: it must be better by TOLERANCE (`osaccel.search.planned`).
         """
         best, *others = [found for found in tried if self._keeps(found)] or tried
         for is_early in (False, True):
@@ -346,8 +346,9 @@ class PlanRunner(PlannedRunner):
     def _is_better(self, one: Found, other: Found) -> bool:
         if one.choice.actions == other.choice.actions != ():
             return one.error < other.error  # the same with another predictor
-        doubt = TOLERANCE if self._is_early(one.plan) and not self._is_early(other.plan) else 1.0
-        return is_clearly_better(one.evaluation, other.evaluation, doubt)
+        if self._is_early(one.plan) and not self._is_early(other.plan):
+            return TOLERANCE * one.error < other.error
+        return is_clearly_better(one.evaluation, other.evaluation)
 
     def _is_early(self, plan: Plan) -> bool:
         """Whether it saves before the first window."""
@@ -453,15 +454,15 @@ class PlanRunner(PlannedRunner):
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
 
 
-def is_clearly_better(one: Evaluation, other: Evaluation, doubt: float = 1.0) -> bool:
-    """Whether the mean error, times `doubt`, is less by more than the standard error of the calls' differences.
+def is_clearly_better(one: Evaluation, other: Evaluation) -> bool:
+    """Whether the mean error is less by more than the standard error of the calls' differences.
 
     One call says nothing of that; there it must be less by TOLERANCE.
     """
     errors, others = (np.array(evaluation.details["errors"]) for evaluation in (one, other))
     if len(errors) == 1:
-        return bool(max(TOLERANCE, doubt) * errors[0] < others[0])
-    gained = others - doubt * errors
+        return bool(TOLERANCE * errors[0] < others[0])
+    gained = others - errors
     return bool(gained.mean() > gained.std(ddof=1) / math.sqrt(len(gained)))
 
 
