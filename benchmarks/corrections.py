@@ -210,7 +210,7 @@ def main() -> None:
     report["same videos"] = same_videos(sampled, options.computed)
     print(text(report["same videos"]), flush=True)
     if options.response:
-        steps = [40, 60, 70, 80, 88, 94]
+        steps = [round(part * bench.steps) for part in (0.4, 0.6, 0.7, 0.8, 0.88, 0.94)]
         shares = foreseen_shares(bench, model.calibration_cases(options.response, 10**6), steps)
         report["response"] = {"steps": steps, **shares}
         print(f"of D's moves over two steps from {steps} the response foresees, R^2:")

@@ -196,7 +196,7 @@ def plan_content(plan: Plan) -> Dict[str, Any]:
             {"start": region.start, "stop": region.stop, "reuse": list(region.reuse), "order": region.order}
             for region in plan.regions
         ]
-    if plan.correction.is_used:
+    if plan.correction != Correction():
         pairs = ((key, getattr(plan.correction, key)) for key in _CORRECTION_KEYS)
         content["correction"] = {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
     return {**content, "made_for": dict(plan.made_for), "measured": dict(plan.measured)}

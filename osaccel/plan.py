@@ -69,11 +69,12 @@ class Correction:
 
     @property
     def is_used(self) -> bool:
-        return any(any(value) if isinstance(value, tuple) else value for value in self._strengths())
+        """Whether it does anything of its own; a response answers at skipped steps only."""
+        return _is_any(self.predictor) or _is_any(self.corrector)
 
     @property
     def responds(self) -> bool:
-        return any(self.response) if isinstance(self.response, tuple) else bool(self.response)
+        return _is_any(self.response)
 
     def __str__(self) -> str:
         names = ["predictor", "corrector", *(["response"] if self.responds else [])]
@@ -81,10 +82,8 @@ class Correction:
 
     def at(self, step: int) -> "Strengths":
         """The strengths of one step."""
-        return Strengths(*(value[step] if isinstance(value, tuple) else value for value in self._strengths()))
-
-    def _strengths(self) -> List[Union[float, Tuple[float, ...]]]:
-        return [getattr(self, name) for name in Strengths._fields]
+        values = (getattr(self, name) for name in Strengths._fields)
+        return Strengths(*(value[step] if isinstance(value, tuple) else value for value in values))
 
 
 class Strengths(NamedTuple):
@@ -214,6 +213,10 @@ class Plan:
 
 def _steps_in_words(steps: Sequence[int]) -> str:
     return "1 step" if len(steps) == 1 else f"{len(steps)} steps"
+
+
+def _is_any(strength: Union[float, Tuple[float, ...]]) -> bool:
+    return any(strength) if isinstance(strength, tuple) else bool(strength)
 
 
 def _extent(strength: Union[float, Tuple[float, ...]]) -> str:

@@ -238,7 +238,7 @@ TABLE: Tuple[Setting, ...] = (
         "correction",
         ("correction",),
         _correction,
-        "second-order correction of the sampler without any file: 1, or PREDICTOR,CORRECTOR in [0, 1]",
+        "second-order correction of the sampler without any file: 1, or PREDICTOR,CORRECTOR[,RESPONSE] in [0, 1]",
         "WHAT",
     ),
     Setting(
@@ -372,7 +372,7 @@ class Settings:
         """The one plan that all sources together make."""
         plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
         correction = self.correction or plan.correction
-        # By identity: whoever names both strengths gets them.
+        # By identity: whoever names strengths gets them.
         if plan.skip and correction is DEFAULT_CORRECTION:
             correction = UNDER_SKIP
         return replace(plan, timesteps=self.timesteps, correction=correction)
@@ -529,7 +529,9 @@ def _check_contradictions(values: Mapping[str, Value], parsed: Mapping[str, Any]
             f"{place}: the plan is for {plan.steps} steps, but {values['timesteps'].place} lists {len(timesteps)}; "
             "give a list and a plan of the same length."
         )
-    if plan.correction.is_used and parsed.get("correction") not in (None, plan.correction):
+    given = parsed.get("correction")
+    is_the_same = given in (None, plan.correction) or (given is DEFAULT_CORRECTION and plan.correction == UNDER_SKIP)
+    if plan.correction != Correction() and not is_the_same:
         raise SettingsError(f"{place} and {values['correction'].place} ask for different corrections; give one.")
 
 

@@ -13,6 +13,7 @@ from osaccel import settings
 from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor
 from osaccel.plan import Correction, Plan
+from osaccel.sampling.response import gain, slope_of
 from osaccel.sampling.standin import mean_share, mean_sigma, persistence, reach
 
 BOTH = Correction(1.0, 1.0)
@@ -361,6 +362,28 @@ def test_where_predictions_swing_back_the_response_does_nothing_worse(guidance, 
     assert response < 1.05 * corrector
 
 
+def test_a_responses_strength_is_that_of_the_skipped_step():
+    width, skip = torch.linspace(0.05, 1.5, 30).reshape(6, 5), (2, 4, 6, 7, 9)
+    pipeline = Sampler(EulerAncestralDiscreteScheduler(), Denoiser(width), shape=PLACES)
+    some, at_skipped, elsewhere, none = (
+        sampled(pipeline, 12, Correction(0.0, 1.0, strength), skip=skip)
+        for strength in (1.0, *(tuple(float((k in skip) == is_so) for k in range(12)) for is_so in (True, False)), 0.0)
+    )
+    assert torch.equal(some, at_skipped) and torch.equal(elsewhere, none) and not torch.equal(some, none)
+
+
+@pytest.mark.parametrize("kept", [0.9, 1e-3, 1e-9])
+def test_a_slope_is_that_whose_gain_was_measured(kept):
+    noise = torch.randn(1, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    # Between them a gain is no longer told from 1 where nothing is kept.
+    for slope in (0.0, 0.25, 1.0) if kept > 1e-6 else (0.0, 1.0):
+        change = gain(torch.tensor(slope), kept) * noise
+        torch.testing.assert_close(
+            slope_of(change, noise, kept), torch.full((1, 1, 1, 4, 4), slope), rtol=2e-2, atol=1e-6
+        )
+    assert not slope_of(-noise, noise, kept).any()
+
+
 @pytest.mark.parametrize("name", ["Euler", "DDIM"])
 def test_without_noise_there_is_no_response(name):
     pipeline = Sampler(SAMPLERS[name][0](), Denoiser(), shape=PLACES)
@@ -475,6 +498,10 @@ def test_beside_a_plan_that_skips_the_default_is_corrector_and_response(tmp_path
         "0,1,0.5": Correction(0.0, 1.0, 0.5),
         "0": Correction(),
     }
+    same = '"correction": {"corrector": 1, "response": 1}'
+    plan.write_text('{"format": "osaccel.plan/1", "steps": 8, "skip": [3], ' + same + "}")
+    loaded = settings.load({"OSACCEL_PLAN": str(plan), "OSACCEL_CORRECTION": "1"})
+    assert loaded.generation_plan().correction == settings.UNDER_SKIP
     plan.write_text('{"format": "osaccel.plan/1", "steps": 8, "regions": []}')
     loaded = settings.load({"OSACCEL_PLAN": str(plan), "OSACCEL_CORRECTION": "1"})
     assert loaded.generation_plan().correction == settings.DEFAULT_CORRECTION

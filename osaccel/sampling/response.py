@@ -23,7 +23,10 @@ NEAR = 1
 
 
 class Response:
-    """Follows the noise of one generation since its newest computed step, and D's answer; holds three latents."""
+    """Follows the noise of one generation since its newest computed step, and how D answers; two latents and a slope.
+
+    Tensors are x, D and changes of D, (N, C, ...), float32.
+    """
 
     def __init__(self, sigmas: Sequence[float]):
         self._sigmas = sigmas
@@ -63,14 +66,14 @@ class Response:
 
 
 def gain(slope: torch.Tensor, kept: float) -> torch.Tensor:
-    """What D makes of noise; kept: r, what is left of x at the newest computed step."""
+    """What D makes of noise (N, C, ...), to be multiplied with it; slope: (N, 1, ...); kept: r, see above."""
     return slope / (kept + (1 - kept) * slope)
 
 
 def slope_of(change: torch.Tensor, noise: torch.Tensor, kept: float) -> torch.Tensor:
-    """The slope in [0, 1] that makes `change` of noise, place by place: the inverse of `gain`, by least squares."""
+    """The slope (N, 1, ...) in [0, 1] whose `gain` makes `change` of noise, both (N, C, ...), by least squares."""
     made = (_near(change * noise) / _near(noise * noise).clamp_min(1e-30)).clamp(0.0, 1.0)
-    return kept * made / (1 - (1 - kept) * made)
+    return kept * made / (kept * made + (1 - made))
 
 
 def carried(slope: torch.Tensor, start: float, end: float) -> torch.Tensor:

@@ -19,7 +19,7 @@ import torch
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
 from osaccel.network.forwards import prediction_of, with_prediction
-from osaccel.plan import Plan
+from osaccel.plan import Correction, Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
 from osaccel.sampling.response import Response
@@ -99,7 +99,9 @@ class Corrected(Interceptor):
 
     def _foreseen(self, step: int, sample: torch.Tensor) -> Optional[torch.Tensor]:
         """What the noise since the newest computed step has done to D; None where nothing is known or asked for."""
-        strength = self.plan.correction.at(step).response
+        # At a computed step that is what the skipped one before it was told to answer with.
+        told = step if step in self._skip else step - 1
+        strength = self.plan.correction.at(told).response if told in self._skip else 0.0
         if self._response is None or not strength:
             return None
         foreseen = self._response.foreseen(step, self._exploded(step, sample))
@@ -124,7 +126,7 @@ class Corrected(Interceptor):
     def _computed(self, step: int, denoised: torch.Tensor) -> _Computed:
         """What a computed step adds to what is known."""
         last = self._newest
-        if last is None or not self.plan.correction.is_used:
+        if last is None or self.plan.correction == Correction():
             return _Computed(step, denoised)
         change = denoised - last.denoised
         return _Computed(step, denoised, last.step, change, persistence(change, last.change))

@@ -152,7 +152,8 @@ class _Foreseen:
     def __init__(self, record: Record, before: int, start: int):
         self.record, self.start = record, start
         self.slope: Optional[torch.Tensor] = None
-        if len(record.noise):
+        # Behind a first step without signal nothing is measured.
+        if len(record.noise) and record.noise[before].any():
             change = record.denoised[start] - record.denoised[before]
             slope = slope_of(change, self._noise(before, start), self._kept(before, start))
             self.slope = carried(slope, record.sigmas[before], record.sigmas[start])
@@ -173,7 +174,7 @@ class _Foreseen:
 def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple[float, float]:
     """How the predictor meets what x lacks at computed steps, in this rank's entries: products to fit its strength by.
 
-    A stand-in as foreseen leaves x wrong by u until the next computed step, one that follows the newest change by
+    A stand-in that repeats D_i leaves x wrong by u until the next computed step, one that follows the newest change by
     u + g v. The squares' sum is least at g = -(u, v) / (v, v); here are (u, v) and (v, v), summed over the generation.
     """
     against = along = 0.0
@@ -190,13 +191,12 @@ def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple
 
 
 def _stand_ins(record: Record, before: int, start: int, end: int) -> Tuple[torch.Tensor, torch.Tensor]:
-    """What x is wrong by at `end` when D is as foreseen from `start` on, and what following its last change adds."""
+    """What x is wrong by at `end` when D stands still from `start` on, and what following its last change adds."""
     denoised, sigmas = record.denoised, record.sigmas
-    foreseen = _Foreseen(record, before, start)
     held, led = torch.zeros_like(denoised[0]), 0.0
     for step in range(start + 1, end):
         weight = _weight(record, step, sigmas[end])
-        held += weight * (foreseen.at(step) - denoised[step])
+        held += weight * (denoised[start] - denoised[step])
         led += weight * followed(sigmas[before], sigmas[start], sigmas[step])
     return held, led * (denoised[start] - denoised[before])
 

@@ -71,7 +71,8 @@ class DenoisedLog(Interceptor):
     def _noise(self, step: int, sample: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
         """What the step added to x / s^2 beside D."""
         now, then = self.sigmas[step : step + 2]
-        if not (math.isfinite(now) and then > 0):
+        has_signal = step > 0 or not self.scheduler.config.get("rescale_betas_zero_snr")
+        if not (has_signal and math.isfinite(now) and then > 0):
             return torch.zeros_like(self.rows[step])
         before, after = (
             tensor.detach().float().cpu() * (self.levels.scale(sigma) / sigma**2)

@@ -336,7 +336,10 @@ class PlanRunner(PlannedRunner):
 
         What saves among the first steps comes last: it must be better by TOLERANCE (`osaccel.search.planned`).
         """
-        best, *others = [found for found in tried if self._keeps(found)] or tried
+        keeping = [found for found in tried if self._keeps(found)]
+        if not keeping:
+            return min(tried, key=self._misses)
+        best, *others = keeping
         for is_early in (False, True):
             some = [found for found in others if self._is_early(found.plan) == is_early]
             better = [found for found in some if self._is_better(found, best)]
@@ -344,8 +347,8 @@ class PlanRunner(PlannedRunner):
         return best
 
     def _is_better(self, one: Found, other: Found) -> bool:
-        if one.choice.actions == other.choice.actions != ():
-            return one.error < other.error  # the same with another predictor
+        if _unled(one.plan) == _unled(other.plan):
+            return one.error < other.error
         if self._is_early(one.plan) and not self._is_early(other.plan):
             return TOLERANCE * one.error < other.error
         return is_clearly_better(one.evaluation, other.evaluation)
@@ -403,6 +406,11 @@ class PlanRunner(PlannedRunner):
             return evaluation.psnr is not None and evaluation.psnr >= goal.value
         return evaluation.error is not None and evaluation.error <= goal.value
 
+    def _misses(self, found: Found) -> float:
+        """How far from its goal a plan is that misses it."""
+        psnr = found.evaluation.psnr
+        return found.error if found.goal.kind != "psnr" or psnr is None else -psnr
+
     # Results
 
     def _conclude(self, found: Sequence[Found], seconds: float) -> None:
@@ -452,6 +460,11 @@ class PlanRunner(PlannedRunner):
 
     def settings_of(self, found: Any) -> Dict[str, Any]:
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
+
+
+def _unled(plan: Plan) -> Plan:
+    """The plan without its predictor."""
+    return replace(plan, correction=replace(plan.correction, predictor=0.0))
 
 
 def is_clearly_better(one: Evaluation, other: Evaluation) -> bool:
