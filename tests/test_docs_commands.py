@@ -123,8 +123,14 @@ HOW = {
     "python -m benchmarks.plans --prompts 24 --kept DIR [--model second]":
         Run("osaccel plan", (("--prompts 24 --kept DIR [--model second]",
             "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
-    "python -m benchmarks.corrections --work DIR --prompts 16 [--model second]":
-        Run("gap to 100 steps closed", (("DIR --prompts 16 [--model second]",
+    "python -m benchmarks.corrections --work DIR --response 16 [--model second]":
+        Run("the response foresees", (("DIR --response 16 [--model second]",
+            "work --prompts 1 --batch 2 --computed --steps --samplers --response 1"),)),
+    "python -m benchmarks.corrections --work DIR --prompts 24 --steps --samplers [--model second]":
+        Run("12 computed, corrector and response", (("DIR --prompts 24 --steps --samplers [--model second]",
+            "work --prompts 1 --batch 2 --computed 12 --steps --samplers"),)),
+    "python -m benchmarks.corrections --work DIR --prompts 16 --samplers 50 25":
+        Run("gap to 100 steps closed", (("DIR --prompts 16 --samplers 50 25",
             "work --prompts 2 --batch 2 --computed 12 --steps 12 --samplers"),)),
     "SOAK=200 python -m pytest tests/test_soak.py": RunBy("test_soak.py", '"SOAK"'),
     "python tests/matrix.py": RunBy("test_packaging.py", "matrix.try_cell("),
