@@ -31,8 +31,9 @@ from benchmarks.lib.own import along, planned, with_plan
 from benchmarks.lib.quality import STATISTICS, errors, interval, over
 from benchmarks.schedules import SEEDS_PER_PROMPT, fresh_data
 from osaccel.plan import UNDER_SKIP, Correction, Plan
-from osaccel.sampling.response import carried, gain, slope_of
+from osaccel.sampling.standin import ANCESTRAL
 from osaccel.search.places import even_places
+from osaccel.search.plan.local import Foreseen, Record
 from osaccel.search.plan.observation import DenoisedLog
 from osaccel.settings import DEFAULT_CORRECTION
 
@@ -128,11 +129,13 @@ def foreseen_shares(bench: Bench, cases: Sequence[Case], steps: Sequence[int]) -
     for case in cases:
         log = DenoisedLog()
         bench.run(_watched(log), [case])
+        denoised, noise = torch.stack(log.rows), torch.stack(log.noise)
         for place, step in enumerate(steps):
-            change = log.rows[step + 2] - log.rows[step]
-            left["moved"][place] += change.square().sum()
-            for name, flat in (("places", False), ("videos", True)):
-                left[name][place] += (change - _foreseen(log, step, flat)).square().sum()
+            left["moved"][place] += (denoised[step + 2] - denoised[step]).square().sum()
+            # Without frames there is one slope for a video.
+            for name, shown in (("places", (denoised, noise)), ("videos", (denoised.flatten(2), noise.flatten(2)))):
+                foreseen = _foreseen(log.sigmas, *shown, step)
+                left[name][place] += (shown[0][step + 2] - foreseen).square().sum()
     return {name: (1 - left[name] / left["moved"]).tolist() for name in ("places", "videos")}
 
 
@@ -140,16 +143,11 @@ def _watched(log: DenoisedLog) -> Arm:
     return Arm(lambda pipeline: along(pipeline, None, log), alone=True)
 
 
-def _foreseen(log: DenoisedLog, step: int, flat: bool) -> torch.Tensor:
-    """By how much the response has D move from `step` over two steps, by the two before."""
-    before, now, then = (log.sigmas[place] for place in (step - 2, step, step + 2))
-    earlier = now**2 * torch.stack(log.noise[step - 2 : step]).sum(0)
-    noise = then**2 * torch.stack(log.noise[step : step + 2]).sum(0)
-    change, shape = log.rows[step] - log.rows[step - 2], noise.shape
-    if flat:
-        change, earlier, noise = (values.flatten(1) for values in (change, earlier, noise))
-    slope = carried(slope_of(change, earlier, (now / before) ** 2), before, now)
-    return (gain(slope, (then / now) ** 2) * noise).reshape(shape)
+def _foreseen(sigmas: Sequence[float], denoised: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
+    """D two steps behind `step`, as the response foresees it by the two before."""
+    nothing = torch.zeros(0)
+    record = Record(denoised, nothing, sigmas, nothing, [], ANCESTRAL, noise=noise)
+    return Foreseen(record, step - 2, step).at(step + 2)
 
 
 def best_spacings(report: Dict[str, Any], count: int) -> Dict[str, str]:

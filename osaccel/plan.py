@@ -125,7 +125,7 @@ class Plan:
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        for name, named in self._named_steps():
+        for name, named in self.named_steps():
             _check_steps(name, named, self.steps)
         both = sorted(set(self.skip) & set(self.conditional_only))
         if both:
@@ -136,7 +136,8 @@ class Plan:
         for name in Strengths._fields:
             _check_strengths(f"correction.{name}", getattr(self.correction, name), self.steps)
 
-    def _named_steps(self) -> List[Tuple[str, Tuple[int, ...]]]:
+    def named_steps(self) -> List[Tuple[str, Tuple[int, ...]]]:
+        """By key, the steps at which something is saved; those of a rule have no names."""
         named = [("skip", self.skip), ("conditional_only", self.conditional_only)]
         for number, region in enumerate(self.regions):
             if not isinstance(region.reuse, Interval):

@@ -109,6 +109,11 @@ def _whole(value: Value) -> int:
     return int(text)
 
 
+def _beside(plan: Plan, correction: Correction) -> Correction:
+    """What a correction that was asked for is beside a plan; by identity: whoever names strengths gets them."""
+    return UNDER_SKIP if plan.skip and correction is DEFAULT_CORRECTION else correction
+
+
 def _step_counts(value: Value) -> Tuple[int, ...]:
     parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
     counts = tuple(_whole(value._replace(raw=part)) for part in parts[: formats.NUM_TRAIN_TIMESTEPS])
@@ -371,10 +376,7 @@ class Settings:
     def generation_plan(self) -> Plan:
         """The one plan that all sources together make."""
         plan = self.plan or (of_dit_cache(self.cache) if self.cache else Plan())
-        correction = self.correction or plan.correction
-        # By identity: whoever names strengths gets them.
-        if plan.skip and correction is DEFAULT_CORRECTION:
-            correction = UNDER_SKIP
+        correction = _beside(plan, self.correction or plan.correction)
         return replace(plan, timesteps=self.timesteps, correction=correction)
 
     @property
@@ -530,8 +532,7 @@ def _check_contradictions(values: Mapping[str, Value], parsed: Mapping[str, Any]
             "give a list and a plan of the same length."
         )
     given = parsed.get("correction")
-    is_the_same = given in (None, plan.correction) or (given is DEFAULT_CORRECTION and plan.correction == UNDER_SKIP)
-    if plan.correction != Correction() and not is_the_same:
+    if plan.correction != Correction() and given is not None and _beside(plan, given) != plan.correction:
         raise SettingsError(f"{place} and {values['correction'].place} ask for different corrections; give one.")
 
 

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
-from tiny import TARGET, Pipeline
+from tiny import TARGET, Pipeline, Watch
 
 from osaccel import settings
 from osaccel.generation import Generation
-from osaccel.interceptors import Interceptor
 from osaccel.plan import Correction, Plan
 from osaccel.sampling.response import gain, slope_of
 from osaccel.sampling.standin import mean_share, mean_sigma, persistence, reach
@@ -173,17 +172,6 @@ def test_closed_forms_are_the_integrals(power):
         assert mean_sigma(p, s, power) == pytest.approx(mean_by_weight(lambda y: y, p, s, power), rel=1e-4)
         assert reach(p, s, t, power) <= reach(p, s, s * s / p, power) * (1 + 1e-12)
     assert reach(3.0, 2.0, 0.0, power) == 0.0 and reach(math.inf, 2.0, 1.0, power) == 0.0
-
-
-class Watch(Interceptor):
-    """What reaches the scheduler."""
-
-    def __init__(self):
-        self.calls = []
-
-    def step(self, proceed, call):
-        self.calls.append(call)
-        return proceed(call)
 
 
 def test_the_last_step_is_first_order_and_strengths_are_those_of_the_step():

@@ -17,7 +17,6 @@ from osaccel import settings
 from osaccel.binding import report_path
 from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
 from osaccel.generation import Generation
-from osaccel.interceptors import Interceptor
 from osaccel.plan import Plan
 from osaccel.search import planned
 from osaccel.search.errors import SearchError
@@ -252,17 +251,6 @@ class Told:
         return latents
 
 
-class Samples(Interceptor):
-    """What the scheduler steps on from."""
-
-    def __init__(self):
-        self.seen = []
-
-    def step(self, proceed, call):
-        self.seen.append(call.sample)
-        return proceed(call)
-
-
 SHAPE = (2, 3, 2, 8, 6)
 
 
@@ -274,7 +262,7 @@ def test_the_local_change_of_skipped_steps_is_that_of_a_network_that_does_not_an
     pipeline, log, plain = (
         Told(sampler(), lambda step, x, s: x * width**2 / (width**2 + s**2)),
         DenoisedLog(),
-        Samples(),
+        tiny.Watch(),
     )
     with Generation(pipeline, Plan(), tiny.TARGET, [log, plain]):
         pipeline(14)
@@ -283,10 +271,10 @@ def test_the_local_change_of_skipped_steps_is_that_of_a_network_that_does_not_an
     record = Record(torch.stack(log.rows), empty, log.sigmas, torch.zeros(0), slopes, log.power, noise=noise)
     expected = squared_sizes(record, BY_NAME[action], windows)[0][SKIP]
 
-    told, changed = Told(sampler(), lambda step, x, s: log.rows[step]), Samples()
+    told, changed = Told(sampler(), lambda step, x, s: log.rows[step]), tiny.Watch()
     with Generation(told, plan_of([BY_NAME[action], PLAIN], windows), tiny.TARGET, [changed]):
         told(14)
-    found = float((changed.seen[8] - plain.seen[8]).double().square().sum())
+    found = float((changed.calls[8].sample - plain.calls[8].sample).double().square().sum())
     assert found == pytest.approx(expected, rel=1e-2) and found > 0
 
 

@@ -9,6 +9,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler
 from torch import nn
 
+from osaccel.interceptors import Interceptor
 from osaccel.targets import Guidance, Target
 
 WIDTH = 8
@@ -109,6 +110,17 @@ class UnseededPipeline(Pipeline):
             noise = self.predict(self.scheduler.scale_model_input(latents, t), t.float(), guidance_scale)
             latents = self.scheduler.step(noise, t, latents, return_dict=False)[0]
         return latents
+
+
+class Watch(Interceptor):
+    """What reaches the scheduler."""
+
+    def __init__(self):
+        self.calls = []
+
+    def step(self, proceed, call):
+        self.calls.append(call)
+        return proceed(call)
 
 
 def reference_loop(pipeline, config, **arguments):

@@ -49,20 +49,32 @@ class Response:
         """By how much D has moved since the newest computed step; None while nothing was measured."""
         if self._slope is None:
             return None
-        return gain(self._slope, self._kept(step)) * self._noise(step, x)
+        return answer(self._slope, self._noise(step, x), self._sigmas[self._start], self._sigmas[step])
 
     def learn(self, step: int, x: torch.Tensor, change: torch.Tensor) -> None:
         """Measures the slope: D changed by `change` from the newest computed step to this one, and comes to x."""
         if self._left is None:
             return
-        start, end = self._sigmas[self._start], self._sigmas[step]
-        self._slope = carried(slope_of(change, self._noise(step, x), self._kept(step)), start, end)
-
-    def _kept(self, step: int) -> float:
-        return (self._sigmas[step] / self._sigmas[self._start]) ** 2
+        self._slope = slope_behind(change, self._noise(step, x), self._sigmas[self._start], self._sigmas[step])
 
     def _noise(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        return x - self._kept(step) * self._left - self._sigmas[step] ** 2 * self._drift
+        kept = _kept(self._sigmas[self._start], self._sigmas[step])
+        return x - kept * self._left - self._sigmas[step] ** 2 * self._drift
+
+
+def answer(slope: torch.Tensor, noise: torch.Tensor, start: float, end: float) -> torch.Tensor:
+    """What D, of a slope (N, 1, ...) at level `start`, makes of the noise (N, C, ...) that was added down to `end`."""
+    return gain(slope, _kept(start, end)) * noise
+
+
+def slope_behind(change: torch.Tensor, noise: torch.Tensor, start: float, end: float) -> torch.Tensor:
+    """The slope (N, 1, ...) at level `end`, by what D made of the noise since `start`, both (N, C, ...)."""
+    return carried(slope_of(change, noise, _kept(start, end)), start, end)
+
+
+def _kept(start: float, end: float) -> float:
+    """r, the share of x at level `start` that is left at `end`."""
+    return (end / start) ** 2
 
 
 def gain(slope: torch.Tensor, kept: float) -> torch.Tensor:

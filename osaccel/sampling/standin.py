@@ -108,7 +108,8 @@ class Corrected(Interceptor):
         return None if foreseen is None else strength * foreseen
 
     def _learn(self, sample: torch.Tensor, newest: _Computed) -> None:
-        if self._response is not None and newest.change is not None:
+        """The slope is asked for at skipped steps only, which begin behind the computed step that measures it."""
+        if self._response is not None and newest.change is not None and newest.step + 1 in self._skip:
             self._response.learn(newest.step, self._exploded(newest.step, sample), newest.change)
 
     def _tell_response(self, step: int, sample: torch.Tensor, assumed: torch.Tensor) -> None:

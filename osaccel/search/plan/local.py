@@ -12,7 +12,7 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 import torch
 
 from osaccel.plan import forecast
-from osaccel.sampling.response import carried, gain, slope_of
+from osaccel.sampling.response import answer, slope_behind
 from osaccel.sampling.standin import FLOW, followed
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
@@ -93,6 +93,13 @@ def _intervals(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int]]
     return list(zip(computed, computed[1:]))
 
 
+def _skipping(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int, int]]:
+    """Where steps are skipped: the two computed steps before them, and the next one."""
+    intervals = _intervals(record, by_step)
+    before = [min(by_step) - 1, *(start for start, _ in intervals)]
+    return [(p, start, end) for p, (start, end) in zip(before, intervals) if end > start + 1]
+
+
 def _share(record: Record, start: int, step: int, end: int) -> float:
     """How far D is taken to have moved at `step` on its way between two computed steps: evenly in log s."""
     if step == start:
@@ -134,19 +141,16 @@ def full_before(step: int, by_step: Dict[int, str]) -> List[int]:
 def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
     """Of what response and corrector leave at skipped steps."""
     errors, end = {}, record.sigmas[max(by_step) + 1]
-    before = min(by_step) - 1
-    for start, following in _intervals(record, by_step):
-        if following > start + 1:
-            foreseen = _Foreseen(record, before, start)
-            unforeseen = record.denoised[following] - foreseen.at(following)
-            for step in range(start + 1, following):
-                guess = foreseen.at(step) + _share(record, start, step, following) * unforeseen
-                errors[step] = _weight(record, step, end) * (guess - record.denoised[step])
-        before = start
+    for before, start, following in _skipping(record, by_step):
+        foreseen = Foreseen(record, before, start)
+        unforeseen = record.denoised[following] - foreseen.at(following)
+        for step in range(start + 1, following):
+            guess = foreseen.at(step) + _share(record, start, step, following) * unforeseen
+            errors[step] = _weight(record, step, end) * (guess - record.denoised[step])
     return _square(errors)
 
 
-class _Foreseen:
+class Foreseen:
     """D as it is foreseen behind a computed step `start`, by what it made of the noise since the one `before`."""
 
     def __init__(self, record: Record, before: int, start: int):
@@ -155,20 +159,18 @@ class _Foreseen:
         # Behind a first step without signal nothing is measured.
         if len(record.noise) and record.noise[before].any():
             change = record.denoised[start] - record.denoised[before]
-            slope = slope_of(change, self._noise(before, start), self._kept(before, start))
-            self.slope = carried(slope, record.sigmas[before], record.sigmas[start])
+            noise = self._noise(before, start)
+            self.slope = slope_behind(change, noise, record.sigmas[before], record.sigmas[start])
 
     def at(self, step: int) -> torch.Tensor:
-        newest = self.record.denoised[self.start]
+        """D at a later step."""
+        newest, sigmas = self.record.denoised[self.start], self.record.sigmas
         if self.slope is None:
             return newest
-        return newest + gain(self.slope, self._kept(self.start, step)) * self._noise(self.start, step)
+        return newest + answer(self.slope, self._noise(self.start, step), sigmas[self.start], sigmas[step])
 
     def _noise(self, start: int, end: int) -> torch.Tensor:
         return self.record.sigmas[end] ** 2 * self.record.noise[start:end].sum(0)
-
-    def _kept(self, start: int, end: int) -> float:
-        return (self.record.sigmas[end] / self.record.sigmas[start]) ** 2
 
 
 def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple[float, float]:
@@ -179,14 +181,10 @@ def predictor_moments(record: Record, action: Action, windows: Windows) -> Tuple
     """
     against = along = 0.0
     for window in range(windows.count):
-        by_step = kinds(action, windows, window)
-        before = min(by_step) - 1
-        for start, following in _intervals(record, by_step):
-            if following > start + 1:
-                held, led = _stand_ins(record, before, start, following)
-                against += float((held * led).double().sum())
-                along += float(led.double().square().sum())
-            before = start
+        for before, start, following in _skipping(record, kinds(action, windows, window)):
+            held, led = _stand_ins(record, before, start, following)
+            against += float((held * led).double().sum())
+            along += float(led.double().square().sum())
     return against, along
 
 

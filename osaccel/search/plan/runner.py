@@ -280,9 +280,10 @@ class PlanRunner(PlannedRunner):
     def _behind_first(self, goal: Goal, even: Plan) -> Optional[Plan]:
         """The choice for the windows where the steps before them are skipped as in the even plan."""
         early = [step for step in even.skip if step < self.windows.first]
-        work = 1 / goal.value + len(early) / self.steps
-        choice = self.team.share(self.choice_at(work))
-        if choice is None or not early:
+        if not early:
+            return None
+        choice = self.team.share(self.choice_at(1 / goal.value + len(early) / self.steps))
+        if choice is None:
             return None
         chosen = plan_of(choice.actions, self.windows)
         return replace(chosen, skip=(*early, *chosen.skip), correction=even.correction)
@@ -355,8 +356,7 @@ class PlanRunner(PlannedRunner):
 
     def _is_early(self, plan: Plan) -> bool:
         """Whether it saves before the first window."""
-        named = (*plan.skip, *plan.conditional_only, *(step for region in plan.regions for step in region.reuse))
-        return min(named, default=self.steps) < self.windows.first
+        return any(step < self.windows.first for _, steps in plan.named_steps() for step in steps)
 
     def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
         """What is to be tried next for an error that was missed; None where there is nothing milder."""
