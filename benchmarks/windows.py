@@ -84,7 +84,8 @@ def measured(name: str, calls: int, folder: Path) -> Measured:
             local = squared_sizes(record_of(observed), action, windows)
             sizes[call, :, place] = [[size[family] for family in FAMILIES] for size in local]
         for window in range(windows.count if action != PLAIN else 0):
-            path = folder / f"{name}-{calls}-{code('network', 'sampling', 'plan.py')[:8]}-{action.name}-{window}.json"
+            begin, digest = windows.steps(window)[0], code("network", "sampling", "plan.py")[:8]
+            path = folder / f"{name}-{calls}-{digest}-{action.name}-{begin}.json"
             if not path.exists():
                 chosen = [action if number == window else PLAIN for number in range(windows.count)]
                 evaluation = measure(formats.plan_content(plan_of(chosen, windows)))

@@ -168,13 +168,14 @@ def test_found_plans_of_a_family_alone_hold_nothing_else(pipeline):
 
 def test_choices_from_few_calls_lose_nothing_where_all_calls_are_alike():
     bench_windows = pytest.importorskip("benchmarks.windows")
-    names, count = ["full", "c2", "s2", "f2", "s3"], 7
+    names, count = ["full", "c2", "s2", "f2", "s3"], 8
     generator = np.random.default_rng(0)
     kinds = {"c2": 0, "s2": 1, "s3": 1, "f2": 2}
     sizes = np.zeros((12, count, len(names), 4))
     for place, name in enumerate(names[1:], 1):
         sizes[:, :, place, kinds[name]] = generator.random(count) * (3 if name == "s3" else 1)
-    gain = np.exp(np.linspace(0, 2, count))[:, None]
+    # The early window, the first, has the gain of the next.
+    gain = np.exp(np.maximum(0, np.linspace(-1 / 3, 2, count)))[:, None]
     alike = bench_windows.Measured(Windows.of(100, BLOCKS), names, sizes.sum(-1) * gain, sizes)
     rule = bench_windows.by_groups(count)
     assert bench_windows.excess(alike, 0.6, 4, 5, rule) == pytest.approx([1.0, 1.0, 1.0])

@@ -35,11 +35,10 @@ from osaccel.search.plan.actions import (
     Windows,
     actions_for,
     alone,
-    even_plan,
     plan_of,
     units,
 )
-from osaccel.search.plan.choice import at_error, at_work, curve, least
+from osaccel.search.plan.choice import Choice, at_error, at_work, curve, least
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import Expectation, gains, probes
 from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
@@ -91,8 +90,23 @@ def test_an_action_costs_what_its_plan_does(steps):
     assert windows.first >= 1 and windows.total == steps
     for action in actions_for(windows.length, FAMILIES):
         plan = plan_of([action] * windows.count, windows)
-        spent = 2 * 7 * windows.first + sum(units(action, windows, window) for window in range(windows.count))
+        spent = 2 * 7 + sum(units(action, windows, window) for window in range(windows.count))
         assert plan.work(7) == pytest.approx(spent / (2 * 7 * steps))
+
+
+def test_before_the_first_window_steps_are_skipped_as_its_cycle_goes_on_backwards():
+    windows = Windows.of(100, 7)
+    assert (windows.first, windows.early, windows.settled) == (4, 1, 16)
+    for name, skip in (
+        ("s2", [1, 3]),
+        ("s3", [2, 3]),
+        ("s4", [1, 2, 3]),
+        ("s6", [1, 2, 3]),
+        ("s2c2", []),
+        ("full", []),
+    ):
+        chosen = [BY_NAME[name]] + [PLAIN] * 7
+        assert [step for step in plan_of(chosen, windows).skip if step < windows.first] == skip
 
 
 def test_the_choice_is_the_best_of_all_there_are():
@@ -272,7 +286,9 @@ def test_the_local_change_of_skipped_steps_is_that_of_a_network_that_does_not_an
     expected = squared_sizes(record, BY_NAME[action], windows)[0][SKIP]
 
     told, changed = Told(sampler(), lambda step, x, s: log.rows[step]), tiny.Watch()
-    with Generation(told, plan_of([BY_NAME[action], PLAIN], windows), tiny.TARGET, [changed]):
+    plan = plan_of([BY_NAME[action], PLAIN], windows)
+    plan = replace(plan, skip=tuple(step for step in plan.skip if step >= windows.first))
+    with Generation(told, plan, tiny.TARGET, [changed]):
         told(14)
     found = float((changed.calls[8].sample - plain.calls[8].sample).double().square().sum())
     assert found == pytest.approx(expected, rel=1e-2) and found > 0
@@ -386,7 +402,7 @@ def test_the_predictor_is_fitted_to_how_predictions_move():
         assert -against / along == pytest.approx(wanted, abs=0.06)
 
 
-def test_a_measured_choice_rescales_what_others_are_expected_to_do():
+def test_a_measured_choice_tells_how_much_more_larger_changes_do():
     skips = np.arange(len(FAMILIES)) == FAMILIES.index(SKIP)
     sizes = {
         name: np.broadcast_to(size * skips, (2, 2, len(FAMILIES))) for name, size in (("full", 0), ("s2", 1), ("s4", 4))
@@ -394,17 +410,32 @@ def test_a_measured_choice_rescales_what_others_are_expected_to_do():
     mild, strong = BY_NAME["s2"], BY_NAME["s4"]
     first = Expectation(sizes, {SKIP: np.array([[1.0, 10.0], [2.0, 3.0]])})
     assert first.squares([PLAIN, mild, strong]).tolist() == [[[0, 1, 4], [0, 10, 40]], [[0, 2, 8], [0, 3, 12]]]
-    assert first.scaled(2.0).scaled(1.5).squares([mild]).tolist() == [[[3], [30]], [[6], [9]]]
+    # Four times the change of the reference was measured to make more than four times its square.
+    expected = np.sqrt(first.squares([mild, strong])[:, range(2), range(2)].sum(axis=1))
+    told = [first.told([mild, strong], (factor * expected).tolist()) for factor in (1.0, 1.3, 2.0, 4.0)]
+    assert told[0] == first and [one.growth for one in told] == sorted({one.growth for one in told})
+    for one, factor in zip(told, (1.0, 1.3, 2.0, 4.0)):
+        assert one.error([mild, strong]) == pytest.approx(factor * expected.mean()) and 0 <= one.growth <= 1
+        # What grows is what is larger than the reference.
+        squares = one.squares([mild, strong])[0]
+        assert squares[0].tolist() == pytest.approx([one.scale, 4 * one.scale * 4**one.growth])
+    # Less than expected scales everything; so do references, which say nothing of growth. What was told last counts.
+    for actions, factor, growth in (([mild, strong], 0.5, 0.0), ([mild, mild], 3.0, told[2].growth)):
+        expected = np.sqrt(first.squares(actions)[:, range(2), range(2)].sum(axis=1))
+        found = told[2].told(actions, (factor * expected).tolist())
+        assert (found.growth, found.scale) == (growth, pytest.approx(factor**2))
+    assert told[2].told([PLAIN, PLAIN], [0.0, 0.0]) == told[2]
 
 
 def test_every_call_has_the_gain_that_was_measured_of_it():
     windows, sizes = Windows(4, 6, 4, 6), np.zeros((3, 4, len(FAMILIES)))
     sizes[:, :, FAMILIES.index(SKIP)] = [[1.0, 3.0, 2.0, 2.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]
     early, late = probes([SKIP], windows, 2)
-    found = gains({early: [2.0, 3.0, 0.0], late: [1.0, math.inf, 0.0]}, {"s2": sizes}, windows)[SKIP]
-    assert found[0] == pytest.approx([1.0, 1.0 * 0.25**0.25, 0.25**0.75, 0.25])
+    assert (early.windows, late.windows) == ((0, 1, 2), (3,))
+    found = gains({early: [6**0.5, 3.0, 0.0], late: [1.0, math.inf, 0.0]}, {"s2": sizes}, windows)[SKIP]
+    assert found[0] == pytest.approx([1.0, 1.0, 0.5**0.5, 0.5])
     # What gave latents that are not finite is never to be done; where nothing was changed nothing is known.
-    assert found[1][0] == pytest.approx(4.5) and found[1][-1] > 1e100 and np.isfinite(found).all()
+    assert found[1][0] == pytest.approx(3.0) and found[1][-1] > 1e100 and np.isfinite(found).all()
     assert found[2].tolist() == [1.0] * 4
 
 
@@ -461,14 +492,14 @@ def miniature(sampler):
     return load.load_pipeline(sampler), call
 
 
-@pytest.mark.parametrize("share", [0.04, 0.2])
-def test_on_the_miniature_little_depends_on_how_many_first_steps_are_kept(tmp_path, monkeypatch, share):
+@pytest.mark.parametrize("share, early", [(0.04, 0), (0.4, 2)])
+def test_on_the_miniature_little_depends_on_how_many_windows_are_early(tmp_path, monkeypatch, share, early):
     (pipeline, call), found = miniature("EulerAncestralDiscrete"), {}
     for kept in (planned.SETTLING, share):
         monkeypatch.setattr(planned, "SETTLING", kept)
-        _, plan, found[kept] = search(tmp_path / str(kept), steps=50, pipeline=pipeline, **call)
-    usual, other = found.values()
-    assert other["windows"]["first"] != usual["windows"]["first"] and max(usual["work"], other["work"]) <= 0.5
+        found[Windows.of(50, 12).early] = search(tmp_path / str(kept), steps=50, pipeline=pipeline, **call)[2]
+    usual, other = found[1], found[early]
+    assert max(usual["work"], other["work"]) <= 0.5
     # The same work, saved elsewhere: by how much it matters for one call, without a video that turns.
     assert 1 / 3 < other["error"] / usual["error"] < 3 and max(usual["error"], other["error"]) < 0.1
 
@@ -587,16 +618,53 @@ def test_too_short_a_generation_is_refused(tmp_path):
     search(tmp_path / "enough", steps=7)
 
 
-def test_where_the_first_steps_are_skipped_too_the_choice_behind_them_is_measured(tmp_path):
-    _, plan, report = search(tmp_path, ("4x",))
-    first, even = Windows.of(STEPS, 6).first, even_plan(STEPS, 1 / 4)
-    tried = [(parse_plan(one["config"], "evaluation"), one["error"]) for one in report["evaluations"]]
-    saving = [(one, error) for one, error in tried if one.work(6) <= 1 / 4 + 1e-9]
-    early = [one for one, _ in saving if one.skip != even.skip]
-    assert even.skip in [one.skip for one, _ in saving] and len(early) == 1
-    assert [step for step in early[0].skip if step < first] == [step for step in even.skip if step < first]
-    assert early[0].correction.corrector == 1.0 and early[0].work(6) > 1 / 4 - 0.05
-    assert plan.measured["error"] == min(error for _, error in saving)
+def test_the_early_windows_save_where_that_was_measured_to_be_better_by_a_quarter(tmp_path):
+    windows, is_taken = Windows.of(50, 6), set()
+    assert (windows.first, windows.early, windows.settled) == (2, 1, 14)
+    for goal in ("1.1x", "1.6x", "4x"):
+        _, plan, report = search(tmp_path / goal, (goal,), steps=50)
+        tried = [(parse_plan(one["config"], "evaluation"), one["error"]) for one in report["evaluations"]]
+        kinds = {True: [], False: []}
+        for one, error in tried:
+            first_saved = min(step for _, steps in one.named_steps() for step in steps)
+            if one.work(6) <= 1 / float(goal[:-1]) + 1e-9:
+                kinds[first_saved < windows.settled].append(error)
+        early, late = min(kinds[True]), min(kinds[False], default=math.inf)
+        is_taken.add(1.25 * early < late)
+        assert plan.measured["error"] == (early if 1.25 * early < late else late)
+    assert is_taken == {True, False}
+
+
+def test_replays_and_errors_to_keep_leave_the_early_windows_in_full(tmp_path):
+    windows = Windows.of(50, 6)
+    _, plan, report = search(tmp_path, ("error:0.02",), steps=50)
+    tried = [parse_plan(one["config"], "evaluation") for one in report["evaluations"]] + [plan]
+    assert len(tried) > 4 and report["error"] <= 0.02
+    assert all(step >= windows.settled for one in tried for _, steps in one.named_steps() for step in steps)
+
+
+@pytest.mark.parametrize(
+    "errors, taken",
+    [
+        # By plan: late, early, late, early. An early one must be better than every late one by a quarter.
+        ([1.0, 0.79, 0.84, 0.90], 2),
+        ([1.0, 0.60, 0.84, 0.90], 1),
+        ([1.0, 0.60, 0.84, 0.40], 3),
+        ([1.0, 0.95, 0.90, 0.85], 2),
+        ([1.0, 0.85, 1.10, 0.90], 0),
+    ],
+)
+def test_of_measured_plans_the_first_is_taken_unless_another_is_better_by_what_is_in_doubt(errors, taken):
+    goal, searched = Goal("speed", 2.0), runner.PlanRunner.__new__(runner.PlanRunner)
+    searched.windows = Windows.of(50, 6)
+    skips = [(20, 22), (3, 20), (24, 26), (5, 7)]
+    plans = [Plan(steps=50, skip=skip) for skip in skips]
+    # Two calls that agree: every difference is clear.
+    found = [
+        runner.Found(goal, Choice((), 0.9, ()), plan, Evaluation({}, error, 1.0, details={"errors": [error, error]}))
+        for plan, error in zip(plans, errors)
+    ]
+    assert searched._best(found).plan == plans[taken]
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])

@@ -160,7 +160,7 @@ class Draw:
         self.costs = [[units(action, windows, window) for action in actions] for window in range(windows.count)]
         each = 2 * windows.blocks
         whole = each * windows.total
-        self.most = work * whole - each * windows.first + 1e-6
+        self.most = work * whole - each + 1e-6
         self.least = self.most - NEAR * whole
 
     def structured(self, count: int, generator: np.random.Generator) -> List[List[Action]]:

@@ -202,7 +202,7 @@ def _windows(shown: Shown) -> Table:
     columns = ("steps", "the plan there", *(f"gain, {named.get(family, family)}" for family in gains))
     text = (
         "Gain: how much of the change that an action makes inside its window is left in the final latents, measured in "
-        "groups of windows and interpolated between them."
+        "groups of windows and interpolated between them; early windows have that of the first group."
     )
     return Table("Windows of the search", text, columns, rows)
 

@@ -73,26 +73,37 @@ FEWEST_WINDOWS = 4
 
 @dataclass(frozen=True)
 class Windows:
-    """Consecutive windows of `length` steps through `blocks` blocks; what is before the first is computed in full."""
+    """Consecutive windows of `length` steps through `blocks` blocks; before the first one see `leading`.
+
+    early: how many of them begin among the steps that settle a video.
+    """
 
     first: int
     length: int
     count: int
     blocks: int
+    early: int = 0
 
     @classmethod
     def of(cls, steps: int, blocks: int) -> "Windows":
-        """As many as fit behind the steps that settle a video, of the longest length that gives enough of them."""
+        """As many as fit behind the first step, of the longest length that gives enough of them."""
         for length in LENGTHS:
-            count = (steps - settling(steps)) // length
+            count = (steps - 1) // length
             if count >= FEWEST_WINDOWS:
                 break
-        return cls(steps - length * count, length, count, blocks)
+        first = steps - length * count
+        early = sum(begin < settling(steps) for begin in range(first, steps, length))
+        return cls(first, length, count, blocks, early)
 
     @property
     def total(self) -> int:
         """Steps of the generation."""
         return self.first + self.length * self.count
+
+    @property
+    def settled(self) -> int:
+        """The first step behind the early windows."""
+        return self.first + self.length * self.early
 
     def steps(self, window: int) -> range:
         begin = self.first + window * self.length
@@ -120,16 +131,29 @@ def kinds(action: Action, windows: Windows, window: int) -> Dict[int, str]:
     return {step: FULL if step == windows.total - 1 else kind for step, kind in found.items()}
 
 
+def leading(action: Action, windows: Windows) -> List[int]:
+    """The steps before the first window that are skipped where it takes this action; the very first one never is.
+
+    The cycle of an early window that only skips goes on backwards; so little is left of these steps' changes at the
+    window's end that they are not predicted.
+    """
+    if not windows.early or not {FULL, SKIP}.issuperset(action.cycle):
+        return []
+    places = range(1 - windows.first, 0)
+    return [windows.first + place for place in places if action.cycle[place % len(action.cycle)] == SKIP]
+
+
 def units(action: Action, windows: Windows, window: int) -> int:
-    """Network work of a window under an action, in halves of one block."""
+    """Network work of a window under an action, in halves of one block; of the first, with all before but one step."""
     each = {FULL: 2 * windows.blocks, HALF: windows.blocks, SKIP: 0}
     each.update(dict.fromkeys((FORECAST, REUSE), 2 * COMPUTED_BLOCKS))
-    return sum(each[kind] for kind in kinds(action, windows, window).values())
+    before = windows.first - 1 - len(leading(action, windows)) if window == 0 else 0
+    return before * each[FULL] + sum(each[kind] for kind in kinds(action, windows, window).values())
 
 
 def plan_of(chosen: Sequence[Action], windows: Windows) -> Plan:
     """The plan in which every window takes its action; what is skipped is corrected."""
-    by_step: Dict[int, str] = {}
+    by_step = dict.fromkeys(leading(chosen[0], windows), SKIP)
     for window, action in enumerate(chosen):
         by_step.update(kinds(action, windows, window))
     steps = {family: tuple(step for step, kind in by_step.items() if kind == family) for family in FAMILIES}

@@ -42,7 +42,8 @@ def curve(
         weights: of the calls, in whose weighted mean the square is to be the least; by default all alike.
     """
     costs = np.array([[units(action, windows, window) for action in actions] for window in range(windows.count)])
-    before = windows.first * 2 * windows.blocks
+    # The very first step.
+    before = 2 * windows.blocks
     most = int(costs.max(axis=1).sum())
     best = np.full(most + 1, np.inf)
     best[0] = 0.0

@@ -7,16 +7,19 @@ groups' middles gains are interpolated in the logarithm, beyond them they stay.
 """
 
 import math
-from typing import Dict, List, Mapping, NamedTuple, Sequence
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
 from osaccel.search.plan.actions import BY_NAME, FAMILIES, PLAIN, REFERENCES, Action, Windows
+from osaccel.search.planned import TOLERANCE
 
 # The most groups; fewer where their replays do not fit into the budget.
 GROUPS = 4
 # The logarithm of a gain that no choice takes; finite, as it is interpolated.
 _NEVER = 300.0
+# How fast gains may grow with changes: not at all to in proportion.
+_GROWTHS = np.linspace(0.0, 1.0, 101)
 
 # By action's name: local squared changes, (call, window, family), relative to the squares of the final latents.
 Sizes = Mapping[str, np.ndarray]
@@ -34,9 +37,16 @@ class Probe(NamedTuple):
 
 
 def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
-    """What to replay, the windows in `count` groups, the groups in the generation's order."""
-    groups = np.array_split(np.arange(windows.count), min(count, windows.count))
-    return [Probe(family, tuple(int(window) for window in group)) for family in families for group in groups]
+    """What to replay, the windows in `count` groups, the groups in the generation's order.
+
+    The last window is a group of its own: behind it the network answers no more, and what was changed is left. Early
+    windows are in none; they have the gain of the first group.
+    """
+    *others, last = range(windows.early, windows.count)
+    groups: List[Sequence[int]] = [[*others, last]]
+    if others and count > 1:
+        groups = [*(part.tolist() for part in np.array_split(others, min(count - 1, len(others)))), [last]]
+    return [Probe(family, tuple(group)) for family in families for group in groups]
 
 
 def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Windows) -> Dict[str, np.ndarray]:
@@ -74,21 +84,50 @@ class Expectation(NamedTuple):
 
     Attributes:
         sizes: what actions do locally; gain: by family, how much of it is left, (call, window).
-        scale: how much more or less it was when a choice was measured.
+        growth: how much faster than in proportion the gain grows with a change beyond that of its reference.
+        scale: how much more or less all of it was when a choice was measured.
     """
 
     sizes: Sizes
     gain: Mapping[str, np.ndarray]
+    growth: float = 0.0
     scale: float = 1.0
 
     def squares(self, actions: Sequence[Action]) -> np.ndarray:
         """(call, window, action)."""
-        by_action = []
-        for action in actions:
-            sizes = self.sizes[action.name]
-            by_action.append(sum(gain * sizes[:, :, FAMILIES.index(family)] for family, gain in self.gain.items()))
-        return self.scale * np.stack(by_action, axis=2)
+        return self.scale * np.stack([sum(self._by_family(action)) for action in actions], axis=2)
 
-    def scaled(self, factor: float) -> "Expectation":
-        """As it is when a choice's squared error was measured to be so many times what was expected."""
-        return self._replace(scale=self.scale * factor)
+    def _by_family(self, action: Action) -> Iterator[np.ndarray]:
+        for family, gain in self.gain.items():
+            sizes, reference = (
+                self.sizes[name][:, :, FAMILIES.index(family)] for name in (action.name, REFERENCES[family])
+            )
+            yield gain * sizes * beyond(sizes, reference) ** self.growth
+
+    def told(self, actions: Sequence[Action], errors: Sequence[float]) -> "Expectation":
+        """As it is when these actions, one for every window, were measured to make these errors, by call.
+
+        More than was expected comes from the changes that are larger than the references', by least squares in which a
+        growth of 1 weighs as much as an error of TOLERANCE; what that does not explain scales everything.
+        """
+        wanted, anew = float(np.mean(errors)), self._replace(scale=1.0)
+        grown = [anew._replace(growth=growth) for growth in _GROWTHS.tolist()]
+        expected = np.array([one.error(actions) for one in grown])
+        if wanted == 0 or not 0 < expected[-1] < math.inf:
+            return self
+        # References alone say nothing of larger changes.
+        if expected[-1] > expected[0]:
+            misses = np.log(wanted / expected) / math.log(TOLERANCE)
+            anew = grown[int(np.argmin(misses**2 + _GROWTHS**2))]
+        return anew._replace(scale=(wanted / anew.error(actions)) ** 2)
+
+    def error(self, actions: Sequence[Action]) -> float:
+        """The mean over calls of what is expected of an action for every window."""
+        squares = self.squares(actions)
+        return float(np.sqrt(squares[:, range(len(actions)), range(len(actions))].sum(axis=1)).mean())
+
+
+def beyond(sizes: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """How many times larger than a reference's changes are, in the mean over calls; at least 1, (1, window)."""
+    ours, theirs = sizes.mean(axis=0, keepdims=True), reference.mean(axis=0, keepdims=True)
+    return np.maximum(1.0, np.divide(ours, theirs, out=np.ones_like(ours), where=theirs > 0))

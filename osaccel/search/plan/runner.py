@@ -83,7 +83,7 @@ class PlanRunner(PlannedRunner):
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside, noise")
+        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside from the first steps on, noise")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         return output
@@ -163,15 +163,31 @@ class PlanRunner(PlannedRunner):
         measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
         return Expectation(sizes, gains(measured, sizes, self.windows))
 
-    def choices(self, places: Optional[Sequence[int]] = None) -> List[Choice]:
-        """The curve of best choices as far as is known, among all actions or those at some places."""
+    def choices(self, places: Optional[Sequence[int]] = None, early: bool = True) -> List[Choice]:
+        """The curve of best choices as far as is known, among all actions or those at some places.
+
+        early: whether the early windows may save.
+        """
         actions = self._among(places)
-        return curve(actions, self.expectation.squares(actions), self.windows)
+        return curve(actions, self._squares(actions, early), self.windows)
 
     def choice_at(self, work: float, places: Optional[Sequence[int]] = None) -> Optional[Choice]:
-        """The choice of least mean error within this work, among the same; None where nothing saves as much."""
+        """The choice of least mean error within this work, among the same; None where nothing saves as much.
+
+        The early windows save only where the others do not save enough.
+        """
+        return self._least(work, places, early=False) or self._least(work, places, early=True)
+
+    def _least(self, work: float, places: Optional[Sequence[int]], early: bool) -> Optional[Choice]:
         actions = self._among(places)
-        return least(actions, self.expectation.squares(actions), self.windows, work)
+        return least(actions, self._squares(actions, early), self.windows, work)
+
+    def _squares(self, actions: Sequence[Action], early: bool) -> np.ndarray:
+        """What the actions are expected to do, (call, window, action); the first is the plain one."""
+        squares = self.expectation.squares(actions)
+        if not early:
+            squares[:, : self.windows.early, 1:] = math.inf
+        return squares
 
     def _among(self, places: Optional[Sequence[int]]) -> List[Action]:
         return self.actions if places is None else [self.actions[place] for place in places]
@@ -179,13 +195,18 @@ class PlanRunner(PlannedRunner):
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plans."""
         families = [family for family in FAMILIES if self._can(family)]
-        goal = self.settings.target[0]
-        rest = BUDGET - self.spent - (2 / goal.value if goal.kind == "speed" else 1.0)
+        rest = BUDGET - self.spent - self._price_of_choices(self.settings.target[0])
         for groups in range(GROUPS, 0, -1):
             found = probes(families, self.windows, groups)
             if groups == 1 or sum(map(self._price, found)) <= rest:
                 break
         return found
+
+    def _price_of_choices(self, goal: Goal) -> float:
+        """What replaying a goal's first plans takes: one that leaves early windows alone, for a speed-up another."""
+        if goal.kind != "speed":
+            return 1 - self.windows.settled / self.steps
+        return sum(max(0.0, 1 / goal.value - first / self.steps) for first in (self.windows.settled, 1))
 
     def _plan_of(self, probe: Probe) -> Plan:
         return plan_of(probe.chosen(self.windows.count), self.windows)
@@ -199,9 +220,10 @@ class PlanRunner(PlannedRunner):
         missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
         ahead = sum(price_of(plan, self.num_blocks) for plan in missing)
         for goal in goals:
-            work = 1 / goal.value if goal.kind == "speed" else 1.0
-            behind = max(0.0, work - self.windows.first / self.windows.total)
-            ahead += behind + self._may_skip(goal) * (behind + work) + bool(self.fitted) * behind
+            ahead += self._price_of_choices(goal)
+            if goal.kind == "speed":
+                ahead += 2 / goal.value if self._can(SKIP) else 0.0
+                ahead += 1 / goal.value if self.fitted else 0.0
         most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
         self.progress.expected = min(self.progress.done + ahead, most)
 
@@ -236,16 +258,15 @@ class PlanRunner(PlannedRunner):
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
         while choice is not None and (not tried or self.spent + choice.work <= limit):
-            found = self._verified(goal, choice)
-            tried.append(found)
+            tried.append(self._verified(goal, choice))
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
-            if choice.error > 0:
-                self.expectation = self.expectation.scaled((found.error / choice.error) ** 2)
-            choice = None if self._keeps(found) else self.team.share(self._milder(goal, found))
-        # What the predictor's replay will take is kept free.
-        before_led = limit - (1 / goal.value if self.fitted and goal.kind == "speed" else 0.0)
-        tried += self._skips(goal, before_led, tried)
-        tried += self._alternatives(goal, before_led, tried)
+            choice = None if self._keeps(tried[-1]) else self.team.share(self._milder(goal, tried[-1]))
+        if goal.kind == "speed":
+            # What the predictor's replay will take is kept free.
+            led = price_of(tried[0].plan, self.num_blocks) if self.fitted and tried and tried[0].plan.skip else 0.0
+            tried = self._alternatives(goal, limit - led, tried)
+        if not tried:
+            raise _not_finite(goal)
         tried += self._led(goal, limit, self._best(tried))
         self._expect([], self._behind(goal))
         return tried
@@ -254,48 +275,40 @@ class PlanRunner(PlannedRunner):
         """The goals that come after this one."""
         return self.settings.target[self.settings.target.index(goal) + 1 :]
 
-    def _alternatives(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
-        """Steps skipped evenly; where that does better than the choice, the first steps can bear it: then the choice
-        behind them. As far as the budget allows."""
-        if not self._may_skip(goal):
-            return []
-        even = even_plan(self.windows.total, 1 / goal.value)
-        found = self._tried(goal, limit, even, anyway=not tried)
-        if not tried and not found:
-            raise _not_finite(goal)
-        if found and (not tried or found[0].error < tried[0].error):
-            early = self._behind_first(goal, even)
-            found += self._tried(goal, limit, early) if early else []
-        return found
+    def _alternatives(self, goal: Goal, limit: float, first: Sequence[Found]) -> List[Found]:
+        """The first plans and what else may be better, as far as the budget allows; every replay says more of the next.
 
-    def _skips(self, goal: Goal, limit: float, tried: Sequence[Found]) -> List[Found]:
-        """Steps skipped and nothing else, as the windows have it."""
-        if not self._may_skip(goal):
-            return []
-        skips = self.team.share(self._within(goal, alone(self.actions, SKIP)))
-        if skips is None or any(skips.actions == one.choice.actions for one in tried):
-            return []
-        return self._tried(goal, limit, plan_of(skips.actions, self.windows), skips)
+        The choice that saves in early windows, at once where it is likely to be taken; steps skipped and nothing else;
+        the choice anew; steps skipped evenly.
+        """
+        work, tried = 1 / goal.value, list(first)
+        early, late = self._least(work, None, early=True), self._least(work, None, early=False)
+        tried += self._tried(goal, limit, tried, early if self._may_be_taken(early, late) else None)
+        is_early = not tried or self._is_early(self._best(tried).plan)
+        if self._can(SKIP):
+            tried += self._tried(goal, limit, tried, self._least(work, alone(self.actions, SKIP), is_early))
+        tried += self._tried(goal, limit, tried, self._least(work, None, early=True))
+        tried += self._tried(goal, limit, tried, self._least(work, None, early=False))
+        even = even_plan(self.windows.total, work)
+        if self._can(SKIP) and (self._affords(even, limit) or not tried):
+            self._expect([even], self._behind(goal))
+            tried += self._measured(goal, self._unpredicted(even), even)
+        return tried
 
-    def _behind_first(self, goal: Goal, even: Plan) -> Optional[Plan]:
-        """The choice for the windows where the steps before them are skipped as in the even plan."""
-        early = [step for step in even.skip if step < self.windows.first]
-        if not early:
-            return None
-        choice = self.team.share(self.choice_at(1 / goal.value + len(early) / self.steps))
-        if choice is None:
-            return None
-        chosen = plan_of(choice.actions, self.windows)
-        return replace(chosen, skip=(*early, *chosen.skip), correction=even.correction)
+    def _may_be_taken(self, early: Optional[Choice], late: Optional[Choice]) -> bool:
+        """Whether a choice is expected to be as much better as it must be where it saves in early windows."""
+        return early is not None and (late is None or TOLERANCE * early.error < late.error)
 
-    def _tried(
-        self, goal: Goal, limit: float, plan: Plan, choice: Optional[Choice] = None, anyway: bool = False
-    ) -> List[Found]:
-        """What was measured of a plan, where the budget allows it; `choice`: where it comes from the windows alone."""
-        if not anyway and not self._affords(plan, limit):
+    def _tried(self, goal: Goal, limit: float, tried: Sequence[Found], choice: Optional[Choice]) -> List[Found]:
+        """What was measured of a choice, where it is a new one and the budget allows it."""
+        choice = self.team.share(choice)
+        if choice is None or any(choice.actions == one.choice.actions for one in tried):
+            return []
+        plan = plan_of(choice.actions, self.windows)
+        if not self._affords(plan, limit):
             return []
         self._expect([plan], self._behind(goal))
-        return self._measured(goal, choice or self._unpredicted(plan), plan)
+        return self._measured(goal, choice, plan)
 
     def _affords(self, plan: Plan, limit: float) -> bool:
         return self.spent + price_of(plan, self.num_blocks) <= limit
@@ -325,29 +338,21 @@ class PlanRunner(PlannedRunner):
         plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
         return self._measured(goal, best.choice, plan) if self._affords(plan, limit) else []
 
-    def _may_skip(self, goal: Goal) -> bool:
-        """Whether steps skipped by another rule than the windows' are to be tried for a goal."""
-        return goal.kind == "speed" and self._can(SKIP)
-
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        """The first, which all probes speak for, unless another is clearly better.
-
-        What saves among the first steps comes last: it must be better by TOLERANCE (`osaccel.search.planned`).
-        """
+        """The first, which all probes speak for, unless a later one is clearly better; what saves early comes last."""
         keeping = [found for found in tried if self._keeps(found)]
         if not keeping:
             return min(tried, key=self._misses)
-        best, *others = keeping
-        for is_early in (False, True):
-            some = [found for found in others if self._is_early(found.plan) == is_early]
-            better = [found for found in some if self._is_better(found, best)]
-            best = min(better, key=lambda found: found.error, default=best)
+        best, *others = sorted(keeping, key=lambda found: self._is_early(found.plan))
+        for found in others:
+            best = found if self._is_better(found, best) else best
         return best
 
     def _is_better(self, one: Found, other: Found) -> bool:
+        """What saves in early windows must be better by TOLERANCE than what does not (`osaccel.search.planned`)."""
         if _unled(one.plan) == _unled(other.plan):
             return one.error < other.error
         if self._is_early(one.plan) and not self._is_early(other.plan):
@@ -355,8 +360,8 @@ class PlanRunner(PlannedRunner):
         return is_clearly_better(one.evaluation, other.evaluation)
 
     def _is_early(self, plan: Plan) -> bool:
-        """Whether it saves before the first window."""
-        return any(step < self.windows.first for _, steps in plan.named_steps() for step in steps)
+        """Whether it saves before or in the early windows."""
+        return any(step < self.windows.settled for _, steps in plan.named_steps() for step in steps)
 
     def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
         """What is to be tried next for an error that was missed; None where there is nothing milder."""
@@ -365,22 +370,19 @@ class PlanRunner(PlannedRunner):
             # As the frames' error goes with that of the latents.
             assert last.evaluation.psnr is not None and last.evaluation.error is not None
             needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - goal.value) / 20)
-        milder = [choice for choice in self.choices() if choice.work > last.choice.work]
+        milder = [choice for choice in self.choices(early=False) if choice.work > last.choice.work]
         return at_error(milder, needed) or (milder[-1] if milder else None)
-
-    def _within(self, goal: Goal, places: Optional[Sequence[int]] = None) -> Optional[Choice]:
-        """What is predicted to reach a goal; None where nothing is."""
-        if goal.kind == "speed":
-            return self.choice_at(1 / goal.value, places)
-        # What an error of the latents is in the frames is not known before one was decoded.
-        return at_error(self.choices(places), goal.value if goal.kind == "error" else 10 ** (-goal.value / 20))
 
     def _chosen(self, goal: Goal) -> Optional[Choice]:
         """The first choice; None where only skipping evenly goes as far."""
-        chosen = self._within(goal)
         farthest = 1 / self.choices()[0].work
-        if self._may_skip(goal):
-            farthest = max(farthest, self.windows.total / FEWEST)
+        if goal.kind == "speed":
+            chosen = self.choice_at(1 / goal.value)
+            farthest = max(farthest, self.windows.total / FEWEST if self._can(SKIP) else 0.0)
+        else:
+            # What an error of the latents is in the frames is not known before one was decoded.
+            error = goal.value if goal.kind == "error" else 10 ** (-goal.value / 20)
+            chosen = at_error(self.choices(early=False), error)
         if chosen is None and (goal.kind != "speed" or goal.value > farthest):
             raise SearchError(
                 f"No plan reaches {goal}: at most {farthest:.2f}x can be reached. Ask for less, or sample more steps."
@@ -396,7 +398,11 @@ class PlanRunner(PlannedRunner):
     def _measured(self, goal: Goal, choice: Choice, plan: Plan) -> List[Found]:
         """A plan with what was measured of it; nothing where its latents are not finite."""
         (evaluation,) = self.evaluated([formats.plan_content(plan)])
-        return [Found(goal, choice, plan, evaluation)] if evaluation.error is not None else []
+        if evaluation.error is None:
+            return []
+        if choice.actions and not plan.correction.predictor:
+            self.expectation = self.expectation.told(choice.actions, evaluation.details["errors"])
+        return [Found(goal, choice, plan, evaluation)]
 
     def _keeps(self, found: Found) -> bool:
         goal, evaluation = found.goal, found.evaluation
