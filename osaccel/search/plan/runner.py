@@ -278,7 +278,7 @@ class PlanRunner(PlannedRunner):
     def _alternatives(self, goal: Goal, limit: float, first: Sequence[Found]) -> List[Found]:
         """The first plans and what else may be better, as far as the budget allows; every replay says more of the next.
 
-        Steps skipped and nothing else; the choice that saves in early windows, before them where it is likely to be taken;
+        Steps skipped and nothing else; the choice that saves in early windows, sooner where it is likely to be taken;
         the choice anew; steps skipped evenly.
         """
         work, tried = 1 / goal.value, list(first)
