@@ -643,6 +643,18 @@ def test_replays_and_errors_to_keep_leave_the_early_windows_in_full(tmp_path):
     assert all(step >= windows.settled for one in tried for _, steps in one.named_steps() for step in steps)
 
 
+def test_an_error_is_kept_by_the_least_work_that_was_measured_to_keep_it(tmp_path):
+    """Also where the budget is over before the choices come to it: a replay that measures the gains may keep it."""
+    scheduler = EulerDiscreteScheduler(
+        rescale_betas_zero_snr=True, prediction_type="v_prediction", timestep_spacing="trailing"
+    )
+    pipeline = Pipeline(scheduler=scheduler, num_blocks=2)
+    _, plan, report = search(tmp_path, ("error:0.0001",), prompts=2, pipeline=pipeline, guidance_scale=1.0)
+    tried = [(parse_plan(one["config"], "evaluation").work(2), one["error"]) for one in report["evaluations"]]
+    keeping = [work for work, error in tried if error <= 0.0001]
+    assert keeping and plan.measured["error"] <= 0.0001 and plan.work(2) == pytest.approx(min(keeping))
+
+
 @pytest.mark.parametrize(
     "errors, taken",
     [

@@ -257,7 +257,7 @@ class PlanRunner(PlannedRunner):
         choice = self._chosen(goal)
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
-        while choice is not None and (not tried or self.spent + choice.work <= limit):
+        while choice is not None and (not tried or self._affords(plan_of(choice.actions, self.windows), limit)):
             tried.append(self._verified(goal, choice))
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
             choice = None if self._keeps(tried[-1]) else self.team.share(self._milder(goal, tried[-1]))
@@ -317,14 +317,13 @@ class PlanRunner(PlannedRunner):
         return Choice((), plan.work(self.num_blocks), ())
 
     def _others(self, goal: Goal) -> List[Found]:
-        """All that was measured for whatever reason and saves enough."""
-        if goal.kind != "speed":
-            return []
-        found = []
+        """All that was measured and saves enough; for an error to keep, what leaves the early windows alone."""
+        most, found = (1 / goal.value if goal.kind == "speed" else 1.0), []
         for evaluation in self.asked.values():
             plan = plan_of_job(evaluation.config, self.steps)
             choice = self._unpredicted(plan)
-            if evaluation.error is not None and choice.work <= 1 / goal.value + 1e-9:
+            is_allowed = goal.kind == "speed" or not self._is_early(plan)
+            if evaluation.error is not None and choice.work <= most + 1e-9 and is_allowed:
                 found.append(Found(goal, choice, plan, evaluation))
         return found
 
@@ -342,10 +341,15 @@ class PlanRunner(PlannedRunner):
         return any(family in action.cycle for action in self.actions)
 
     def _best(self, tried: Sequence[Found]) -> Found:
-        """The first, which all probes speak for, unless a later one is clearly better; what saves early comes last."""
+        """The first, which all probes speak for, unless a later one is clearly better; what saves early comes last.
+
+        Of plans that keep an error the one of least work.
+        """
         keeping = [found for found in tried if self._keeps(found)]
         if not keeping:
             return min(tried, key=self._misses)
+        if keeping[0].goal.kind != "speed":
+            return min(keeping, key=lambda found: (found.choice.work, found.error))
         best, *others = sorted(keeping, key=lambda found: self._is_early(found.plan))
         for found in others:
             best = found if self._is_better(found, best) else best
