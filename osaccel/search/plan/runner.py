@@ -262,8 +262,8 @@ class PlanRunner(PlannedRunner):
             self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
             choice = None if self._keeps(tried[-1]) else self.team.share(self._milder(goal, tried[-1]))
         if goal.kind == "speed":
-            # What the predictor's replay will take is kept free.
-            led = price_of(tried[0].plan, self.num_blocks) if self.fitted and tried and tried[0].plan.skip else 0.0
+            # What the predictor's replay may take is kept free.
+            led = 1 / goal.value - 1 / self.steps if self.fitted else 0.0
             tried = self._alternatives(goal, limit - led, tried)
         if not tried:
             raise _not_finite(goal)
