@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+)
 
 from osaccel import settings
 from osaccel.binding import report_path
@@ -608,8 +613,13 @@ def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
     _, plan, report = search(tmp_path / "far", ("6x",))
     assert len(plan.skip) == 25 and report["predicted_error"] is None and report["error"] == plan.measured["error"]
     sampler = Pipeline(scheduler=DPMSolverMultistepScheduler(), num_blocks=1)
-    with pytest.raises(SearchError, match="guidance is off, DPMSolverMultistepScheduler cannot skip steps, and"):
+    with pytest.raises(
+        SearchError, match="guidance is off; DPMSolverMultistepScheduler cannot skip or correct steps: "
+    ):
         search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)
+    clipping = Pipeline(scheduler=DDIMScheduler(clip_sample=True), num_blocks=1)
+    with pytest.raises(SearchError, match="clip_sample=False is allowed.* There are no blocks to forecast"):
+        search(tmp_path / "clipping", pipeline=clipping, guidance_scale=1.0)
 
 
 def test_too_short_a_generation_is_refused(tmp_path):

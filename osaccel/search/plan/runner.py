@@ -18,7 +18,8 @@ import torch
 from osaccel import binding, formats
 from osaccel.generation import find_blocks
 from osaccel.plan import Plan
-from osaccel.sampling.standin import ANCESTRAL
+from osaccel.sampling.lists import UnsupportedScheduler
+from osaccel.sampling.standin import ANCESTRAL, check_scheduler
 from osaccel.search import frames as pictures
 from osaccel.search import outputs
 from osaccel.search.errors import SearchError
@@ -136,9 +137,9 @@ class PlanRunner(PlannedRunner):
         actions = actions_for(self.windows.length, families)
         if len(actions) == 1:
             raise SearchError(
-                f"Nothing can be saved: guidance is off, {type(self.replays[0].call.pipeline.scheduler).__name__} "
-                "cannot skip steps, and there are no blocks to forecast (one forward a step, two blocks, finite "
-                "answers). Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                f"Nothing can be saved: guidance is off; {_why_not_skipped(self.replays[0].call.pipeline.scheduler)} "
+                "There are no blocks to forecast (one forward a step, two blocks, finite answers). Sample with guidance, "
+                "or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
 
@@ -495,6 +496,14 @@ def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
         return output
     stem, ending = os.path.splitext(output)
     return f"{stem}.{str(goals[number]).replace(':', '')}{ending}"
+
+
+def _why_not_skipped(scheduler: Any) -> str:
+    try:
+        check_scheduler(scheduler)
+    except UnsupportedScheduler as error:
+        return str(error)
+    return f"{type(scheduler).__name__} cannot skip steps as it was called."
 
 
 def _not_finite(goal: Goal) -> SearchError:
