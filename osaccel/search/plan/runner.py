@@ -138,8 +138,8 @@ class PlanRunner(PlannedRunner):
         if len(actions) == 1:
             raise SearchError(
                 f"Nothing can be saved: guidance is off; {_why_not_skipped(self.replays[0].call.pipeline.scheduler)} "
-                "There are no blocks to forecast (one forward a step, two blocks, finite answers). Sample with guidance, "
-                "or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                "There are no blocks to forecast (one forward a step, two blocks, finite answers). Sample with "
+                "guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
 
