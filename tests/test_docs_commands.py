@@ -126,9 +126,12 @@ HOW = {
     "python -m benchmarks.corrections --work DIR --response 16 [--model second]":
         Run("the response foresees", (("DIR --response 16 [--model second]",
             "work --prompts 1 --batch 2 --computed --steps --samplers --response 1"),)),
-    "python -m benchmarks.corrections --work DIR --prompts 24 --steps --samplers [--model second]":
-        Run("12 computed, corrector and response", (("DIR --prompts 24 --steps --samplers [--model second]",
+    "python -m benchmarks.corrections --work DIR --prompts 96 --steps --samplers":
+        Run("12 computed, corrector and response", (("DIR --prompts 96 --steps --samplers",
             "work --prompts 1 --batch 2 --computed 12 --steps --samplers"),)),
+    "python -m benchmarks.corrections --work DIR --prompts 64 --samplers":
+        Run("gap to 100 steps closed", (("DIR --prompts 64 --samplers",
+            "work --prompts 2 --batch 2 --computed 12 --steps 12 --samplers"),)),
     "python -m benchmarks.corrections --work DIR --prompts 16 --samplers 50 25":
         Run("gap to 100 steps closed", (("DIR --prompts 16 --samplers 50 25",
             "work --prompts 2 --batch 2 --computed 12 --steps 12 --samplers"),)),

@@ -223,7 +223,7 @@ class PlanRunner(PlannedRunner):
         for goal in goals:
             ahead += self._price_of_choices(goal)
             if goal.kind == "speed":
-                ahead += 2 / goal.value if self._can(SKIP) else 0.0
+                ahead += 1 / goal.value if self._can(SKIP) else 0.0
                 ahead += 1 / goal.value if self.fitted else 0.0
         most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
         self.progress.expected = min(self.progress.done + ahead, most)
