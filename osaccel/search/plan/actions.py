@@ -121,7 +121,12 @@ def actions_for(length: int, kinds: Container[str]) -> List[Action]:
 
 def alone(actions: Sequence[Action], family: str) -> List[int]:
     """The places of the actions that save in no other way."""
-    return [place for place, action in enumerate(actions) if {FULL, family}.issuperset(action.cycle)]
+    return [place for place, action in enumerate(actions) if saves_only(action, family)]
+
+
+def saves_only(action: Action, family: str) -> bool:
+    """Whether an action saves in no other way; the plain one saves in none."""
+    return {FULL, family}.issuperset(action.cycle)
 
 
 def kinds(action: Action, windows: Windows, window: int) -> Dict[int, str]:
@@ -137,7 +142,7 @@ def leading(action: Action, windows: Windows) -> List[int]:
     The cycle of an early window that only skips goes on backwards; so little is left of these steps' changes at the
     window's end that they are not predicted.
     """
-    if not windows.early or not {FULL, SKIP}.issuperset(action.cycle):
+    if not windows.early or not saves_only(action, SKIP):
         return []
     places = range(1 - windows.first, 0)
     return [windows.first + place for place in places if action.cycle[place % len(action.cycle)] == SKIP]
