@@ -145,7 +145,11 @@ def _correction(value: Value) -> Optional[Correction]:
 
 def _targets(value: Value) -> Tuple[Goal, ...]:
     parts = value.raw if isinstance(value.raw, list) else str(value.raw).split(",")
-    return tuple(_target(value._replace(raw=str(part).strip().lower())) for part in parts)
+    found = [_target(value._replace(raw=str(part).strip().lower())) for part in parts]
+    for number, goal in enumerate(found):
+        if str(goal) in map(str, found[:number]):
+            raise SettingsError(f"{value.place}: {goal} is asked for twice; every target has a file of its name.")
+    return tuple(found)
 
 
 def _target(value: Value) -> Goal:

@@ -26,7 +26,7 @@ from osaccel.plan import Plan
 from osaccel.search import planned
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.plan import observation, runner
+from osaccel.search.plan import judge, observation, runner
 from osaccel.search.plan.actions import (
     ACTIONS,
     BY_NAME,
@@ -570,7 +570,7 @@ def test_no_plan_is_clearly_worse_than_one_that_was_measured_for_more_speed(tmp_
 )
 def test_a_plan_is_clearly_better_by_more_than_its_calls_leave_in_doubt(errors, others, is_clear):
     one, other = (Evaluation({}, 0.0, 1.0, details={"errors": values}) for values in (errors, others))
-    assert runner.is_clearly_better(one, other) is is_clear
+    assert judge.is_clearly_better(one, other) is is_clear
 
 
 @pytest.mark.parametrize("steps", [40, 60])
@@ -608,13 +608,16 @@ def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_ag
 
 
 def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
+    pipeline = Pipeline()
     with pytest.raises(SearchError, match="No plan reaches 50x: at most 15.00x can be reached"):
-        search(tmp_path, ("50x",))
+        search(tmp_path, ("2x", "50x"), pipeline=pipeline)
+    # Nothing was replayed for the target before it.
+    assert sum(pipeline.block_calls()) < 6 * STEPS * 1.5
     _, plan, report = search(tmp_path / "far", ("6x",))
     assert len(plan.skip) == 25 and report["predicted_error"] is None and report["error"] == plan.measured["error"]
     sampler = Pipeline(scheduler=DPMSolverMultistepScheduler(), num_blocks=1)
     with pytest.raises(
-        SearchError, match="guidance is off; DPMSolverMultistepScheduler cannot skip or correct steps: "
+        SearchError, match="guidance is off, or .*; DPMSolverMultistepScheduler cannot skip or correct steps: "
     ):
         search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)
     clipping = Pipeline(scheduler=DDIMScheduler(clip_sample=True), num_blocks=1)
@@ -677,16 +680,15 @@ def test_an_error_is_kept_by_the_least_work_that_was_measured_to_keep_it(tmp_pat
     ],
 )
 def test_of_measured_plans_the_first_is_taken_unless_another_is_better_by_what_is_in_doubt(errors, taken):
-    goal, searched = Goal("speed", 2.0), runner.PlanRunner.__new__(runner.PlanRunner)
-    searched.windows = Windows.of(50, 6)
+    goal = Goal("speed", 2.0)
     skips = [(20, 22), (3, 20), (24, 26), (5, 7)]
     plans = [Plan(steps=50, skip=skip) for skip in skips]
     # Two calls that agree: every difference is clear.
     found = [
-        runner.Found(goal, Choice((), 0.9, ()), plan, Evaluation({}, error, 1.0, details={"errors": [error, error]}))
+        judge.Found(goal, Choice((), 0.9, ()), plan, Evaluation({}, error, 1.0, details={"errors": [error, error]}))
         for plan, error in zip(plans, errors)
     ]
-    assert searched._best(found).plan == plans[taken]
+    assert judge.best(found, Windows.of(50, 6).settled).plan == plans[taken]
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
@@ -710,6 +712,36 @@ def test_latents_that_are_not_finite_are_refused(tmp_path):
         search(tmp_path, pipeline=pipeline)
 
 
+@pytest.mark.parametrize("first, last", [(0, 12), (12, STEPS)])
+def test_guidance_at_some_of_the_steps_leaves_skipping_them(tmp_path, first, last):
+    class Partly(Pipeline):
+        """As FLUX and Wan pipelines run guidance that begins late or ends early."""
+
+        def predict(self, latents, t, scale):
+            step = self.scheduler.index_for_timestep(float(t))
+            return super().predict(latents, t, scale if first <= step < last else 1.0)
+
+    pipeline, plan, report = search(tmp_path, pipeline=Partly())
+    assert plan.skip and not plan.conditional_only and not plan.regions
+    assert report["error"] < 0.2
+
+
+def test_a_first_choice_that_is_not_finite_leaves_the_others(tmp_path, monkeypatch):
+    evaluated, first = runner.PlanRunner.evaluated, []
+
+    def spoiled(self, jobs):
+        found = evaluated(self, jobs)
+        if len(jobs) == 1 and not first:
+            first.append(found[0].config)
+            found = [replace(found[0], error=None)]
+            self.asked.update((one.key, one) for one in found)
+        return found
+
+    monkeypatch.setattr(runner.PlanRunner, "evaluated", spoiled)
+    _, plan, report = search(tmp_path)
+    assert first and report["plan"] != first[0] and report["error"] is not None
+
+
 @pytest.mark.parametrize(
     "text, goals",
     [
@@ -726,3 +758,8 @@ def test_targets(text, goals):
 def test_targets_that_are_none(text):
     with pytest.raises(SettingsError, match="OSACCEL_TARGET: expected a speed-up such as 2x"):
         settings.load({"OSACCEL_TARGET": text})
+
+
+def test_targets_that_would_have_one_file_are_refused():
+    with pytest.raises(SettingsError, match="OSACCEL_TARGET: 2x is asked for twice; every target has a file"):
+        settings.load({"OSACCEL_TARGET": "2x,psnr:40,2.0000001x"})

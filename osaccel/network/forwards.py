@@ -3,7 +3,7 @@
 
 import functools
 import threading
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
 
 import torch
 
@@ -133,3 +133,12 @@ def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
     if isinstance(output, torch.Tensor):
         return prediction
     return (prediction, *output[1:]) if isinstance(output, tuple) else type(output)(sample=prediction)
+
+
+def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[int]:
+    """The batch of a transformer's call, both halves of guidance counted: rows of its first tensor of three dimensions.
+
+    None where there is none.
+    """
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+    return next((len(tensor) for tensor in tensors if tensor.dim() > 2), None)

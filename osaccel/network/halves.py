@@ -13,7 +13,7 @@ import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
-from osaccel.network.forwards import prediction_of, with_prediction
+from osaccel.network.forwards import prediction_of, rows_of, with_prediction
 from osaccel.plan import Plan, forecast, reached_back
 from osaccel.targets import Guidance
 
@@ -44,12 +44,14 @@ class ConditionalOnly(Interceptor):
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         step = self.clock.step
-        if self.clock.has_branches and step in self.plan.conditional_only:
+        # Some pipelines guide at some of the steps only; where they do not, there is no half to leave out.
+        is_guided = self.clock.has_branches and rows_of(args, kwargs) in (None, self._batch)
+        if is_guided and step in self.plan.conditional_only:
             return self._half(proceed, args, kwargs)
         output = proceed(*args, **kwargs)
         prediction = prediction_of(output)
-        self._batch = prediction.shape[0]
-        if step in self._stores and self._batch % 2 == 0:
+        self._batch = self._batch or len(prediction)
+        if step in self._stores and len(prediction) == self._batch and self._batch % 2 == 0:
             unconditional, conditional = prediction.detach().float().chunk(2)
             self.differences = [(step, conditional - unconditional), *self.differences[:1]]
         return output

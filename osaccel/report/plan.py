@@ -190,19 +190,17 @@ def said(plan: Plan) -> str:
 
 def _windows(shown: Shown) -> Table:
     gains = shown.report.get("gains", {})
-    rows = [
-        (
-            f"{steps[0]}–{steps[-1]}",
-            _counts(shown.plan, steps),
-            *(words.number(values[number]) for values in gains.values()),
-        )
-        for number, steps in enumerate(shown.windows)
-    ]
+    before = range(shown.report["windows"]["first"])
+    rows = [(words.spans(before), _counts(shown.plan, before), *(words.UNKNOWN for _ in gains))]
+    for number, steps in enumerate(shown.windows):
+        of_window = (words.number(values[number]) for values in gains.values())
+        rows.append((words.spans(steps), _counts(shown.plan, steps), *of_window))
     named = {"half": "conditional only", "skip": "skipped"}
     columns = ("steps", "the plan there", *(f"gain, {named.get(family, family)}" for family in gains))
     text = (
         "Gain: how much of the change that an action makes inside its window is left in the final latents, measured in "
-        "groups of windows and interpolated between them; early windows have that of the first group."
+        "groups of windows and interpolated between them; early windows have that of the first group. Before the first "
+        "window nothing is chosen: its action goes on backwards where it only skips."
     )
     return Table("Windows of the search", text, columns, rows)
 

@@ -18,7 +18,7 @@ import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
-from osaccel.network.forwards import prediction_of, with_prediction
+from osaccel.network.forwards import prediction_of, rows_of, with_prediction
 from osaccel.plan import Correction, Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
@@ -186,7 +186,10 @@ class StandIn(Corrected):
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         if self.clock.step in self._skip:
-            return self._blank
+            # As many rows as came in: some pipelines guide at some of the steps only.
+            blank = prediction_of(self._blank)
+            rows = rows_of(args, kwargs) or len(blank)
+            return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
         output = proceed(*args, **kwargs)
         if self._blank is None:
             prediction = prediction_of(output)

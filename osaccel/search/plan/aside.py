@@ -25,7 +25,7 @@ class ForecastsAside(Interceptor):
     Attributes:
         windows: of the generation.
         errors: by step, what a forecast made of the network's output less what it was, float32, on the host. Empty
-            where guidance runs as two forwards, or there are no blocks to forecast.
+            where guidance runs as two forwards or for some of the steps, or there are no blocks to forecast.
         is_running: whether a pass is running now.
         seconds: that all passes took.
     """
@@ -49,17 +49,20 @@ class ForecastsAside(Interceptor):
             self._follows.update((step, full_before(step, by_step)) for step in forecasts)
         self._last = {step: follower for follower in sorted(self._follows) for step in self._follows[follower]}
         self._before: Optional[Streams] = None
-        self._is_one_forward = self.num_blocks > COMPUTED_BLOCKS
+        self._shape: Optional[torch.Size] = None
+        self._is_uniform = self.num_blocks > COMPUTED_BLOCKS
 
     @torch.no_grad()
     def observe(self, step: int, forward: int, index: int, before: Streams, after: Streams) -> None:
         """Called after every block of the plain generation."""
         self._step = step
-        if forward > 0:
-            self._is_one_forward = False
+        shape = before[0].shape
+        if forward > 0 or shape != (self._shape or shape):
+            self._is_uniform = False
             self._deltas.clear()
             self.errors.clear()
-        if not self._is_one_forward or step not in self._last:
+        self._shape = shape
+        if not self._is_uniform or step not in self._last:
             return
         if index == COMPUTED_BLOCKS:
             self._before = before
@@ -72,7 +75,7 @@ class ForecastsAside(Interceptor):
 
     def network(self, proceed: Callable, args: tuple, kwargs: Dict[str, Any]) -> Any:
         output = proceed(*args, **kwargs)
-        if self._is_one_forward and self._step in self._follows:
+        if self._is_uniform and self._step in self._follows:
             # A compiled network may write its next answer where its last one is.
             output = with_prediction(output, prediction_of(output).clone())
             # Moved first: accelerators run behind, and what is timed is to be the pass.

@@ -36,19 +36,20 @@ class DeltaLog:
         self._before: Optional[torch.Tensor] = None
         self._tokens: Optional[torch.Tensor] = None
         self._scale = 1.0
-        # Guidance run as two forwards has two deltas a step, of which nothing is known here.
-        self._is_one_forward = num_blocks > COMPUTED_BLOCKS
+        # Guidance run as two forwards has two deltas a step, and guidance for some of the steps other ones there, of
+        # which nothing is known here.
+        self._is_uniform = num_blocks > COMPUTED_BLOCKS
 
     @torch.no_grad()
     def observe(self, step: int, forward: int, index: int, before: Streams, after: Streams) -> None:
         """Called after every block; `forward` numbers the passes of a step, `index` the blocks."""
-        self._is_one_forward = self._is_one_forward and forward == 0
-        if not self._is_one_forward:
-            self._rows = []
-            return
-        if index == COMPUTED_BLOCKS:
+        self._is_uniform = self._is_uniform and forward == 0
+        if self._is_uniform and index == COMPUTED_BLOCKS:
             self._before = self._chosen(before[0])
-        if index == self.num_blocks - 1:
+            self._is_uniform = not self._rows or self._before.shape == self._rows[0].shape
+        if not self._is_uniform:
+            self._rows = []
+        elif index == self.num_blocks - 1:
             assert self._before is not None
             self._rows.append((self._chosen(after[0]) - self._before).cpu())
             self._before = None
@@ -71,7 +72,7 @@ class DeltaLog:
             weight: the guidance scale; None where the batch has no halves.
 
         Forecasts' coefficients sum to zero, so a mean over the steps is taken off before, for the sake of precision.
-        Empty where the generation did not run as one forward a step.
+        Empty where the generation did not run as one forward a step, all of one batch.
         """
         if not self._rows:
             return torch.zeros(0)

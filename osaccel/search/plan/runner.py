@@ -10,7 +10,7 @@ import math
 import os
 import time
 from dataclasses import replace
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -42,11 +42,13 @@ from osaccel.search.plan.actions import (
     alone,
     even_plan,
     plan_of,
+    units,
 )
 from osaccel.search.plan.choice import Choice, at_error, curve, least
 from osaccel.search.plan.gains import GROUPS, Expectation, Probe, gains, probes
+from osaccel.search.plan.judge import Found, best, is_worth_it, saves_early
 from osaccel.search.plan.local import predictor_moments, squared_sizes
-from osaccel.search.planned import BUDGET, TOLERANCE, PlannedRunner
+from osaccel.search.planned import BUDGET, PlannedRunner
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.settings import Goal
@@ -55,20 +57,6 @@ logger = logging.getLogger("osaccel")
 
 # What each target after the first may take, in plain generations.
 FURTHER = 1.0
-
-
-class Found(NamedTuple):
-    """A goal, the choice that the knapsack made for it, and what was measured of it."""
-
-    goal: Goal
-    choice: Choice
-    plan: Plan
-    evaluation: Evaluation
-
-    @property
-    def error(self) -> float:
-        """Infinite, never to be taken, where latents are not finite."""
-        return math.inf if self.evaluation.error is None else self.evaluation.error
 
 
 class PlanRunner(PlannedRunner):
@@ -117,9 +105,11 @@ class PlanRunner(PlannedRunner):
         started = time.time()
         self.begin("plan search")
         self.prepare()
+        self._refuse_unreachable()
         self.expectation = self._measured_gains()
         tried = [self._reach(goal) for goal in self.settings.target]
-        found = [self._best([*some, *self._others(goal)]) for goal, some in zip(self.settings.target, tried)]
+        pairs = zip(self.settings.target, tried)
+        found = [best([*some, *self._others(goal)], self.windows.settled) for goal, some in pairs]
         self.progress.close()
         self._conclude(found, time.time() - started)
         self.crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
@@ -137,11 +127,30 @@ class PlanRunner(PlannedRunner):
         actions = actions_for(self.windows.length, families)
         if len(actions) == 1:
             raise SearchError(
-                f"Nothing can be saved: guidance is off; {_why_not_skipped(self.replays[0].call.pipeline.scheduler)} "
-                "There are no blocks to forecast (one forward a step, two blocks, finite answers). Sample with "
-                "guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                "Nothing can be saved: guidance is off, or not in one batch at every step; "
+                f"{_why_not_skipped(self.replays[0].call.pipeline.scheduler)} There are no blocks to forecast (one "
+                "forward a step, one batch, two blocks, finite answers). Sample with guidance, or with "
+                "EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
+
+    def _refuse_unreachable(self) -> None:
+        """Speed-ups that no plan has are known before anything is replayed."""
+        for goal in self.settings.target:
+            if goal.kind == "speed" and goal.value > self._farthest() + 1e-9:
+                raise SearchError(
+                    f"No plan reaches {goal}: at most {self._farthest():.2f}x can be reached. Ask for less, or sample "
+                    "more steps."
+                )
+
+    def _farthest(self) -> float:
+        """The largest speed-up: the cheapest action in every window or, where steps are skipped, the fewest steps."""
+        each = [
+            min(self.actions, key=lambda action: units(action, self.windows, window))
+            for window in range(self.windows.count)
+        ]
+        farthest = 1 / plan_of(each, self.windows).work(self.num_blocks)
+        return max(farthest, self.windows.total / FEWEST) if self._can(SKIP) else farthest
 
     def _kind_of_region(self) -> str:
         """Forecast or reuse: what changes less where every other step does it."""
@@ -259,16 +268,19 @@ class PlanRunner(PlannedRunner):
         limit = BUDGET + FURTHER * self.settings.target.index(goal)
         tried: List[Found] = []
         while choice is not None and (not tried or self._affords(plan_of(choice.actions, self.windows), limit)):
-            tried.append(self._verified(goal, choice))
-            self.progress.line.best = f"{goal} with {_said(self._best(tried).evaluation)}"
-            choice = None if self._keeps(tried[-1]) else self.team.share(self._milder(goal, tried[-1]))
+            found = self._measured(goal, choice, plan_of(choice.actions, self.windows))
+            tried += found
+            if found:
+                self.progress.line.best = f"{goal} with {_said(best(tried, self.windows.settled).evaluation)}"
+            misses = bool(found) and not found[0].keeps
+            choice = self.team.share(self._milder(goal, found[0])) if misses else None
         if goal.kind == "speed":
             # What the predictor's replay may take is kept free.
             led = 1 / goal.value - 1 / self.steps if self.fitted else 0.0
             tried = self._alternatives(goal, limit - led, tried)
         if not tried:
             raise _not_finite(goal)
-        tried += self._led(goal, limit, self._best(tried))
+        tried += self._led(goal, limit, best(tried, self.windows.settled))
         self._expect([], self._behind(goal))
         return tried
 
@@ -285,7 +297,7 @@ class PlanRunner(PlannedRunner):
         work, tried = 1 / goal.value, list(first)
         early, late = self._least(work, None, early=True), self._least(work, None, early=False)
         tried += self._tried(goal, limit, tried, early if self._may_be_taken(early, late) else None)
-        is_early = not tried or self._is_early(self._best(tried).plan)
+        is_early = not tried or saves_early(best(tried, self.windows.settled).plan, self.windows.settled)
         if self._can(SKIP):
             tried += self._tried(goal, limit, tried, self._least(work, alone(self.actions, SKIP), is_early))
         tried += self._tried(goal, limit, tried, self._least(work, None, early=True))
@@ -298,7 +310,7 @@ class PlanRunner(PlannedRunner):
 
     def _may_be_taken(self, early: Optional[Choice], late: Optional[Choice]) -> bool:
         """Whether a choice is expected to be as much better as it must be where it saves in early windows."""
-        return early is not None and (late is None or TOLERANCE * early.error < late.error)
+        return early is not None and (late is None or is_worth_it(early.error, late.error))
 
     def _tried(self, goal: Goal, limit: float, tried: Sequence[Found], choice: Optional[Choice]) -> List[Found]:
         """What was measured of a choice, where it is a new one and the budget allows it."""
@@ -323,50 +335,23 @@ class PlanRunner(PlannedRunner):
         for evaluation in self.asked.values():
             plan = plan_of_job(evaluation.config, self.steps)
             choice = self._unpredicted(plan)
-            is_allowed = goal.kind == "speed" or not self._is_early(plan)
+            is_allowed = goal.kind == "speed" or not saves_early(plan, self.windows.settled)
             if evaluation.error is not None and choice.work <= most + 1e-9 and is_allowed:
                 found.append(Found(goal, choice, plan, evaluation))
         return found
 
-    def _led(self, goal: Goal, limit: float, best: Found) -> List[Found]:
-        """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
+    def _led(self, goal: Goal, limit: float, found: Found) -> List[Found]:
+        """What was found with the predictor that fits the recorded predictions, where the budget allows it.
 
         The fit is about what x lacks at computed steps; what the network makes of it can go either way.
         """
-        if not best.plan.skip or not self.fitted:
+        if not found.plan.skip or not self.fitted:
             return []
-        plan = replace(best.plan, correction=replace(best.plan.correction, predictor=self.fitted))
-        return self._measured(goal, best.choice, plan) if self._affords(plan, limit) else []
+        plan = replace(found.plan, correction=replace(found.plan.correction, predictor=self.fitted))
+        return self._measured(goal, found.choice, plan) if self._affords(plan, limit) else []
 
     def _can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
-
-    def _best(self, tried: Sequence[Found]) -> Found:
-        """The first, which all probes speak for, unless a later one is clearly better; what saves early comes last.
-
-        Of plans that keep an error the one of least work.
-        """
-        keeping = [found for found in tried if self._keeps(found)]
-        if not keeping:
-            return min(tried, key=self._misses)
-        if keeping[0].goal.kind != "speed":
-            return min(keeping, key=lambda found: (found.choice.work, found.error))
-        best, *others = sorted(keeping, key=lambda found: self._is_early(found.plan))
-        for found in others:
-            best = found if self._is_better(found, best) else best
-        return best
-
-    def _is_better(self, one: Found, other: Found) -> bool:
-        """What saves in early windows must be better by TOLERANCE than what does not (`osaccel.search.planned`)."""
-        if _unled(one.plan) == _unled(other.plan):
-            return one.error < other.error
-        if self._is_early(one.plan) and not self._is_early(other.plan):
-            return TOLERANCE * one.error < other.error
-        return is_clearly_better(one.evaluation, other.evaluation)
-
-    def _is_early(self, plan: Plan) -> bool:
-        """Whether it saves before or in the early windows."""
-        return any(step < self.windows.settled for _, steps in plan.named_steps() for step in steps)
 
     def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
         """What is to be tried next for an error that was missed; None where there is nothing milder."""
@@ -380,25 +365,13 @@ class PlanRunner(PlannedRunner):
 
     def _chosen(self, goal: Goal) -> Optional[Choice]:
         """The first choice; None where only skipping evenly goes as far."""
-        farthest = 1 / self.choices()[0].work
         if goal.kind == "speed":
             chosen = self.choice_at(1 / goal.value)
-            farthest = max(farthest, self.windows.total / FEWEST if self._can(SKIP) else 0.0)
         else:
             # What an error of the latents is in the frames is not known before one was decoded.
             error = goal.value if goal.kind == "error" else 10 ** (-goal.value / 20)
             chosen = at_error(self.choices(early=False), error)
-        if chosen is None and (goal.kind != "speed" or goal.value > farthest):
-            raise SearchError(
-                f"No plan reaches {goal}: at most {farthest:.2f}x can be reached. Ask for less, or sample more steps."
-            )
         return self.team.share(chosen)
-
-    def _verified(self, goal: Goal, choice: Choice) -> Found:
-        found = self._measured(goal, choice, plan_of(choice.actions, self.windows))
-        if not found:
-            raise _not_finite(goal)
-        return found[0]
 
     def _measured(self, goal: Goal, choice: Choice, plan: Plan) -> List[Found]:
         """A plan with what was measured of it; nothing where its latents are not finite."""
@@ -409,26 +382,13 @@ class PlanRunner(PlannedRunner):
             self.expectation = self.expectation.told(choice.actions, evaluation.details["errors"])
         return [Found(goal, choice, plan, evaluation)]
 
-    def _keeps(self, found: Found) -> bool:
-        goal, evaluation = found.goal, found.evaluation
-        if goal.kind == "speed":
-            return True
-        if goal.kind == "psnr":
-            return evaluation.psnr is not None and evaluation.psnr >= goal.value
-        return evaluation.error is not None and evaluation.error <= goal.value
-
-    def _misses(self, found: Found) -> float:
-        """How far from its goal a plan is that misses it."""
-        psnr = found.evaluation.psnr
-        return found.error if found.goal.kind != "psnr" or psnr is None else -psnr
-
     # Results
 
     def _conclude(self, found: Sequence[Found], seconds: float) -> None:
         goals = [one.goal for one in found]
         curves = sidecar.curves(self) if self.team.is_first else {}
         for number, one in enumerate(found):
-            if not self._keeps(one):
+            if not one.keeps:
                 self.say("%s was not reached within the budget: measured %s", one.goal, _said(one.evaluation))
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
@@ -471,23 +431,6 @@ class PlanRunner(PlannedRunner):
 
     def settings_of(self, found: Any) -> Dict[str, Any]:
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
-
-
-def _unled(plan: Plan) -> Plan:
-    """The plan without its predictor."""
-    return replace(plan, correction=replace(plan.correction, predictor=0.0))
-
-
-def is_clearly_better(one: Evaluation, other: Evaluation) -> bool:
-    """Whether the mean error is less by more than the standard error of the calls' differences.
-
-    One call says nothing of that; there it must be less by TOLERANCE.
-    """
-    errors, others = (np.array(evaluation.details["errors"]) for evaluation in (one, other))
-    if len(errors) == 1:
-        return bool(TOLERANCE * errors[0] < others[0])
-    gained = others - errors
-    return bool(gained.mean() > gained.std(ddof=1) / math.sqrt(len(gained)))
 
 
 def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
