@@ -10,19 +10,24 @@
 3. Time of the correction in one step on real latent sizes, beside `scheduler.step` itself and beside the upstream's
    network on the same core or GPU.
 4. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
+5. Time of a whole plan search outside the blocks / inside them, of recording and of everything after it, and what a
+   plain generation spends outside; with blocks of over 5 ms.
 
 On a CPU these are CPU seconds of one thread, so that other programs beside it hardly count; on a GPU, in bfloat16,
 seconds until it has finished. The upstream's own model is timed by `python -m benchmarks.wall steps`.
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import json
 import subprocess
 import sys
+import tempfile
 import time
 import types
+from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
 import numpy as np
@@ -39,7 +44,8 @@ from osaccel.generation import Generation
 from osaccel.interceptors import StepCall
 from osaccel.plan import UNDER_SKIP, Plan, Region, of_dit_cache
 from osaccel.sampling.standin import Corrected, StandIn
-from osaccel.settings import DEFAULT_CORRECTION
+from osaccel.search.session import Session
+from osaccel.settings import DEFAULT_CORRECTION, Settings
 from osaccel.targets import Guidance, Target
 
 STEPS = 20
@@ -82,6 +88,19 @@ class Block(nn.Module):
     def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(*[hidden_states] * 3, need_weights=False)[0]
         return hidden_states + self.mlp(hidden_states)
+
+
+class TimedBlock(Block):
+    """A block that knows how long all blocks ran."""
+
+    place = PLACES["cpu"]
+    inside, calls = 0.0, 0
+
+    def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
+        found: List[torch.Tensor] = []
+        TimedBlock.inside += self.place.seconds(lambda: found.append(Block.forward(self, hidden_states, timestep)))
+        TimedBlock.calls += 1
+        return found[0]
 
 
 class Transformer(nn.Module):
@@ -196,6 +215,37 @@ def planned_speed(plan: Plan, repeats: int, place: Place) -> Dict[str, float]:
     }  # fmt: skip
 
 
+def search_cost(place: Place, steps: int, calls: int) -> Dict[str, float]:
+    """Time outside the blocks over time inside: of a plan search, of recorded generations, and of plain ones."""
+    pipeline = OpenSoraPipeline(12, place.width, place.tokens, place, place.heads)
+    for block in pipeline.transformer.transformer_blocks:
+        block.__class__, TimedBlock.place = TimedBlock, place
+
+    def beside(function: Callable[[], object]) -> float:
+        TimedBlock.inside, TimedBlock.calls = 0.0, 0
+        whole = place.seconds(function)
+        return whole / TimedBlock.inside - 1
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = str(Path(folder) / "plan.json")
+        settings = Settings(search="plan", plan_output=output, search_then="continue", search_prompts=calls)
+        session = Session(settings, TARGET)
+        arguments = {"num_inference_steps": steps}
+
+        def call() -> None:
+            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
+
+        try:
+            recording = [beside(call) for _ in range(calls - 1)]
+            # The last call is recorded too before the search begins.
+            whole = beside(call)
+        finally:
+            atexit.unregister(session._complain_if_unfinished)
+    plain = beside(lambda: pipeline(steps))
+    block_ms = 1000 * TimedBlock.inside / TimedBlock.calls
+    return {"plain": plain, "recording": float(np.mean(recording)), "searching": whole, "block_ms": block_ms}
+
+
 def correction_cost(steps: int, place: Place = PLACES["cpu"]) -> Dict[str, float]:
     """What a correction adds to a mean `scheduler.step`: seconds, and those of a network step at the same place.
 
@@ -256,6 +306,7 @@ def main() -> None:
     speeds = {name: planned_speed(plan, 14, place) for name, plan in PLANS.items()}
     cost = import_cost(9)
     corrected = correction_cost(40, place)
+    searching = search_cost(place, 50, 2)
     print(f"active, nothing configured / without osaccel   {ratio:.4f}  (95 % interval {low:.4f} to {high:.4f})")
     for name, speed in speeds.items():
         print(
@@ -269,9 +320,14 @@ def main() -> None:
         f"with every other step skipped {1000 * corrected['added_under_skip_s']:.2f} ms"
     )
     print(f"import osaccel.auto                            {cost:.1f} ms")
+    print(
+        f"outside the blocks / inside: plan search {searching['searching']:.1%}, recorded generations "
+        f"{searching['recording']:.1%}, plain ones {searching['plain']:.1%} "
+        f"(a block takes {searching['block_ms']:.1f} ms)"
+    )
     if arguments.json:
         found = {"made by": made_by(), "idle_ratio": [ratio, low, high], "plans": speeds, "correction": corrected,
-                 "import_ms": cost}  # fmt: skip
+                 "import_ms": cost, "search": searching}  # fmt: skip
         with open(arguments.json, "w") as file:
             json.dump(found, file, indent=2)
 

@@ -13,8 +13,10 @@ from osaccel import __version__, formats
 from osaccel.messages import shown
 
 # What a configuration must share with a generation to be valid for it.
-BINDING = ("steps", "blocks", "sampler", "resolution", "timesteps")
+BINDING = ("steps", "blocks", "sampler", "resolution", "timesteps", "guidance_scale", "model")
 DEFAULT_SPACING = "the scheduler's own"
+# Before the names of a compiled module's parameters.
+_COMPILED = "_orig_mod."
 
 
 def report_path(config_path: str) -> str:
@@ -32,6 +34,7 @@ def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps:
         "resolution": size if all(isinstance(value, int) for value in size) else None,
         # The same number of steps elsewhere is another generation, and the two files of a search are of one piece.
         "timesteps": DEFAULT_SPACING if timesteps is None else digest_of([float(value) for value in timesteps]),
+        "guidance_scale": arguments.get("guidance_scale"),
     }
 
 
@@ -46,16 +49,13 @@ def of_search(
         prompts, ranks: how many calls are recorded, and how many ranks generate each.
         metric: what candidates are judged by, in words.
     """
-    pipeline, owner = call.pipeline, call.pipeline
-    for part in call.target.block_path.split(".")[:-1]:
-        owner = getattr(owner, part)
+    pipeline = call.pipeline
     # diffusers keeps private entries there, one of them a list in the order of a set, another in every process.
     config = {key: value for key, value in getattr(pipeline.scheduler, "config", {}).items() if key[:1] != "_"}
     return {
         **of_call(pipeline, call.arguments, blocks, timesteps),
-        "model": weights_digest(owner),
+        "model": weights_digest(call.target.owner_of_blocks(pipeline)),
         "sampler_config": digest_of(config),
-        "guidance_scale": call.arguments.get("guidance_scale"),
         "prompt": digest_of({name: call.arguments.get(name) for name in ("prompt", "negative_prompt")}),
         "arguments": digest_of(call.arguments),
         "prompts": prompts,
@@ -115,7 +115,8 @@ def mismatches(recorded: Any, found: Mapping[str, Any]) -> List[str]:
 def weights_digest(module: torch.nn.Module, samples: int = 64) -> str:
     """A digest of names, shapes and some values of every parameter: cheap, and different for another checkpoint."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    named = {name.replace(_COMPILED, ""): tensor for name, tensor in module.state_dict().items()}
+    for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         flat = tensor.detach().reshape(-1)
         picked = flat[:: max(1, flat.numel() // samples)][: samples + 1]

@@ -125,6 +125,8 @@ class Plan:
     measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
+        if self.steps is not None and not (_is_integer(self.steps) and self.steps > 0):
+            raise ValueError(f"steps must be an integer from 1 on, or None for any number, got {self.steps!r}.")
         for name, named in self.named_steps():
             _check_steps(name, named, self.steps)
         both = sorted(set(self.skip) & set(self.conditional_only))
@@ -285,11 +287,18 @@ def forecast(step: int, newest: int, before: int) -> float:
     return (step - newest) / (newest - before)
 
 
+def _is_integer(value: Any) -> bool:
+    # True is an int to Python.
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _check_steps(name: str, named: Sequence[int], steps: Optional[int]) -> None:
+    if not isinstance(named, (tuple, list)):
+        raise ValueError(f"{name} must be a sequence of steps, got {named!r}.")
     if named and steps is None:
         raise ValueError(f"{name} names steps, so steps must say how many there are.")
     for step in named:
-        if isinstance(step, bool) or not isinstance(step, int):
+        if not _is_integer(step):
             raise ValueError(f"{name}: a step must be an integer, got {step!r}.")
         if not 0 <= step < (steps or 0):
             raise ValueError(f"{name}: step {step} is not one of the run's steps, 0 to {(steps or 0) - 1}.")

@@ -64,10 +64,13 @@ def say(line):
 pipelines.wrap_pipeline(module)
 pipeline = OpenSoraPipeline()
 pipeline.transformer.requires_grad_(False)
+if "OTHER_WEIGHTS" in os.environ:
+    pipeline.transformer.transformer_blocks[0].linear.weight.mul_(1.5)
 torch.manual_seed(rank if mode == "sp" else 0)
 for number in range(prompts):
     if mode == "dp" and number % world != rank:
         continue
-    pipeline(prompt=f"prompt {number} {os.environ.get('PROMPT', '')}", num_inference_steps=steps)
+    prompt, guidance = f"prompt {number} {os.environ.get('PROMPT', '')}", float(os.environ.get("GUIDANCE", "7.5"))
+    pipeline(prompt=prompt, num_inference_steps=steps, guidance_scale=guidance)
     say(f"rank {rank} sampled {number}")
 say(f"rank {rank} reached its end after {pipeline.block_calls()} block calls")

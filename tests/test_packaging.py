@@ -4,6 +4,7 @@
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import matrix
@@ -14,6 +15,7 @@ import osaccel
 pytest.importorskip("packaging")
 from packaging.requirements import Requirement  # noqa: E402
 from packaging.specifiers import SpecifierSet  # noqa: E402
+from packaging.version import Version  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,3 +91,20 @@ def test_every_command_answers_a_misspelt_option_with_the_one_that_is_meant(wron
     result = subprocess.run([sys.executable, "-m", *f"osaccel.{wrong}".split()], capture_output=True, text=True)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.endswith(f": unknown option. Did you mean {meant!r}?\n") and result.stderr.count("\n") == 1
+
+
+def test_constraints_ask_for_no_version_that_their_python_cannot_have():
+    lines = [line for line in text("constraints.txt").splitlines() if line and line[0] != "#"]
+    checked = 0
+    for wanted in map(Requirement, lines):
+        try:
+            installed = distribution(wanted.name)
+        except PackageNotFoundError:
+            continue
+        if wanted.marker is None or f"=={Version(installed.version).public}" != str(wanted.specifier):
+            continue
+        lowest = next(minor for minor in range(8, 20) if wanted.marker.evaluate({"python_version": f"3.{minor}"}))
+        assert f"3.{lowest}.99" in SpecifierSet(installed.metadata["Requires-Python"]), wanted
+        checked += 1
+    if sys.version_info >= (3, 11):
+        assert checked

@@ -4,6 +4,7 @@
 import gc
 import json
 import math
+import re
 import weakref
 
 import pytest
@@ -526,3 +527,18 @@ def test_sources_that_contradict_each_other_are_refused(tmp_path):
     ):
         with pytest.raises(SettingsError, match=message):
             settings.load({"OSACCEL_PLAN": str(path), **more})
+
+
+@pytest.mark.parametrize(
+    "parts, message",
+    [
+        ({"steps": "8"}, "steps must be an integer from 1 on, or None for any number, got '8'."),
+        ({"steps": 0}, "steps must be an integer from 1 on"),
+        ({"steps": True}, "steps must be an integer from 1 on"),
+        ({"steps": 8, "skip": 3}, "skip must be a sequence of steps, got 3."),
+        ({"steps": 8, "conditional_only": "3"}, "conditional_only must be a sequence of steps, got '3'."),
+    ],
+)
+def test_a_plan_made_in_python_is_checked_as_one_of_a_file(parts, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Plan(**parts)

@@ -177,6 +177,19 @@ def test_without_torchrun_a_helper_ends_when_rank_0_dies_and_takes_the_rendezvou
     assert "resuming: " in finish(start(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "environ, difference",
+    [
+        ({"GUIDANCE": "3"}, "guidance_scale was 7.5 when it was searched, is now 3.0"),
+        ({"OTHER_WEIGHTS": "1"}, "model was "),
+    ],
+)
+def test_a_config_searched_at_another_guidance_or_for_other_weights_is_reported(tmp_path, environ, difference):
+    finish(start(tmp_path))
+    assert "when it was searched" not in finish(start(tmp_path, prompts=1, OSACCEL_SEARCH="0"))
+    assert difference in finish(start(tmp_path, prompts=1, OSACCEL_SEARCH="0", **environ))
+
+
 def test_strict_refuses_a_config_searched_for_other_steps(tmp_path):
     finish(start(tmp_path))
     environ = {"OSACCEL_SEARCH": "0"}

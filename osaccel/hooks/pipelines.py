@@ -201,7 +201,8 @@ def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Set
     except (TypeError, ValueError):
         # Not the upstream we know; opening the generation will say so.
         return
-    differences = binding.mismatches(recorded, binding.of_call(pipeline, arguments, blocks, settings.timesteps))
+    found = binding.of_call(pipeline, arguments, blocks, settings.timesteps)
+    differences = binding.mismatches(recorded, {**found, "model": _model(pipeline, target)})
     if not differences:
         return
     message = f"{source} may not fit this generation: {'; '.join(differences)}"
@@ -210,6 +211,16 @@ def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Set
     if message not in _warned:
         _warned.add(message)
         logger.warning("%s; quality and speed may differ from what was measured", message)
+
+
+def _model(pipeline: Any, target: Target) -> Optional[str]:
+    """The digest of the weights; None where they are not at hand, offloaded to a disk for example."""
+    from osaccel import binding
+
+    try:
+        return binding.weights_digest(target.owner_of_blocks(pipeline))
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 def _has_own_timesteps(wrapped: Callable, args: tuple, kwargs: dict) -> bool:

@@ -75,6 +75,9 @@ class PlanRunner(PlannedRunner):
         self.open_journal(call, self.decodes, search="plan", observed="forecasts aside from the first steps on, noise")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
+        if len(self.observed) == 1:
+            # What no plan has is said before other calls are waited for.
+            self.prepare()
         return output
 
     def _record_anew(self, replay: Replay, blocks: List[torch.nn.Module]) -> Tuple[Any, Dict[str, Any]]:
@@ -95,17 +98,17 @@ class PlanRunner(PlannedRunner):
     # Searching
 
     def prepare(self) -> None:
-        """What is known without a replay: the windows, and what they may do."""
+        """What is known without a replay: the windows, what they may do, and how far that goes."""
         self.windows = Windows.of(self.steps, self.num_blocks)
         if not self.windows.count:
             raise SearchError(f"A generation of {self.steps} steps is too short for a plan search; sample at least 7.")
         self.actions = self._actions()
+        self._refuse_unreachable()
 
     def search(self) -> Dict[str, Any]:
         started = time.time()
         self.begin("plan search")
         self.prepare()
-        self._refuse_unreachable()
         self.expectation = self._measured_gains()
         tried = [self._reach(goal) for goal in self.settings.target]
         pairs = zip(self.settings.target, tried)
@@ -411,7 +414,7 @@ class PlanRunner(PlannedRunner):
         """The plan with what it is bound to and what was measured."""
         call = self.replays[0].call
         bound = binding.of_call(call.pipeline, call.arguments, self.num_blocks, self.timesteps)
-        bound = {**bound, "model": self.fingerprint["model"], "guidance_scale": call.arguments.get("guidance_scale")}
+        bound = {**bound, "model": self.fingerprint["model"]}
         evaluation = found.evaluation
         measured = {
             "work": found.choice.work,
