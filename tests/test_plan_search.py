@@ -587,6 +587,14 @@ def test_the_fitted_predictor_is_taken_only_where_it_was_measured_to_help(tmp_pa
     assert len(tried) == 2 and max(tried) > 0.5
 
 
+def test_replays_show_no_progress_bar_of_the_pipeline_s(tmp_path, capfd):
+    pipeline, call = miniature("EulerDiscrete")
+    pipeline.set_progress_bar_config(disable=False)
+    _, _, report = search(tmp_path, ("psnr:30",), steps=20, pipeline=pipeline, **call)
+    # That of the recorded call, and nothing of the others.
+    assert len(report["evaluations"]) > 3 and capfd.readouterr().err.count("20/20") == 1
+
+
 def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_again(tmp_path, monkeypatch):
     goals = ("2x", "1.5x", "2.5x")
     _, whole, expected = search(tmp_path / "whole", goals, prompts=2)

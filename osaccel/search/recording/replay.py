@@ -259,7 +259,7 @@ class Replay:
         """
         self.recording = recording = Recording()
         recorder = _Recorder(recording, self.before_first_forward, keep_outputs)
-        return self._run([recorder, *watchers], None, decode, attach)
+        return self._run([recorder, *watchers], None, decode, attach, quiet=not decode)
 
     def content(self) -> Dict[str, Any]:
         """What `load` of another process needs, beside the call: plain values and tensors."""
@@ -286,13 +286,15 @@ class Replay:
         final: latents to end with in place of the sampled ones, to have them decoded.
         Returns the pipeline's output; `self.cache.computed_blocks` is then the number of blocks that ran.
         """
-        return self._run([_Resumed(self, resume, watch, final)], plan, decode, None)
+        return self._run([_Resumed(self, resume, watch, final)], plan, decode, None, quiet=True)
 
     def decode(self, final: Optional[torch.Tensor] = None) -> Any:
         """The pipeline's output for the recorded latents, or for `final`, without calling the transformer."""
         return self.run(resume=self.recording.steps, final=final, decode=True)
 
-    def _run(self, interceptors: Sequence[Interceptor], plan: Optional[Plan], decode: bool, attach: Any) -> Any:
+    def _run(
+        self, interceptors: Sequence[Interceptor], plan: Optional[Plan], decode: bool, attach: Any, quiet: bool
+    ) -> Any:
         call = self.call
         replaced: Dict[str, Any] = {} if decode else {"output_type": "latent", "callback": None}
         if self.timesteps is not None:
@@ -304,7 +306,7 @@ class Replay:
         if self.timesteps is not None:
             plan = replace(plan, timesteps=tuple(self.timesteps))
         generation = Generation(call.pipeline, plan, call.target, interceptors)
-        undo = self._quiet_and_text(quiet=not decode)
+        undo = self._quiet_and_text(quiet)
         try:
             with generation:
                 self.cache = generation.cache
