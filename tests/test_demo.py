@@ -17,6 +17,7 @@ import numpy as np  # noqa: E402
 
 from osaccel.demo import compare  # noqa: E402
 from osaccel.demo.__main__ import EXTRA  # noqa: E402
+from osaccel.formats import read_plan  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -41,6 +42,15 @@ def test_fast_demo_prints_its_table_and_writes_its_pictures(tmp_path):
     assert order[4:] == order[3::-1] and len(order) == 8
     assert (tmp_path / "side_by_side.mp4").stat().st_size > 1000
     assert (tmp_path / "side_by_side.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_search_on_the_miniature_writes_a_plan_and_its_report(tmp_path):
+    result = demo("--search", "1.5x", "--out", str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "found a plan for 1.5x" in result.stderr and str(tmp_path / "plan.json.report.html") in result.stdout
+    assert read_plan(str(tmp_path / "plan.json")).work(12) <= 1 / 1.5 + 1e-9
+    refused = demo("--search", "1x", "--out", str(tmp_path))
+    assert refused.returncode == 2 and "--target: expected a speed-up such as 2x (above 1)" in refused.stderr
 
 
 def test_missing_extras_are_one_line_before_anything_is_sampled(tmp_path):

@@ -119,6 +119,7 @@ HOW = {
     "python -m benchmarks.reference.redundancy": Run("", (("redundancy", "redundancy --prompts 1 --steps 5"),)),
     "python -m benchmarks.reference.redundancy --prompts 4": Run("", (("--prompts 4", "--prompts 1 --steps 5"),)),
     "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": RunBy("test_demo.py", '"osaccel.demo"'),
+    "python -m osaccel.demo --search": RunBy("test_demo.py", '"--search"'),
     "pip install -c constraints.txt -e \".[test]\" && python -m pytest": RunBy("../.ci/run", "python -m pytest"),
     "python -m benchmarks.plans --prompts 24 --kept DIR [--model second]":
         Run("osaccel plan", (("--prompts 24 --kept DIR [--model second]",

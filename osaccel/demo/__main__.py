@@ -15,7 +15,9 @@ from osaccel.messages import closest
 EXTRA = ("accelerate", "diffusers", "einops", "imageio", "imageio_ffmpeg", "matplotlib", "safetensors", "scipy", "tqdm",
          "transformers")  # fmt: skip
 
-OPTIONS = ("--out", "--fast", "--seed", "--version", "--help")
+OPTIONS = ("--out", "--fast", "--search", "--seed", "--version", "--help")
+# Calls that --search looks at.
+CALLS = 4
 
 
 def problem(out: Path) -> Optional[str]:
@@ -52,11 +54,23 @@ def run(out: Path, number: int, seed: int) -> None:
     print(f"videos, side_by_side.mp4 and side_by_side.png: {out}")
 
 
+def search(out: Path, target: str, seed: int) -> int:
+    """Search a plan on prompts that the videos are not of."""
+    from osaccel.demo import arms
+
+    prompts = (arms.CHECKPOINT / "prompts.txt").read_text().splitlines()[-CALLS:]
+    return arms.search(target, prompts, out, seed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m osaccel.demo", description=__doc__)
     parser.add_argument("--version", action="version", version=f"osaccel {__version__}")
     parser.add_argument("--out", type=Path, default=Path("osaccel_demo"), help="folder for the videos (osaccel_demo)")
     parser.add_argument("--fast", action="store_true", help="two prompts instead of four")
+    parser.add_argument(
+        "--search", nargs="?", const="2x", metavar="TARGET",
+        help="search a plan for this target (2x) on four other prompts and draw its report, and nothing else",
+    )  # fmt: skip
     parser.add_argument("--seed", type=int, default=0)
     arguments, unknown = parser.parse_known_args()
     if unknown:
@@ -66,6 +80,8 @@ def main() -> int:
     if found is not None:
         print(f"osaccel.demo: {found}", file=sys.stderr)
         return 2
+    if arguments.search:
+        return search(arguments.out, arguments.search, arguments.seed)
     run(arguments.out, 2 if arguments.fast else 4, arguments.seed)
     return 0
 

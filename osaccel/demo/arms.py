@@ -3,6 +3,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from osaccel.search.frames import psnr
 
 HERE = Path(__file__).resolve().parent
 CHECKPOINT, CONFIGS = HERE / "checkpoint", HERE / "configs"
-# Found at 100 steps on prompts that the demo does not show: the plan on four, the others on one and four.
+# Found at 100 steps on prompts that the demo does not show: the plan on 24, the others on one and four.
 PLAN, CACHE = CONFIGS / "plan.json", CONFIGS / "dit_cache_config.json"
 TIMESTEPS = CONFIGS / "searched_schedule.txt"
 PLAN_STEPS = 100
@@ -63,17 +64,8 @@ def sample(arm: Arm, prompt: str, folder: Path, seed: int, outcome: Outcome) -> 
     Raises:
         RuntimeError: it failed; the message is its output.
     """
-    command = [
-        sys.executable, "-m", "osaccel.run", *arm.options, "--", sys.executable, "-m", "opensora.sample.sample_t2v",
-        "--model_path", str(CHECKPOINT / "model"), "--ae_path", str(CHECKPOINT / "vae"),
-        "--text_encoder_name", str(CHECKPOINT / "text_encoder"), "--save_img_path", str(folder),
-        "--num_sampling_steps", str(arm.steps), "--seed", str(seed), "--save_frames", "--text_prompt", prompt,
-    ]  # fmt: skip
-    environ = {name: value for name, value in os.environ.items() if not name.startswith("OSACCEL_")}
-    environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *environ.get("PYTHONPATH", "").split(os.pathsep)])
-    # So small a network gains nothing from threads, and on a busy machine they wait for each other most of the time.
-    environ.setdefault("OMP_NUM_THREADS", "1")
-    result = subprocess.run(command, env=environ, capture_output=True, text=True)
+    command = _command(arm.options, [prompt], folder, arm.steps, seed)
+    result = subprocess.run(command, env=_environ(), capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"{arm.name} failed with status {result.returncode}:\n{result.stdout}{result.stderr}")
     ((wall, processor),) = re.findall(r"^video 0: ([\d.]+) s, ([\d.]+) s CPU$", result.stdout, re.MULTILINE)
@@ -85,6 +77,35 @@ def sample(arm: Arm, prompt: str, folder: Path, seed: int, outcome: Outcome) -> 
     shares = re.findall(r" ([\d.]+) of ([\d.]+) blocks computed", result.stderr)
     outcome.steps = int(steps[-1]) if steps else arm.steps
     outcome.share = float(shares[-1][0]) / float(shares[-1][1]) if shares else 1.0
+
+
+def search(target: str, prompts: Sequence[str], out: Path, seed: int) -> int:
+    """Search a plan on these prompts as a user does, and draw its report; what both say is seen. The exit status."""
+    plan = str(out / "plan.json")
+    options = ("--search", "plan", "--target", target, "--search-prompts", str(len(prompts)), "--plan", plan)
+    command = _command(options, prompts, out / "calibration", PLAN_STEPS, seed)
+    print(" ".join(map(shlex.quote, command)), flush=True)
+    status = subprocess.run(command, env=_environ()).returncode
+    return status or subprocess.run([sys.executable, "-m", "osaccel.report", plan], env=_environ()).returncode
+
+
+def _command(options: Sequence[str], prompts: Sequence[str], folder: Path, steps: int, seed: int) -> List[str]:
+    """The sample script under `osaccel.run` with these options."""
+    return [
+        sys.executable, "-m", "osaccel.run", *options, "--", sys.executable, "-m", "opensora.sample.sample_t2v",
+        "--model_path", str(CHECKPOINT / "model"), "--ae_path", str(CHECKPOINT / "vae"),
+        "--text_encoder_name", str(CHECKPOINT / "text_encoder"), "--save_img_path", str(folder),
+        "--num_sampling_steps", str(steps), "--seed", str(seed), "--save_frames", "--text_prompt", *prompts,
+    ]  # fmt: skip
+
+
+def _environ() -> Dict[str, str]:
+    """Of the script's process: without settings of the user's own, and with the miniature upstream on its path."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("OSACCEL_")}
+    environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *environ.get("PYTHONPATH", "").split(os.pathsep)])
+    # So small a network gains nothing from threads, and on a busy machine they wait for each other most of the time.
+    environ.setdefault("OMP_NUM_THREADS", "1")
+    return environ
 
 
 def table(outcomes: Dict[Arm, Outcome], prompts: Sequence[str]) -> str:
