@@ -24,6 +24,11 @@ def report_path(config_path: str) -> str:
     return config_path + ".report.json"
 
 
+def frames_path(config_path: str) -> str:
+    """The frames of its report's page."""
+    return config_path + ".report.npz"
+
+
 def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps: Optional[Sequence[float]]) -> Dict:
     """The binding values of a call, from its arguments; None where the call does not say."""
     size = [arguments.get(name) for name in ("num_frames", "height", "width")]

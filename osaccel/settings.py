@@ -36,6 +36,10 @@ class Value(NamedTuple):
     base: str = ""
 
 
+# What a goal of each kind is above, and at most.
+GOALS = {"speed": (1, 1000), "psnr": (0, 200), "error": (0, 10)}
+
+
 class Goal(NamedTuple):
     """What a plan search aims at: the least error at a speed-up, or the least work that keeps a PSNR or an error.
 
@@ -156,9 +160,8 @@ def _target(value: Value) -> Goal:
     kind, _, number = value.raw.rpartition(":")
     if value.raw.endswith("x") and not kind:
         kind, number = "speed", value.raw[:-1]
-    limits = {"speed": (1, 1000), "psnr": (0, 200), "error": (0, 10)}
     try:
-        low, high = limits[kind]
+        low, high = GOALS[kind]
         return Goal(kind, _number(low, high, above=True)(value._replace(raw=number)))
     except (KeyError, SettingsError):
         raise SettingsError(

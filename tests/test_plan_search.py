@@ -23,9 +23,11 @@ from osaccel.binding import report_path
 from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
 from osaccel.generation import Generation
 from osaccel.plan import Plan
+from osaccel.report import page
 from osaccel.search import planned
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
+from osaccel.search.frames import frames_of, thinned
 from osaccel.search.plan import judge, observation, runner
 from osaccel.search.plan.actions import (
     ACTIONS,
@@ -519,6 +521,56 @@ def test_several_goals_have_a_file_each_and_one_curve(tmp_path):
     assert read_plan(str(tmp_path / "plan.error0.05.json")).measured["error"] <= 0.05
     works = [work for work, _ in report["curves"]["together"]]
     assert works == sorted(works) and set(report["curves"]) == {"together", "conditional only", "skipped", "reused"}
+
+
+class Filming(Pipeline):
+    """Makes frames of its latents, as a pipeline does that is not asked for latents."""
+
+    def __call__(
+        self, prompt="", num_inference_steps=10, guidance_scale=7.5, num_frames=5, height=8, width=8, output_type="pt"
+    ):
+        latents = super().__call__(prompt, num_inference_steps, guidance_scale, num_frames, height, width)
+        return latents if output_type == "latent" else (127 + 40 * latents).reshape(1, 5, 2, 4, 1)
+
+
+def test_every_goal_s_page_has_the_frames_of_its_own_plan(tmp_path):
+    goals, files = ("1.5x", "error:0.0000001", "3x"), ("plan.json", "plan.error1e-07.json", "plan.3x.json")
+    # What an earlier search left beside a plan that has no frames of its own.
+    np.savez(str(tmp_path / "plan.error1e-07.json.report.npz"), plain=np.zeros((5, 2, 4, 1), np.uint8))
+    pipeline, *_ = search(tmp_path, goals, pipeline=Filming())
+    call = {"num_inference_steps": STEPS, "guidance_scale": 4.0}
+    torch.manual_seed(5)
+    plain = thinned(frames_of(pipeline(**call)))
+    kept = {}
+    for name in files:
+        loaded = page.load(str(tmp_path / name))
+        assert ("Compare the frames below" in page.content_of(loaded).following) is bool(loaded["frames"])
+        if loaded["frames"]:
+            torch.manual_seed(5)
+            with Generation(pipeline, read_plan(str(tmp_path / name)), tiny.TARGET):
+                planned = thinned(frames_of(pipeline(**call))).astype(int)
+            assert np.array_equal(loaded["frames"]["plain"], plain)
+            assert np.abs(loaded["frames"]["plan"] - planned).max() <= 1
+            kept[name] = loaded["frames"]["plan"]
+    assert list(kept) == [files[0], files[2]] and not np.array_equal(*kept.values())
+
+
+@pytest.mark.parametrize("goal, further", [("error:0.0000001", "error:"), ("psnr:150", "psnr:")])
+def test_where_nothing_that_saves_keeps_a_goal_that_is_said_with_one_that_is_kept(tmp_path, caplog, goal, further):
+    caplog.set_level("INFO", "osaccel")
+    _, plan, report = search(tmp_path / "far", (goal,), pipeline=Filming())
+    assert plan.is_plain and report["work"] == 1.0 and report["milder"].startswith(further)
+    asked = settings.load({"OSACCEL_TARGET": goal}).target[0]
+    assert f"nothing that saves work keeps {asked}, so its plan computes every step in full" in caplog.text
+    assert f"ask for less, such as OSACCEL_TARGET={report['milder']}; " in caplog.text
+    assert "found a plan" not in caplog.text
+    assert (
+        f"OSACCEL_TARGET={report['milder']}."
+        in page.content_of(page.load(str(tmp_path / "far" / "plan.json"))).following
+    )
+    caplog.clear()
+    _, plan, report = search(tmp_path / "near", (report["milder"],), pipeline=Filming())
+    assert plan.touches_network and report["keeps"] and f"found a plan for {report['goal']}" in caplog.text
 
 
 class SteadyBlock(tiny.CountingBlock):

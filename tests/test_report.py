@@ -4,12 +4,16 @@
 import html.parser
 import json
 import random
+import re
 import shutil
 import subprocess
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
+from osaccel import settings
 from osaccel.formats import SettingsError, plan_content
 from osaccel.plan import Correction, Plan, Region
 from osaccel.report import cache as cache_page
@@ -130,6 +134,95 @@ def test_the_plan_page_says_what_was_measured_and_what_predicted(tmp_path):
     assert shown.prompts == [NASTY, "two", "three"]
 
 
+def test_a_plan_that_nothing_was_predicted_of_says_nothing_of_a_prediction():
+    """As one that skips steps evenly; it comes from no windows."""
+    windows = {"first": 2, "length": 3, "actions": []}
+    shown = plan_page.content({**of_plan(), "predicted_error": None, "windows": windows, "stem": "p.json"})
+    assert not any("redicted" in sentence for sentence in shown.found)
+    assert [table.title for table in shown.tables] == ["What was run"]
+    assert [table.title for table in plan_page.content({**of_plan(), "stem": "p.json"}).tables][1:] == [
+        "Windows of the search"
+    ]
+
+
+@pytest.mark.parametrize("make, file", [(of_plan, "plan"), (of_cache, "file")])
+def test_a_page_asks_to_compare_frames_only_where_there_are_some(make, file):
+    frames = {"plain": np.zeros((3, 8, 8, 3), np.uint8), "other": np.zeros((3, 8, 8, 3), np.uint8)}
+    pages = [
+        report.content_of({"kind": "dit_cache", **make(), "stem": "x", "frames": found}) for found in (frames, None)
+    ]
+    assert [page.figures[-1].name == "frames" for page in pages] == [True, False]
+    assert ["Compare the frames below" in page.following for page in pages] == [True, False]
+    assert all(f"run your command with the {file}" in page.following.lower() for page in pages)
+    assert all("search again" in page.following for page in pages)
+
+
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"goal": "2x", "work": 0.5}, "loses less, such as OSACCEL_TARGET=1.5x."),
+        ({"goal": "1.001x", "work": 0.999}, "plain ones, sample without it."),
+        ({"goal": "error:0.3", "error": 0.25}, "loses less, such as OSACCEL_TARGET=error:0.12."),
+        ({"goal": "error:1e-07", "error": 5e-8}, "loses less, such as OSACCEL_TARGET=error:2.5e-08."),
+        ({"goal": "psnr:30", "psnr": 31.0}, "loses less, such as OSACCEL_TARGET=psnr:37."),
+        ({"goal": "psnr:198", "psnr": 199.0}, "plain ones, sample without it."),
+        ({"goal": "error:0.1", "keeps": False}, "plain ones, sample more steps and search again."),
+    ],
+)
+def test_another_target_is_of_the_same_kind_and_one_that_is_taken(changed, said):
+    page = plan_page.content({**of_plan(), **changed, "stem": "p.json"})
+    assert page.following.endswith(said), page.following
+    for target in re.findall(r"OSACCEL_TARGET=(\S+)\.$", page.following):
+        settings.load({"OSACCEL_TARGET": target})
+    assert any("not reached" in sentence for sentence in page.found) is not changed.get("keeps", True)
+
+
+@pytest.mark.parametrize("milder", ["error:0.013", None])
+def test_a_plan_that_changes_nothing_is_not_recommended(tmp_path, milder):
+    plain, path = Plan(steps=8), tmp_path / "p.json.report.json"
+    nothing = {"goal": "error:1e-07", "plan": plan_content(plain), "work": 1.0, "error": 0.0, "predicted_error": 0.0}
+    runs = [evaluation(plain, 0.0, resumed_at=8), evaluation(PLAN, 0.2)]
+    path.write_text(json.dumps({**of_plan(), **nothing, "milder": milder, "evaluations": runs}))
+    text = open(report.write(report.load(str(path))), encoding="utf-8").read()
+    assert "this plan computes every step in full and gains nothing" in text
+    assert f"milder target{', such as OSACCEL_TARGET=error:0.013' if milder else ''}." in text
+    assert "osaccel.run" not in text and "COMMAND" not in text and "<p>In time" not in text
+    assert not re.search(r"OSACCEL_TARGET=[\d.]+x", text)
+
+
+def colours_of_dots(shown):
+    """By place in per cent of work, as they are in the picture."""
+    canvas = Figure()
+    plan_page.draw_curve(shown, canvas)
+    dots = canvas.axes[0].collections[0]
+    found = {round(x): to_hex(colour) for (x, _), colour in zip(dots.get_offsets(), dots.get_facecolors())}
+    lines = {line.get_label(): to_hex(line.get_color()) for line in canvas.axes[0].lines if line.get_linestyle() != ":"}
+    return found, lines
+
+
+def test_dots_have_the_colour_of_their_family_s_line():
+    alone = {
+        "skipped": Plan(steps=8, skip=(2,)),
+        "conditional only": Plan(steps=8, conditional_only=(3, 4, 5, 6)),
+        "reused": Plan(steps=8, regions=(Region(1, 4, (2, 4, 6)),)),
+        "forecast": Plan(steps=8, regions=(Region(1, 4, (2, 4, 5, 6), 1),)),
+    }
+    mixed = Plan(steps=8, skip=(2, 4), regions=(Region(1, 4, (3, 5)),))
+    runs = [evaluation(plan, 0.1) for plan in (*alone.values(), mixed)]
+    curves = {name: [[0.4, 0.1], [0.9, 0.01]] for name in ("together", *alone)}
+    shown = {**of_plan(), "curves": curves, "evaluations": runs}
+    dots, lines = colours_of_dots(plan_page.Shown(shown))
+    places = {name: round(100 * plan.work(4)) for name, plan in alone.items()}
+    assert len({*places.values(), round(100 * mixed.work(4))}) == 5 and len(set(lines.values())) == 5
+    assert {name: dots[place] for name, place in places.items()} == {
+        name: lines[f"predicted, {name} alone"] for name in alone
+    }
+    assert dots[round(100 * mixed.work(4))] == lines["predicted, all families"]
+    # Where one family is all there is, it is all families.
+    dots, lines = colours_of_dots(plan_page.Shown({**shown, "curves": {"together": curves["together"]}}))
+    assert set(dots.values()) == {lines["predicted, all families"]}
+
+
 def test_a_column_in_which_nothing_is_known_is_left_out():
     """As PSNR where no frames were decoded; what is chosen stays marked."""
     shown = plan_page.content({**of_plan(), "stem": "p.json"})
@@ -164,7 +257,20 @@ def test_the_picture_shows_halves_regions_and_skipped_steps():
 def test_the_map_of_a_cache(tmp_path):
     shown = {**of_cache(), "fingerprint": {"blocks": 3}, "delta_change": [[1.0] * 3] * 4}
     assert cache_page.compute_map(shown).tolist() == [[1, 1, 0, 1]] * 2 + [[1, 1, 1, 1]]
-    assert report.main([str(tmp_path / "missing.json")]) == 2
+
+
+def test_a_file_without_a_report_is_told_from_one_that_does_not_exist(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    assert report.main([str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"osaccel: error: {path}: does not exist; a search that failed or is not finished writes no file.\n"
+    )
+    path.write_text(json.dumps(plan_content(PLAN)))
+    assert report.main([str(path)]) == 2
+    assert capsys.readouterr().err == (
+        f"osaccel: error: {path}: nothing to show: no search wrote a report beside it (plan.json.report.json).\n"
+    )
+    assert report.main([f"{path}.report.json"]) == 2 and "cannot be read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"kind": "other"}', '{"kind": "plan"}', "{"])

@@ -7,7 +7,7 @@ import numpy as np
 
 from osaccel.dit_cache_config import CACHE_KEYS
 from osaccel.report import figures, words
-from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent, without_empty_columns
+from osaccel.report.content import Content, Table, command, compare, made_for, prompts_of, spent, without_empty_columns
 from osaccel.report.figures import BLUE, RED, YELLOW, Figure
 
 
@@ -16,8 +16,8 @@ def content(report: Dict[str, Any]) -> Content:
     return Content(
         "Cache search",
         _found(report),
-        f"Compare the frames below. If the cached ones are as good to you as the plain ones, run your command with the "
-        f"file. If not, search again with a smaller speed-up, such as OSACCEL_CACHE_RATIO={_milder(report):g}.",
+        f"{compare('cached', 'file', report)} search again with a smaller speed-up, such as "
+        f"OSACCEL_CACHE_RATIO={_milder(report):g}.",
         command("--cache-config", report),
         _figures(report),
         [_candidates(report)],

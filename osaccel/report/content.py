@@ -26,7 +26,7 @@ class Content:
 
     Args:
         title: what kind of search; found: sentences that say what it found.
-        following: what to do next; command: what applies the result.
+        following: what to do next; command: what applies the result, empty where that is of no use.
         facts: headings with what is known, label by label, below the pictures.
         prompts: what the search looked at.
     """
@@ -53,6 +53,16 @@ def without_empty_columns(table: Table) -> Table:
 def command(option: str, report: Mapping[str, Any]) -> str:
     """The launcher with the file that a search wrote."""
     return f"python -m osaccel.run {option} {shlex.quote(os.path.abspath(report['stem']))} -- COMMAND..."
+
+
+def compare(other: str, file: str, report: Mapping[str, Any]) -> str:
+    """How to judge what was found; what to do where it is not good enough goes on from here."""
+    if report.get("frames"):
+        return (
+            f"Compare the frames below. If the {other} ones are as good to you as the plain ones, run your command "
+            f"with the {file}. If not,"
+        )
+    return f"Run your command with the {file}. If the videos are not as good to you as the plain ones,"
 
 
 def prompts_of(report: Mapping[str, Any]) -> List[str]:

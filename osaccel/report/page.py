@@ -36,7 +36,9 @@ _MOST_CELLS, _MOST_STEPS, _MOST_FRAMES = 1_000_000, 10_000, 64 << 20
 
 def load(path: str) -> Dict[str, Any]:
     """The report at `path`, which may be the file that a search wrote or the report itself; its frames among it."""
-    path = path if path.endswith(SUFFIX) else path + SUFFIX
+    if not path.endswith(SUFFIX):
+        _check_was_searched(path)
+        path += SUFFIX
     report = formats.read_file(path)
     kind = report.get("kind", "dit_cache") if isinstance(report, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
@@ -46,6 +48,16 @@ def load(path: str) -> Dict[str, Any]:
         raise SettingsError(f"{path}: not a report of a {kind} search; missing {', '.join(missing)}.")
     stem = path[: -len(SUFFIX)]
     return {**report, "kind": kind, "frames": _frames(stem + ".report.npz"), "stem": stem}
+
+
+def _check_was_searched(path: str) -> None:
+    if os.path.lexists(path + SUFFIX):
+        return
+    if not os.path.lexists(path):
+        raise SettingsError(f"{path}: does not exist; a search that failed or is not finished writes no file.")
+    raise SettingsError(
+        f"{path}: nothing to show: no search wrote a report beside it ({os.path.basename(path) + SUFFIX})."
+    )
 
 
 def _frames(path: str) -> Optional[Dict[str, np.ndarray]]:

@@ -4,13 +4,14 @@
 What was not measured in this search is called predicted.
 """
 
-from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from osaccel import formats
 from osaccel.plan import Plan
 from osaccel.report import figures, words
-from osaccel.report.content import Content, Table, command, made_for, prompts_of, spent, without_empty_columns
+from osaccel.report.content import Content, Table, command, compare, made_for, prompts_of, spent, without_empty_columns
 from osaccel.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, YELLOW, Figure
+from osaccel.settings import GOALS
 
 # What a cell of the picture is, by its colour.
 KINDS = {
@@ -82,9 +83,9 @@ def content(report: Dict[str, Any]) -> Content:
         f"Plan for {report['goal']}",
         _found(shown),
         _following(shown),
-        command("--plan", report),
+        command("--plan", report) if shown.plan.touches_network else "",
         _figures(shown),
-        [_runs(shown), _windows(shown)],
+        [_runs(shown), *([_windows(shown)] if shown.windows else [])],
         {"What it was made for": made_for(report["fingerprint"]), "What the search took": spent(report["cost"])},
         prompts_of(report),
         report.get("date", ""),
@@ -99,15 +100,22 @@ def _found(shown: Shown) -> List[str]:
         f"{words.share(report['work'])} of the network work, an ideal speed-up of {1 / report['work']:.2f}x: "
         f"{shown.plan.describe()}, of {shown.steps} steps.",
         f"Measured on {words.times(calls, 'call')}: relative error of the final latents {words.number(report['error'])}"
-        f" (0 is the plain video){psnr}. Predicted before it was run: {words.number(report.get('predicted_error'))}.",
+        f" (0 is the plain video){psnr}.{_predicted(report)}",
     ]
+    if not report.get("keeps", True):
+        found.append("The target was not reached within what the search may take.")
     return [*found, *_in_time(shown)]
+
+
+def _predicted(report: Mapping[str, Any]) -> str:
+    predicted = report.get("predicted_error")
+    return "" if predicted is None else f" Predicted before it was run: {words.number(predicted)}."
 
 
 def _in_time(shown: Shown) -> List[str]:
     """What was measured in seconds, and whether the saved work explains it."""
     chosen, plain = shown.chosen, shown.plain_seconds
-    if chosen is None or chosen.seconds is None or not plain:
+    if chosen is None or chosen.seconds is None or not plain or not shown.plan.touches_network:
         return []
     # The steps that were not repeated are counted as the plain ones were.
     seconds = plain * chosen.first / shown.steps + chosen.seconds
@@ -122,16 +130,35 @@ def _in_time(shown: Shown) -> List[str]:
 
 def _following(shown: Shown) -> str:
     report = shown.report
+    if not shown.plan.touches_network:
+        milder = f", such as OSACCEL_TARGET={report['milder']}" if report.get("milder") else ""
+        return (
+            f"Nothing that saves work was found to keep {report['goal']}: this plan computes every step in full and "
+            f"gains nothing. Search again with a milder target{milder}."
+        )
     times = report["error"] / report["predicted_error"] if report.get("predicted_error") else 1.0
     warning = (
         f"The error was measured {times:.1f} times as large as predicted, so look closely. " if times > _FAR else ""
     )
-    milder = round((1 + 1 / report["work"]) / 2, 2)
-    return (
-        f"{warning}Compare the frames below. If the planned ones are as good to you as the plain ones, run your "
-        "command with the plan. If not, search again with a milder target, such as "
-        f"OSACCEL_TARGET={milder:g}x."
-    )
+    return f"{warning}{compare('planned', 'plan', report)} {_otherwise(report)}."
+
+
+def _otherwise(report: Mapping[str, Any]) -> str:
+    """What to do where the plan loses too much."""
+    if not report.get("keeps", True):
+        return "sample more steps and search again"
+    kind = str(report["goal"]).rpartition(":")[0] or "speed"
+    # Half as far from the plain run.
+    if kind == "speed":
+        value, said = round((1 + 1 / report["work"]) / 2, 2), "{:g}x"
+    elif kind == "psnr":
+        value, said = round(report["psnr"] + 6, 1), "psnr:{:g}"
+    else:
+        value, said = float(f"{report['error'] / 2:.2g}"), "error:{:g}"
+    low, high = GOALS[kind]
+    if not low < value <= high:
+        return "sample without it"
+    return f"search again with a target that loses less, such as OSACCEL_TARGET={said.format(value)}"
 
 
 def _figures(shown: Shown) -> List[Figure]:
@@ -145,7 +172,9 @@ def _figures(shown: Shown) -> List[Figure]:
         Figure(
             "curve", "Error against network work",
             "Lines are predicted: the best choices of all families together and of each alone. Dots were measured in "
-            "this search; those near full work are the single replays that the prediction is made from.",
+            "this search and have the colour of their family, or of all families where they are of several. Among "
+            "them are the replays that the prediction is made from. Each changes one group of windows by one family "
+            "and nothing else, so it saves little and may lie well above the lines, which save where it costs least.",
             lambda canvas: draw_curve(shown, canvas),
         ),
     ]  # fmt: skip
@@ -295,8 +324,8 @@ def draw_curve(shown: Shown, canvas: Any) -> None:
     others = [run for run in shown.runs if run.error and not run.is_chosen]
     if others:
         works, errors = [100 * run.work for run in others], [run.error for run in others]
-        axes.scatter(works, errors, c=[_colour(run.plan) for run in others], s=22, zorder=3)
-        axes.scatter([], [], color=GREY, s=22, label="measured")
+        axes.scatter(works, errors, c=[_colour(run.plan, report["curves"]) for run in others], s=22, zorder=3)
+        axes.scatter([], [], color=GREY, s=22, label="measured, in its family's colour")
     work, predicted = 100 * report["work"], report.get("predicted_error")
     if predicted:
         axes.plot([work, work], [predicted, report["error"]], color=RED, linewidth=1, linestyle=":")
@@ -314,11 +343,12 @@ def draw_curve(shown: Shown, canvas: Any) -> None:
     canvas.legend(loc="outside lower center", ncols=3)
 
 
-def _colour(plan: Plan) -> str:
-    """A dot's: its family's, where it is of one."""
-    if bool(plan.skip) == bool(plan.conditional_only):
-        return BLUE
-    return GREEN if plan.skip else ORANGE
+def _colour(plan: Plan, drawn: Container[str]) -> str:
+    """A dot's: that of its family's line where it is of one family and the line is drawn, else of all together."""
+    families = {"forecast" if region.order else "reused" for region in plan.used_regions}
+    families |= {name for name, steps in (("skipped", plan.skip), ("conditional only", plan.conditional_only)) if steps}
+    family = families.pop() if len(families) == 1 else "together"
+    return _LINES[family if family in drawn else "together"]
 
 
 def _hundred_over(value: Any) -> Any:

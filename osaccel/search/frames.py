@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Frames of a pipeline's output: compared, thinned out for a report, and written."""
 
+import contextlib
 import logging
 import math
+import os
 from typing import Any, Dict, Optional, Sequence
 
 import numpy as np
@@ -35,11 +37,16 @@ def mean_psnr(values: Sequence[float]) -> float:
     return -10 * math.log10(sum(10 ** (-value / 10) for value in values) / len(values))
 
 
-def frames(replay: Replay, final: torch.Tensor, label: str = "cached") -> Optional[Dict[str, np.ndarray]]:
-    """Plain frames of a call and those of other final latents, thinned out; None when the pipeline gives none."""
+def frames(
+    replay: Replay, final: torch.Tensor, label: str = "cached", plain: Optional[np.ndarray] = None
+) -> Optional[Dict[str, np.ndarray]]:
+    """Plain frames of a call and those of other final latents, thinned out; None when the pipeline gives none.
+
+    plain: what an earlier call gave as such; they are not decoded again.
+    """
     try:
-        pair = {"plain": replay.decode(), label: replay.decode(final)}
-        return {name: thinned(frames_of(output)) for name, output in pair.items()}
+        plain = thinned(frames_of(replay.decode())) if plain is None else plain
+        return {"plain": plain, label: thinned(frames_of(replay.decode(final)))}
     except (ValueError, TypeError, RuntimeError) as error:
         # The configuration is found; a report without pictures is no reason to lose it.
         logger.warning("the report has no frames: %s", error)
@@ -57,9 +64,13 @@ def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
     return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
 
 
-def write_frames(path: str, content: Dict[str, Any]) -> None:
-    """Write what `frames` gave so that it is there whole or not at all."""
+def write_frames(path: str, content: Optional[Dict[str, Any]]) -> None:
+    """Write what `frames` gave so that it is there whole or not at all; None takes those of an earlier search away."""
     try:
+        if content is None:
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+            return
         stored.write_whole(path, lambda file: np.savez_compressed(file, **content))
         formats.make_readable(path)
     except OSError as error:

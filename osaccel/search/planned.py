@@ -85,11 +85,13 @@ class PlannedRunner(JournalledRunner):
         self.asked.update((evaluation.key, evaluation) for evaluation in found)
         return found
 
-    def frames(self, evaluation: Evaluation, label: str) -> Optional[Dict[str, np.ndarray]]:
-        """Frames of the first call, plain and as evaluated."""
+    def frames(
+        self, evaluation: Evaluation, label: str, plain: Optional[np.ndarray] = None
+    ) -> Optional[Dict[str, np.ndarray]]:
+        """Frames of the first call, plain (where they are not given) and as evaluated."""
         final = self.measure.final(evaluation.config)
         is_here = self.team.all_agree(final is not None)
-        return frames(self.replays[0], final, label) if is_here and final is not None else None
+        return frames(self.replays[0], final, label, plain) if is_here and final is not None else None
 
     @property
     def block_forwards(self) -> float:

@@ -144,8 +144,7 @@ class CacheRunner(PlannedRunner):
 
     def _write(self, best: Candidate, report: Dict[str, Any], frames: Optional[Dict[str, np.ndarray]]) -> None:
         """The report first: a configuration without one is bound to nothing."""
-        if frames is not None:
-            pictures.write_frames(self.output + ".report.npz", frames)
+        pictures.write_frames(binding.frames_path(self.output), frames)
         path, config = binding.report_path(self.output), best.config
         summary = {key: report[key] for key in ("speed_up", "error", "psnr", "fingerprint")}
         outputs.deliver(path, summary, lambda: formats.write_json(path, report))

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import replace
-from typing import NamedTuple, Sequence
+from typing import NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from osaccel.plan import Plan
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.plan.choice import Choice
 from osaccel.search.planned import TOLERANCE
-from osaccel.settings import Goal
+from osaccel.settings import GOALS, Goal
 
 
 class Found(NamedTuple):
@@ -59,6 +59,22 @@ def best(tried: Sequence[Found], settled: int) -> Found:
     for found in others:
         taken = found if _is_better(found, taken, settled) else taken
     return taken
+
+
+def nearest_kept(goal: Goal, measured: Sequence[Found]) -> Optional[Goal]:
+    """The goal of a PSNR or an error nearest to this missed one that a measured plan which saves work keeps."""
+    saving = [found for found in measured if found.plan.touches_network]
+    if not saving or goal.kind == "speed":
+        return None
+    nearest = min(saving, key=lambda found: found.misses)
+    if goal.kind == "psnr":
+        kept = math.floor(10 * (nearest.evaluation.psnr or 0.0)) / 10
+    else:
+        # Two digits, rounded up.
+        unit = 10.0 ** (math.floor(math.log10(nearest.error)) - 1)
+        kept = float(f"{math.ceil(nearest.error / unit) * unit:.2g}")
+    low, high = GOALS[goal.kind]
+    return Goal(goal.kind, kept) if low < kept <= high else None
 
 
 def saves_early(plan: Plan, settled: int) -> bool:

@@ -46,7 +46,7 @@ from osaccel.search.plan.actions import (
 )
 from osaccel.search.plan.choice import Choice, at_error, curve, least
 from osaccel.search.plan.gains import GROUPS, Expectation, Probe, gains, probes
-from osaccel.search.plan.judge import Found, best, is_worth_it, saves_early
+from osaccel.search.plan.judge import Found, best, is_worth_it, nearest_kept, saves_early
 from osaccel.search.plan.local import predictor_moments, squared_sizes
 from osaccel.search.planned import BUDGET, PlannedRunner
 from osaccel.search.recording.replay import Call, Replay
@@ -395,14 +395,27 @@ class PlanRunner(PlannedRunner):
                 self.say("%s was not reached within the budget: measured %s", one.goal, _said(one.evaluation))
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
-                self._deliver(path_of(self.output, goals, number), plan, sidecar.report(self, one, curves, seconds))
+                path = path_of(self.output, goals, number)
+                self._deliver(path, plan, sidecar.report(self, one, curves, seconds))
                 self.say(
-                    "found a plan for %s: network work %.1f %%, %s; %d replays, %.2f plain generations; written to %s",
-                    one.goal, 100 * one.choice.work, _said(one.evaluation), len(self.asked), self.spent,
-                    path_of(self.output, goals, number) if self.session.is_delivered else "no file",
+                    "%s; %d replays, %.2f plain generations; written to %s", self._outcome(one), len(self.asked),
+                    self.spent, path if self.session.is_delivered else "no file",
                 )  # fmt: skip
-        self._write_frames(found[0])
+        self._write_frames(found)
         self.team.barrier()
+
+    def _outcome(self, found: Found) -> str:
+        if found.plan.touches_network:
+            return f"found a plan for {found.goal}: network work {_percent(found)}, {_said(found.evaluation)}"
+        milder = self.milder(found.goal)
+        return (
+            f"nothing that saves work keeps {found.goal}, so its plan computes every step in full, network work "
+            f"{_percent(found)}; ask for less{'' if milder is None else f', such as OSACCEL_TARGET={milder}'}"
+        )
+
+    def milder(self, goal: Goal) -> Optional[Goal]:
+        """The nearest goal of its kind that something which saves work was measured to keep."""
+        return nearest_kept(goal, self._others(goal))
 
     def _deliver(self, path: str, plan: Plan, report: Dict[str, Any]) -> None:
         """The report first, as the page is drawn from it."""
@@ -426,11 +439,16 @@ class PlanRunner(PlannedRunner):
         }
         return replace(found.plan, made_for=bound, measured=measured)
 
-    def _write_frames(self, found: Found) -> None:
-        """Frames of the first call, plain and under the first plan."""
-        content = self.frames(found.evaluation, "plan")
-        if self.team.is_first and content is not None:
-            pictures.write_frames(self.output + ".report.npz", content)
+    def _write_frames(self, found: Sequence[Found]) -> None:
+        """Frames of the first call, plain and under each plan, beside its file; the plain ones are decoded once."""
+        goals, plain = [one.goal for one in found], None
+        for number, one in enumerate(found):
+            content = self.frames(one.evaluation, "plan", plain)
+            if self.team.is_first:
+                pictures.write_frames(binding.frames_path(path_of(self.output, goals, number)), content)
+            # Decoding may be split over the ranks, so all of them decode the plain ones again or none does.
+            if self.team.all_agree(content is not None) and content is not None:
+                plain = content["plain"]
 
     def settings_of(self, found: Any) -> Dict[str, Any]:
         return {"plan": formats.parse_plan(found["plan"], "rank 0's plan")}
@@ -454,6 +472,10 @@ def _why_not_skipped(scheduler: Any) -> str:
 
 def _not_finite(goal: Goal) -> SearchError:
     return SearchError(f"The plan for {goal} gave latents that are not finite.")
+
+
+def _percent(found: Found) -> str:
+    return f"{100 * found.choice.work:.1f} %"
 
 
 def _said(evaluation: Evaluation) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from osaccel import binding, formats
 from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, alone
 from osaccel.search.plan.choice import Choice
+from osaccel.settings import Goal
 
 # Of the families, as people read them.
 NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast", REUSE: "reused"}
@@ -30,6 +31,8 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
         "kind": "plan",
         **binding.occasion([replay.call for replay in replays]),
         "goal": str(found.goal),
+        "keeps": found.keeps,
+        "milder": None if found.plan.touches_network else _text(runner.milder(found.goal)),
         "plan": formats.plan_content(found.plan),
         "work": found.choice.work,
         "error": found.evaluation.error,
@@ -51,6 +54,10 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
 def predicted(found: Any) -> Optional[float]:
     """The error that was expected of a plan; None for one that does not come from the windows."""
     return None if math.isnan(found.choice.error) else found.choice.error
+
+
+def _text(goal: Optional[Goal]) -> Optional[str]:
+    return None if goal is None else str(goal)
 
 
 def _row(evaluation: Any) -> Dict[str, Any]:
