@@ -31,7 +31,7 @@ from benchmarks.lib.own import along, planned, with_plan
 from benchmarks.lib.quality import STATISTICS, errors, interval, over
 from benchmarks.schedules import SEEDS_PER_PROMPT, fresh_data
 from osaccel.plan import UNDER_SKIP, Correction, Plan
-from osaccel.sampling.standin import ANCESTRAL
+from osaccel.schedule import ANCESTRAL
 from osaccel.search.places import even_places
 from osaccel.search.plan.local import Foreseen, Record
 from osaccel.search.plan.observation import DenoisedLog

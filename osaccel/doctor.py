@@ -20,16 +20,15 @@ from importlib.util import find_spec
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Sequence
 
 from osaccel import __version__, formats, run, settings
-from osaccel.messages import SettingsError, shown
-from osaccel.plan import Plan
-from osaccel.settings import Settings
+from osaccel.command import asked_for, refusals, sampler_of, steps_of
+from osaccel.messages import SettingsError, printable, shown
+from osaccel.settings import Settings, Value
 from osaccel.targets import TARGETS
 
 NOTE, WARNING, ERROR = "note", "warning", "error"
 STATUS = {NOTE: 0, WARNING: 1, ERROR: 2}
 # What osaccel needs, and what the upstream samples with.
 NEEDED, USED = ("torch", "numpy", "wrapt", "PyYAML"), ("diffusers", "transformers", "torch_npu", "matplotlib", "jinja2")
-_NUMBERS = ("num_sampling_steps", "num_frames", "height", "width")
 _LONGEST_SCRIPT = 1 << 16
 # How the text names what a generation would compute.
 _ROWS = {"network_work": "network work", "ideal_speed_up": "ideal speed-up", "in_place_of": "in place of"}
@@ -83,17 +82,23 @@ def diagnose(
     _look_for_upstream(found, command)
     _look_at_command(found, command, environ)
     try:
-        given = settings.load(environ, options)
+        values = settings.gather(environ, options)
+        unread = settings.unread(values)
+        if unread:
+            found.add(WARNING, unread)
+        given = settings.check(values, environ)
     except SettingsError as error:
         found.add(ERROR, str(error))
         return found
-    _show_settings(found, given, environ, options)
+    _show_settings(found, given, values)
+    for reason in refusals(given, found.command):
+        found.add(ERROR, reason)
     if given.disable:
         found.add(NOTE, "osaccel is switched off.")
     elif given.search:
         _look_at_search(found, given)
     elif not given.accelerates:
-        found.add(NOTE, "Nothing is set: COMMAND would run as without osaccel.")
+        _look_at_nothing(found, given)
     else:
         _look_at_plan(found, given, num_blocks)
     return found
@@ -203,19 +208,6 @@ def words_of(command: Sequence[str]) -> List[str]:
     return words
 
 
-def asked_for(words: Sequence[str]) -> Dict[str, Any]:
-    """What the sample script's own options say of a generation; where one is given twice, the last."""
-    found: Dict[str, Any] = {}
-    for word, following in zip(words, [*words[1:], ""]):
-        name, _, value = word.lstrip("-").partition("=")
-        value = value or following
-        if word.startswith("--") and name in _NUMBERS and value.isdigit():
-            found[name] = int(value)
-        elif word.startswith("--") and name in ("sample_method", "model_path"):
-            found[name] = value
-    return found
-
-
 def blocks_of(model_path: Optional[str]) -> Optional[int]:
     """The number of transformer blocks that a checkpoint's config.json states; None where there is none to read."""
     try:
@@ -229,34 +221,38 @@ def blocks_of(model_path: Optional[str]) -> Optional[int]:
 # The settings
 
 
-def _show_settings(found: Diagnosis, given: Settings, environ: Mapping[str, str], options: Mapping[str, Any]) -> None:
+def _show_settings(found: Diagnosis, given: Settings, values: Mapping[str, Value]) -> None:
     for name, place in given.sources.items():
-        raw = options.get(name)
-        if raw is None:
-            raw = environ.get(settings.BY_NAME[name].variable) or getattr(given, name, "")
-        found.settings[name] = {"value": str(raw) if isinstance(raw, (str, bool)) else shown(raw), "source": place}
+        found.settings[name] = {"value": printable(_as_written(values[name].raw)), "source": place}
+
+
+def _as_written(raw: Any) -> str:
+    """A raw value as an option or variable has it, or the YAML file."""
+    if isinstance(raw, list):
+        return ", ".join(map(_as_written, raw))
+    return raw if isinstance(raw, str) else json.dumps(raw)
 
 
 def _look_at_search(found: Diagnosis, given: Settings) -> None:
     outputs = [path for path in (given.plan_output, given.cache_output, given.timesteps_output) if path]
     found.effect = {"search": given.search, "writes": outputs}
-    steps = found.command.get("num_sampling_steps")
-    if given.search in ("restep", "all") and steps is not None and max(given.target_steps) >= steps:
-        found.add(
-            ERROR,
-            f"target_steps asks for {max(given.target_steps)} steps, but COMMAND samples {steps}; a search chooses "
-            f"among the script's own steps, so at most {steps - 1} are allowed.",
-        )
     for path in outputs:
         if os.path.exists(path):
             found.add(NOTE, f"{path} is there already; the search replaces it.")
+
+
+def _look_at_nothing(found: Diagnosis, given: Settings) -> None:
+    """Of settings with which a generation is the plain one."""
+    is_given = given.plan is not None or given.cache is not None
+    reason = f"{given.plan_source} computes every step in full" if is_given else "Nothing is set"
+    found.add(NOTE, f"{reason}: COMMAND would run as without osaccel.")
 
 
 def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int]) -> None:
     plan, asked = given.generation_plan(), found.command
     num_blocks = num_blocks or blocks_of(asked.get("model_path"))
     recorded = _compare(found, given, num_blocks)
-    steps = len(plan.timesteps) if plan.timesteps else asked.get("num_sampling_steps") or plan.steps
+    steps = steps_of(asked, plan) or plan.steps or asked.get("num_sampling_steps")
     blocks = num_blocks or recorded.get("blocks")
     found.effect = {"does": plan.describe(), "steps": steps or recorded.get("steps"), "blocks": blocks}
     # What a list saves is that it is shorter than what COMMAND asks for.
@@ -264,14 +260,12 @@ def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int]) 
     if plain_steps:
         found.effect["in_place_of"] = f"{plain_steps} evenly spaced steps"
     try:
-        if steps:
-            plan.check_steps(steps)
         if num_blocks:
             plan.check_blocks(num_blocks)
     except ValueError as error:
         found.add(ERROR, f"{given.plan_source}: {error}")
+    if found.status == STATUS[ERROR]:
         return
-    _refuse_sampler(found, plan)
     if plan.regions and blocks is None:
         found.add(NOTE, "The network work depends on the number of transformer blocks; say it with --num-blocks.")
     elif found.effect["steps"]:
@@ -303,24 +297,6 @@ def _compare(found: Diagnosis, given: Settings, num_blocks: Optional[int]) -> Ma
     for difference in binding.mismatches(recorded, call):
         found.add(ERROR if given.strict else WARNING, f"{source}: {difference}.")
     return recorded if isinstance(recorded, dict) else {}
-
-
-def sampler_of(asked: Mapping[str, Any]) -> Optional[str]:
-    """The scheduler's class that --sample_method stands for."""
-    return f"{asked['sample_method']}Scheduler" if "sample_method" in asked else None
-
-
-def _refuse_sampler(found: Diagnosis, plan: Plan) -> None:
-    sampler = sampler_of(found.command)
-    if sampler is None or not (plan.skip or plan.correction.is_used):
-        return
-    try:
-        from osaccel.sampling.standin import refusal_by_name
-    except ImportError:
-        return
-    reason = refusal_by_name(sampler)
-    if reason:
-        found.add(ERROR, f"{sampler} cannot skip or correct steps: {reason}.")
 
 
 # What is printed

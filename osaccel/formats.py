@@ -38,6 +38,16 @@ def check_keys(mapping: Any, allowed: Sequence[str], place: str) -> Dict[str, An
     return mapping
 
 
+def kinds_of(content: Any) -> Tuple[str, ...]:
+    """The settings that take a file of this content, by its looks; empty where they say nothing."""
+    if isinstance(content, list):
+        return ("timesteps",)
+    keys = set(content) if isinstance(content, dict) else set()
+    if keys & set(CACHE_KEYS):
+        return ("cache_config", "plan")
+    return ("plan",) if "format" in keys or keys & _MARKS_OF_MINDIE else ()
+
+
 def parse_cache_config(content: Any, place: str) -> DitCacheConfig:
     """A `DitCacheConfig` from a mapping with exactly msModelSlim's four keys; `place` opens every error message."""
     mapping = check_keys(content, CACHE_KEYS, place)
@@ -77,7 +87,7 @@ def parse_plan(content: Any, place: str) -> Plan:
     if isinstance(content, dict) and "format" not in content:
         if set(content) & set(CACHE_KEYS):
             return of_dit_cache(parse_cache_config(content, place))
-        if set(content) & {"method", "blocks_count", "steps_count"}:
+        if set(content) & _MARKS_OF_MINDIE:
             return _of_mindie(content, place)
     mapping = check_keys(content, _PLAN_KEYS, place)
     if mapping.get("format") != FORMAT:
@@ -106,6 +116,7 @@ _MINDIE_KEYS = {
     "blocks_count": None, "steps_count": None, "step_start": 0, "step_interval": 1, "step_end": MOST_TIMESTEPS,
     "block_start": 0, "block_end": LARGEST_CACHE_VALUE,
 }  # fmt: skip
+_MARKS_OF_MINDIE = {"method", "blocks_count", "steps_count"}
 
 
 def _of_mindie(content: Dict[str, Any], place: str) -> Plan:

@@ -53,8 +53,8 @@ def read_text(path: str, most: int) -> str:
     try:
         # Editors on Windows put a byte order mark before the text.
         return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise cannot_be_read(path, error) from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"{path}: cannot be read: it is not a text file (UTF-8).") from None
 
 
 def check_regular(path: str) -> None:

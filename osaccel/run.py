@@ -9,6 +9,7 @@ import sys
 from typing import Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from osaccel import __version__, log, settings
+from osaccel.command import asked_for, refusals
 from osaccel.messages import SettingsError, closest
 
 BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_bootstrap")
@@ -158,6 +159,22 @@ def warn_if_python_ignores_us(command: Sequence[str], path: Optional[str] = None
         )
 
 
+def check(options: Mapping[str, Optional[str]], command: Sequence[str]) -> bool:
+    """Whether settings and files are right, and fit what the command's own options say; says what is not."""
+    try:
+        values = settings.gather(os.environ, options)
+        unread = settings.unread(values)
+        if unread:
+            say(f"warning: {unread}")
+        # A shell script's own words are left to the doctor: it may hold several commands, and not run all of them.
+        refused = refusals(settings.check(values, os.environ), asked_for(command))
+    except SettingsError as error:
+        refused = [str(error)]
+    for reason in refused[:1]:
+        say(f"error: {reason}")
+    return not refused
+
+
 def become(command: List[str], environ: Dict[str, str]) -> int:
     """Replace this process by `command`, so that signals and the exit status are its own; returns only on failure."""
     program = shutil.which(command[0], path=environ.get("PATH"))
@@ -186,11 +203,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     )
     options = vars(parser.parse_args(ours))
     if not command:
-        parser.error("no COMMAND given")
-    try:
-        settings.load(os.environ, options)
-    except SettingsError as error:
-        say(f"error: {error}")
+        parser.error(f"no COMMAND given; {parser.format_usage().strip()}; --help lists the options.")
+    if not check(options, command):
         return USAGE_ERROR
     command = as_executable(command)
     warn_if_python_ignores_us(command, os.environ.get("PATH"))

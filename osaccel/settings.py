@@ -402,11 +402,29 @@ def load(environ: Mapping[str, str], options: Optional[Mapping[str, Any]] = None
     Raises:
         SettingsError: a variable, key or value is not allowed, or a file cannot be used.
     """
+    return check(gather(environ, options or {}), environ)
+
+
+def gather(environ: Mapping[str, str], options: Mapping[str, Any]) -> Dict[str, Value]:
+    """What is set, by setting name, as it was written; of each setting the value that wins."""
     _check_variables(environ)
-    given = _from_options_and_environment(environ, options or {})
-    values = dict(_from_yaml(_path(given["config"]))) if "config" in given else {}
-    values.update(given)
-    if "disable" in values and _boolean(values["disable"]):
+    given = _from_options_and_environment(environ, options)
+    values = dict(_from_yaml(given["config"])) if "config" in given else {}
+    return {**values, **given}
+
+
+def unread(values: Mapping[str, Value]) -> Optional[str]:
+    """What is to be said of settings that only a search reads, where none is asked for; None where there are none."""
+    places = [value.place for name, value in values.items() if BY_NAME[name].group == "search"]
+    if not places or "search" in values or _is_disabled(values):
+        return None
+    search = BY_NAME["search"]
+    return f"{', '.join(places)}: only a search reads this, and none is asked for; see {search.variable}."
+
+
+def check(values: Mapping[str, Value], environ: Mapping[str, str]) -> Settings:
+    """Settings from what `gather` found; the rest as in `load`."""
+    if _is_disabled(values):
         return Settings(disable=True, sources={"disable": values["disable"].place})
     parsed: Dict[str, Any] = {}
     for name in values:
@@ -468,6 +486,10 @@ def _check_places(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> Non
         formats.find_videos(parsed["calibration_videos"], values["calibration_videos"].place)
 
 
+def _is_disabled(values: Mapping[str, Value]) -> bool:
+    return "disable" in values and _boolean(values["disable"])
+
+
 def _check_variables(environ: Mapping[str, str]) -> None:
     known = [setting.variable for setting in TABLE]
     for variable in environ:
@@ -485,11 +507,11 @@ def _from_options_and_environment(environ: Mapping[str, str], options: Mapping[s
     return values
 
 
-def _from_yaml(path: str) -> Dict[str, Value]:
+def _from_yaml(value: Value) -> Dict[str, Value]:
+    path = _path(value)
     if not path.lower().endswith(reading.YAML_SUFFIXES):
         raise SettingsError(f"{path}: the settings file must end in {' or '.join(reading.YAML_SUFFIXES)}.")
-    content = formats.read_file(path)
-    return _collect({} if content is None else content, (), path)
+    return _read(value, "config", lambda content, place: _collect({} if content is None else content, (), place))
 
 
 def _collect(content: Any, section: Tuple[str, ...], path: str) -> Dict[str, Value]:
@@ -512,17 +534,36 @@ def _collect(content: Any, section: Tuple[str, ...], path: str) -> Dict[str, Val
     return values
 
 
+def _read(value: Value, name: str, parse: Callable[[Any, str], Any]) -> Any:
+    """What a file says; one of another kind is answered with the setting that takes it."""
+    path = _path(value)
+    content = formats.read_file(path)
+    try:
+        return parse(content, path)
+    except SettingsError as error:
+        takers = formats.kinds_of(content) or (("config",) if _is_settings(content) else ())
+        if not takers or name in takers:
+            raise
+        setting = BY_NAME[takers[0]]
+        raise SettingsError(f"{error} {setting.variable}, or {setting.option}, takes such a file.") from None
+
+
+def _is_settings(content: Any) -> bool:
+    keys = {setting.yaml[0] for setting in TABLE if setting.yaml}
+    return isinstance(content, dict) and bool(content) and keys.issuperset(content)
+
+
 def _cache(value: Value) -> DitCacheConfig:
     # In the YAML file the four keys may stand in place of a path.
     if isinstance(value.raw, dict):
         return formats.parse_cache_config(value.raw, value.place)
-    return formats.read_cache_config(_path(value))
+    return _read(value, "cache_config", formats.parse_cache_config)
 
 
 def _plan(value: Value) -> Plan:
     if isinstance(value.raw, dict):
         return formats.parse_plan(value.raw, value.place)
-    return formats.read_plan(_path(value))
+    return _read(value, "plan", formats.parse_plan)
 
 
 def _check_contradictions(values: Mapping[str, Value], parsed: Mapping[str, Any]) -> None:
@@ -546,7 +587,7 @@ def _check_contradictions(values: Mapping[str, Value], parsed: Mapping[str, Any]
 def _timesteps(value: Value) -> Tuple[float, ...]:
     if isinstance(value.raw, list):
         return formats.parse_timesteps(value.raw, value.place)
-    return formats.read_timesteps(_path(value))
+    return _read(value, "timesteps", formats.parse_timesteps)
 
 
 def exported(options: Mapping[str, Any], environ: Mapping[str, str]) -> Dict[str, str]:

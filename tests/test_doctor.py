@@ -86,6 +86,7 @@ PATH = {"PATH": os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"
     [
         (("--num_sampling_steps", "50"), ERROR, "the plan is for 10 steps, but this generation takes 50"),
         (("--sample_method", "PNDM"), ERROR, "PNDMScheduler cannot skip or correct steps: it already extrapolates"),
+        (("--sample_method", "DPMSolverMultistep"), ERROR, "Allowed: EulerAncestralDiscreteScheduler, DDPMScheduler, "),
         (("--num_frames", "93", "--height", "480", "--width", "640"), WARNING, "resolution was [29, 480, 640]"),
         (("--schedule_timestep", "x"), ERROR, "--schedule_timestep is msModelSlim's; before COMMAND it is --timesteps"),
     ],
@@ -154,6 +155,65 @@ def test_a_search_is_checked_too(upstream):
     found = doctor.diagnose(PATH, options, (*SCRIPT, "--num_sampling_steps", "50"))
     assert found.status == 2 and "at most 49 are allowed" in said(found)
     assert doctor.diagnose(PATH, {"search": "plan"}, ()).status == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "expected"),
+    [
+        ({"search": "plan", "plan": "p.json"}, "6", "6 steps is too short for a plan search; sample at least 7."),
+        (
+            {"search": "restep", "timesteps": "t.txt", "target_steps": "20"},
+            "10",
+            "OSACCEL_TARGET_STEPS asks for 20 steps, but the script samples 10; a search chooses among the script's "
+            "own steps, so at most 9 are allowed.",
+        ),
+    ],
+)
+def test_a_search_that_would_end_with_an_error_says_so_as_the_search_would(upstream, options, steps, expected):
+    found = doctor.diagnose(PATH, options, (*SCRIPT, "--num_sampling_steps", steps))
+    assert found.status == 2 and expected in said(found)
+    assert doctor.diagnose(PATH, options, (*SCRIPT, "--num_sampling_steps", "50")).status == 0
+
+
+def test_samplers_that_count_their_steps_otherwise_are_not_compared(upstream):
+    plan = {"format": "osaccel.plan/1", "steps": 15, "conditional_only": [3], "made_for": {"steps": 8}}
+    command = (*SCRIPT, "--num_sampling_steps", "8")
+    options = {"plan": write(upstream / "plan.json", plan)}
+    assert doctor.diagnose(PATH, options, command).status == 2
+    found = doctor.diagnose(PATH, options, (*command, "--sample_method", "HeunDiscrete"))
+    assert found.status == 0 and found.effect["steps"] == 15
+    plan["made_for"]["sampler"] = "HeunDiscreteScheduler"
+    assert doctor.diagnose(PATH, {"plan": write(upstream / "plan.json", plan)}, command).status == 0
+
+
+def test_a_plan_that_changes_nothing_is_named(upstream):
+    path = write(upstream / "plan.json", {"format": "osaccel.plan/1", "steps": 10})
+    found = doctor.diagnose({"OSACCEL_PLAN": path, **PATH}, {}, (*SCRIPT, "--num_sampling_steps", "8"))
+    assert found.status == 0 and "OSACCEL_PLAN computes every step in full: COMMAND would run as without" in said(found)
+
+
+def test_settings_are_shown_as_they_were_written(upstream):
+    write(upstream / "plan.json", PLAN)
+    (upstream / "osaccel.yaml").write_text(
+        "plan: plan.json\ncorrection: [0, 1.0, 1]\nstrict: true\nsearch: {mode: plan, target: '2x, 3x', prompts: 4}\n"
+        "wall: {parallel_vae: false}\n"
+    )
+    found = doctor.diagnose({**PATH, "OSACCEL_LOG": "debug"}, {"config": "osaccel.yaml", "cache_ratio": "1.20"}, ())
+    assert {name: row["value"] for name, row in found.settings.items()} == {
+        "config": "osaccel.yaml", "plan": "plan.json", "correction": "0, 1.0, 1", "strict": "true", "search": "plan",
+        "target": "2x, 3x", "search_prompts": "4", "parallel_vae": "false", "log": "debug", "cache_ratio": "1.20",
+    }  # fmt: skip
+    assert "plan            plan.json  (osaccel.yaml: plan)\n" in doctor.text_of(found)
+    (upstream / "osaccel.yaml").write_text(f"cache: {json.dumps(FOUR_KEYS)}\n")
+    found = doctor.diagnose(PATH, {"config": "osaccel.yaml"}, ())
+    assert json.loads(found.settings["cache_config"]["value"]) == FOUR_KEYS
+
+
+def test_settings_of_a_search_without_one_are_a_warning(upstream):
+    found = doctor.diagnose({**PATH, "OSACCEL_TARGET": "2x"}, {"plan": write(upstream / "plan.json", PLAN)}, ())
+    assert found.status == 1 and "OSACCEL_TARGET: only a search reads this, and none is asked for" in said(found)
+    found = doctor.diagnose({**PATH, "OSACCEL_TARGET": "2x"}, {"plan": "none.json"}, ())
+    assert [finding.level for finding in found.findings] == [WARNING, ERROR]
 
 
 def test_options_inside_a_shell_script_are_read(upstream):

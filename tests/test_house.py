@@ -22,7 +22,7 @@ SEARCH_ORDER = (
     ("workers", "outputs"),
     ("journal",),
     ("recording", "team", "lock", "presence", "stored", "evaluation", "progress"),
-    ("errors", "places"),
+    ("errors", "limits", "places"),
 )
 
 

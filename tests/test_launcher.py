@@ -97,8 +97,87 @@ def test_an_unknown_variable_is_an_error():
     assert result.returncode == 2 and "OSACCEL_CACHE: unknown environment variable" in result.stderr
 
 
-def test_no_command_and_unknown_command():
-    assert launch().returncode == 2
+PLAN = {"format": "osaccel.plan/1", "steps": 20, "skip": [3]}
+
+
+@pytest.mark.parametrize(
+    ("environ", "extra", "expected"),
+    [
+        (
+            {},
+            ["--num_sampling_steps", "8"],
+            "OSACCEL_PLAN: the plan is for 20 steps, but this generation takes 8; samp",
+        ),
+        (
+            {},
+            ["--sample_method=DPMSolverMultistep"],
+            "DPMSolverMultistepScheduler cannot skip or correct steps: it alr",
+        ),
+        (
+            {"OSACCEL_SEARCH": "plan"},
+            ["--num_sampling_steps=6"],
+            "A generation of 6 steps is too short for a plan search; sample at least 7.",
+        ),
+    ],
+)
+def test_what_cannot_fit_the_command_s_own_options_spawns_nothing(environ, extra, expected, tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    marker = tmp_path / "spawned"
+    result = launch("touch", str(marker), *extra, OSACCEL_PLAN=str(tmp_path / "plan.json"), **environ)
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith(f"osaccel: error: {expected}") and result.stderr.count("\n") == 1
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--num_sampling_steps", "20", "--sample_method", "DDIM"],
+        # A prompt is no option.
+        ["--num_sampling_steps", "20", "--text_prompt", "num_sampling_steps=8"],
+        # It counts twice as many steps, less one.
+        ["--num_sampling_steps", "8", "--sample_method", "HeunDiscrete"],
+    ],
+)
+def test_what_may_fit_is_started(extra, tmp_path):
+    plan = {**PLAN, "skip": [], "conditional_only": [3]}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    result = launch("echo", "started", *extra, OSACCEL_PLAN=str(tmp_path / "plan.json"))
+    assert result.returncode == 0 and result.stdout.startswith("started") and result.stderr == ""
+
+
+def test_the_check_beforehand_imports_nothing_heavy(tmp_path):
+    (tmp_path / "plan.json").write_text(json.dumps(PLAN))
+    code = (
+        "import sys; from osaccel import run; print(run.main(['echo', '--num_sampling_steps', '8']),"
+        "*{'torch', 'diffusers', 'wrapt', 'numpy'} & set(sys.modules))"
+    )
+    assert run(sys.executable, "-c", code, OSACCEL_PLAN=str(tmp_path / "plan.json")).stdout == "2\n"
+
+
+def test_settings_of_a_search_without_one_are_a_warning(tmp_path, cache_file):
+    environ = {"OSACCEL_TARGET": "2x", "OSACCEL_CACHE_CONFIG": cache_file}
+    result = launch("--target-steps", "5", "echo", "started", **environ)
+    assert result.stdout == "started\n" and result.stderr == (
+        "osaccel: warning: OSACCEL_TARGET, --target-steps: only a search reads this, and none is asked for; see "
+        "OSACCEL_SEARCH.\n"
+    )
+    for name, value in (("SEARCH", "0"), ("DISABLE", "1")):
+        assert launch("true", **environ, **{f"OSACCEL_{name}": value}).stderr == ""
+    missing = launch("true", OSACCEL_TARGET="2x", OSACCEL_PLAN="none.json")
+    assert missing.returncode == 2 and missing.stderr.count("\n") == 2 and "warning: OSACCEL_TARGET" in missing.stderr
+
+
+@pytest.mark.parametrize("arguments", [[], ["--plan", "plan.json"], ["--"]])
+def test_no_command(arguments):
+    result = launch(*arguments)
+    assert result.returncode == 2 and result.stderr == (
+        "osaccel: error: no COMMAND given; usage: python -m osaccel.run [options] [--] COMMAND...; --help lists the "
+        "options.\n"
+    )
+
+
+def test_unknown_command():
     result = launch("no-such-program")
     assert result.returncode == 127 and "command not found: no-such-program" in result.stderr
 

@@ -143,6 +143,38 @@ def test_wrong_yaml(tmp_path, content, expected):
     assert message.startswith(path) and expected in message
 
 
+PLAN = {"format": "osaccel.plan/1", "steps": 10, "skip": [3]}
+MINDIE = {"method": "dit_block_cache", "blocks_count": 4, "steps_count": 10}
+TAKERS = {"PLAN": PLAN, "CACHE_CONFIG": GOOD, "TIMESTEPS": [0.1, 0.9], "CONFIG": {"plan": "plan.json", "log": "INFO"}}
+
+
+@pytest.mark.parametrize("variable", TAKERS)
+@pytest.mark.parametrize("other", TAKERS)
+def test_a_file_of_another_kind_is_answered_with_the_setting_that_takes_it(tmp_path, variable, other):
+    path = write(tmp_path / "file.yaml", TAKERS[other])
+    # The four keys are a plan too.
+    if variable == other or (variable, other) == ("PLAN", "CACHE_CONFIG"):
+        return
+    message = message_of({f"OSACCEL_{variable}": path})
+    option = "--" + other.lower().replace("_", "-")
+    assert message.startswith(path) and message.endswith(f" OSACCEL_{other}, or {option}, takes such a file.")
+
+
+def test_no_other_setting_is_named_where_the_kind_is_right_or_unknown(tmp_path):
+    path = write(tmp_path / "cache.json", {**GOOD, "cache_num_blocks": -1})
+    for variable in ("OSACCEL_CACHE_CONFIG", "OSACCEL_PLAN"):
+        assert "takes such a file" not in message_of({variable: path})
+    assert "takes such a file" not in message_of({"OSACCEL_PLAN": write(tmp_path / "x.json", {"a": 1})})
+    mindie = write(tmp_path / "mindie.json", MINDIE)
+    assert "OSACCEL_PLAN, or --plan, takes such a file." in message_of({"OSACCEL_CACHE_CONFIG": mindie})
+
+
+def test_a_picture_is_no_text(tmp_path):
+    path = tmp_path / "plan.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert message_of({"OSACCEL_PLAN": str(path)}) == f"{path}: cannot be read: it is not a text file (UTF-8)."
+
+
 def test_a_directory_is_not_a_file(tmp_path):
     assert "cannot be read: Is a directory." in message_of({"OSACCEL_CACHE_CONFIG": str(tmp_path)})
 

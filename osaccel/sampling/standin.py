@@ -23,8 +23,7 @@ from osaccel.plan import Correction, Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
 from osaccel.sampling.response import Response
-
-ANCESTRAL, FLOW = 2.0, 1.0
+from osaccel.schedule import ANCESTRAL, FLOW, POWERS, refusal
 
 
 class _Computed(NamedTuple):
@@ -251,63 +250,16 @@ def mean_sigma(start: float, end: float, power: float) -> float:
     return start * end * math.log(start / end) / (start - end)
 
 
-_POWERS = {
-    "EulerAncestralDiscreteScheduler": ANCESTRAL,
-    "DDPMScheduler": ANCESTRAL,
-    "EulerDiscreteScheduler": FLOW,
-    "DDIMScheduler": FLOW,
-}
-_TWICE = "it evaluates every interval twice, and one stand-in for two different points is none"
-_HISTORY = "it already extrapolates along earlier predictions, which a stand-in would falsify"
-_REFUSED = {
-    "HeunDiscreteScheduler": _TWICE,
-    "KDPM2DiscreteScheduler": _TWICE,
-    "KDPM2AncestralDiscreteScheduler": _TWICE,
-    "DPMSolverMultistepScheduler": _HISTORY,
-    "DPMSolverSinglestepScheduler": _HISTORY,
-    "DEISMultistepScheduler": _HISTORY,
-    "PNDMScheduler": _HISTORY,
-    "UniPCMultistepScheduler": _HISTORY,
-}
-
-
 def check_scheduler(scheduler: Any) -> None:
     """Raise UnsupportedScheduler, with the reason, unless the scheduler's step freezes D as skipping needs it."""
-    reason = _refusal(scheduler)
+    reason = refusal(scheduler)
     if reason:
-        raise UnsupportedScheduler(
-            f"{type(scheduler).__name__} cannot skip or correct steps: {reason}. Allowed: {', '.join(_POWERS)}."
-        )
-
-
-def refusal_by_name(class_name: str) -> Optional[str]:
-    """Why schedulers of this class cannot skip or correct; None where their options decide."""
-    return _REFUSED.get(class_name)
-
-
-def _refusal(scheduler: Any) -> Optional[str]:
-    names = [base.__name__ for base in type(scheduler).__mro__]
-    config = scheduler.config
-    for name in names:
-        if name in _REFUSED:
-            return _REFUSED[name]
-    if not any(name in _POWERS for name in names):
-        return "nothing is known of how it uses a prediction"
-    for option in ("clip_sample", "thresholding"):
-        if config.get(option):
-            return f"with {option}=True it changes the prediction; {option}=False is allowed"
-    if config.get("variance_type", "fixed_small") != "fixed_small":
-        return f"with variance_type={config['variance_type']!r} its noise does not merge; 'fixed_small' is allowed"
-    if config.get("prediction_type", "epsilon") not in ("epsilon", "v_prediction", "sample"):
-        return (
-            f"prediction_type={config['prediction_type']!r} is unknown; 'epsilon', 'v_prediction', 'sample' are allowed"
-        )
-    return None
+        raise UnsupportedScheduler(reason)
 
 
 def usual_power(scheduler: Any) -> float:
     """q of a scheduler's step with its usual options; that of the probability flow where nothing is known of it."""
-    return next((_POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in _POWERS), FLOW)
+    return next((POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in POWERS), FLOW)
 
 
 def power_of(scheduler: Any, call: StepCall) -> float:

@@ -59,6 +59,9 @@ def test_other_samplers_that_can_be_corrected(upstream, method):
 
 @pytest.mark.parametrize("method", ["HeunDiscrete", "DPMSolverMultistep"])
 def test_samplers_of_higher_order_are_refused_before_the_first_forward(upstream, method):
-    result = upstream.run(method=method, prefix=LAUNCHER, OSACCEL_CORRECTION="1")
+    result = upstream.run(method=method, sitecustomize="import osaccel.auto\n", OSACCEL_CORRECTION="1")
     assert result.status == 1 and not result.calls
-    assert "Scheduler cannot skip or correct steps: it" in result.log
+    launched = upstream.run(method=method, prefix=LAUNCHER, OSACCEL_CORRECTION="1")
+    assert launched.status == 2 and len(launched.log.splitlines()) == 1
+    message = launched.log.partition("error: ")[2].strip()
+    assert "Scheduler cannot skip or correct steps: it" in message and message in result.log

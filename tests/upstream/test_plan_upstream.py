@@ -72,9 +72,12 @@ def test_four_keys_and_their_plan_make_the_same_video(upstream, script, tmp_path
     assert empty.videos == upstream.run(script).videos != as_plan.videos
 
 
-def test_another_number_of_steps_ends_the_script_before_its_first_step(upstream, tmp_path_factory):
+def test_another_number_of_steps_is_refused_before_the_script_starts(upstream, tmp_path_factory):
     path = tmp_path_factory.mktemp("plan") / "plan.json"
     path.write_text(json.dumps({**PLANS["skip"], "steps": 9}))
     result = upstream.run(prefix=LAUNCHER, OSACCEL_PLAN=str(path))
-    assert result.status == 1 and not result.calls
+    assert result.status == 2 and len(result.log.splitlines()) == 1
     assert "OSACCEL_PLAN: the plan is for 9 steps, but this generation takes 8" in result.log
+    unchecked = upstream.run(sitecustomize="import osaccel.auto\n", OSACCEL_PLAN=str(path))
+    assert unchecked.status == 1 and not unchecked.calls
+    assert "OSACCEL_PLAN: the plan is for 9 steps, but this generation takes 8" in unchecked.log

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Container, Dict, List, NamedTuple, Sequence, Tuple
 
 from osaccel.plan import UNDER_SKIP, Correction, Plan, Region
+from osaccel.search.limits import SHORTEST_WINDOW
 from osaccel.search.places import even_places
 from osaccel.search.planned import settling
 
@@ -67,7 +68,7 @@ BY_NAME = {action.name: action for action in ACTIONS}
 # The mildest action of each family: errors add up while they are small.
 REFERENCES = {HALF: "c2", SKIP: "s2", FORECAST: "f2", REUSE: "r2"}
 # The least length that holds every cycle a whole number of times, and one for short schedules.
-LENGTHS = (12, 6)
+LENGTHS = (12, SHORTEST_WINDOW)
 FEWEST_WINDOWS = 4
 
 

@@ -13,7 +13,8 @@ import torch
 
 from osaccel.plan import forecast
 from osaccel.sampling.response import answer, slope_behind
-from osaccel.sampling.standin import FLOW, followed
+from osaccel.sampling.standin import followed
+from osaccel.schedule import FLOW
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
 

@@ -12,7 +12,8 @@ from osaccel.interceptors import Interceptor, StepCall, latents_of
 from osaccel.network.forwards import HiddenStates
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import ANCESTRAL, FLOW, check_scheduler, power_of
+from osaccel.sampling.standin import check_scheduler, power_of
+from osaccel.schedule import ANCESTRAL, FLOW
 from osaccel.search.plan.aside import ForecastsAside
 from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.local import Record, forecast_squares

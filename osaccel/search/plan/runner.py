@@ -19,9 +19,10 @@ from osaccel import binding, formats
 from osaccel.generation import find_blocks
 from osaccel.plan import Plan
 from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import ANCESTRAL, check_scheduler
+from osaccel.sampling.standin import check_scheduler
+from osaccel.schedule import ANCESTRAL
 from osaccel.search import frames as pictures
-from osaccel.search import outputs
+from osaccel.search import limits, outputs
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.measure import plan_of_job, price_of
@@ -100,8 +101,9 @@ class PlanRunner(PlannedRunner):
     def prepare(self) -> None:
         """What is known without a replay: the windows, what they may do, and how far that goes."""
         self.windows = Windows.of(self.steps, self.num_blocks)
-        if not self.windows.count:
-            raise SearchError(f"A generation of {self.steps} steps is too short for a plan search; sample at least 7.")
+        too_short = limits.too_short(self.steps)
+        if too_short:
+            raise SearchError(too_short)
         self.actions = self._actions()
         self._refuse_unreachable()
 

@@ -15,6 +15,7 @@ from osaccel.plan import Correction
 from osaccel.sampling import UnsupportedScheduler
 from osaccel.sampling.standin import check_scheduler
 from osaccel.search.errors import SearchError
+from osaccel.search.limits import too_many_asked
 from osaccel.search.places import even_places
 from osaccel.search.recording.replay import Call
 from osaccel.search.session import Runner, Session
@@ -86,12 +87,9 @@ class RestepRunner(Runner):
 
     def _check(self, call: Call) -> None:
         steps = call.arguments.get("num_inference_steps")
-        most = max(self.session.settings.target_steps)
-        if isinstance(steps, int) and most >= steps:
-            raise SearchError(
-                f"OSACCEL_TARGET_STEPS asks for {most} steps, but the script samples {steps}; a search chooses among "
-                f"the script's own steps, so at most {steps - 1} are allowed."
-            )
+        too_many = too_many_asked(self.session.settings.target_steps, steps) if isinstance(steps, int) else None
+        if too_many:
+            raise SearchError(too_many)
         if not hasattr(call.pipeline.scheduler, "alphas_cumprod"):
             raise SearchError(f"{type(call.pipeline.scheduler).__name__} has no training noise schedule to search on.")
         if self.session.settings.correction is not None:
