@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command's own words say of its generations, and what these would end with; nothing heavy is imported."""
 
+import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 from osaccel.plan import Plan
@@ -8,6 +9,7 @@ from osaccel.schedule import refusal_by_name, takes_more_steps
 from osaccel.search import limits
 from osaccel.settings import Settings
 
+_NUMBER = re.compile(r"\d*\.?\d+")
 _NUMBERS = ("num_sampling_steps", "num_frames", "height", "width")
 
 
@@ -21,6 +23,8 @@ def asked_for(words: Sequence[str]) -> Dict[str, Any]:
             found[name] = int(value)
         elif word.startswith("--") and name in ("sample_method", "model_path"):
             found[name] = value
+        elif word.startswith("--") and name == "guidance_scale" and _NUMBER.fullmatch(value):
+            found[name] = float(value)
     return found
 
 

@@ -293,6 +293,7 @@ def _compare(found: Diagnosis, given: Settings, num_blocks: Optional[int]) -> Ma
         "sampler": sampler_of(asked),
         "resolution": size if None not in size else None,
         "timesteps": binding.digest_of(list(timesteps)) if timesteps else binding.DEFAULT_SPACING,
+        "guidance_scale": asked.get("guidance_scale"),
     }
     for difference in binding.mismatches(recorded, call):
         found.add(ERROR if given.strict else WARNING, f"{source}: {difference}.")

@@ -120,6 +120,10 @@ def test_blocks_are_those_of_the_checkpoint_that_the_command_names(upstream):
     assert found.effect["network_work"] == pytest.approx(1 - 3 * 2 / 50) and found.findings == []
     path = write(upstream / "plan.json", PLAN)
     assert "blocks was 4 when it was searched, is now 5" in said(doctor.diagnose(PATH, {"plan": path}, command))
+    guided = write(upstream / "guided.json", {**PLAN, "made_for": {"guidance_scale": 7.5}})
+    for words, is_said in ((("--guidance_scale", "3"), True), (("--guidance_scale=7.50",), False), ((), False)):
+        found = doctor.diagnose(PATH, {"plan": guided}, (*command, *words))
+        assert ("guidance_scale was 7.5 when it was searched" in said(found)) is is_said
     (upstream / "model" / "config.json").write_text("{")
     assert "say it with --num-blocks" in said(doctor.diagnose(PATH, options, command))
 
