@@ -10,15 +10,14 @@
 3. Time of the correction in one step on real latent sizes, beside `scheduler.step` itself and beside the upstream's
    network on the same core or GPU.
 4. Milliseconds that `import osaccel.auto` adds to a Python process that never imports the upstream.
-5. Time of a whole plan search outside the blocks / inside them, of recording and of everything after it, and what a
-   plain generation spends outside; with blocks of over 5 ms.
+5. Time outside the blocks over time inside them: of a plan search with all that it records, of recorded generations
+   alone, and of a plain one; with blocks of over 5 ms.
 
 On a CPU these are CPU seconds of one thread, so that other programs beside it hardly count; on a GPU, in bfloat16,
 seconds until it has finished. The upstream's own model is timed by `python -m benchmarks.wall steps`.
 """
 
 import argparse
-import atexit
 import contextlib
 import functools
 import json
@@ -28,7 +27,7 @@ import tempfile
 import time
 import types
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -88,19 +87,6 @@ class Block(nn.Module):
     def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
         hidden_states = hidden_states + self.attention(*[hidden_states] * 3, need_weights=False)[0]
         return hidden_states + self.mlp(hidden_states)
-
-
-class TimedBlock(Block):
-    """A block that knows how long all blocks ran."""
-
-    place = PLACES["cpu"]
-    inside, calls = 0.0, 0
-
-    def forward(self, hidden_states: torch.Tensor, timestep: Any = None) -> torch.Tensor:
-        found: List[torch.Tensor] = []
-        TimedBlock.inside += self.place.seconds(lambda: found.append(Block.forward(self, hidden_states, timestep)))
-        TimedBlock.calls += 1
-        return found[0]
 
 
 class Transformer(nn.Module):
@@ -176,20 +162,29 @@ def idle_overhead(pairs: int, place: Place) -> Tuple[float, float, float]:
     return median_ratio(times["active"], times["plain"])
 
 
-def outside_share(pipeline: OpenSoraPipeline) -> float:
-    """The share of a plain loop's time that is spent outside the transformer."""
-    own, inside = pipeline.transformer.forward, []  # type: ignore[var-annotated]
+@contextlib.contextmanager
+def timed(modules: Sequence[Any], place: Place) -> Iterator[List[float]]:
+    """The seconds that each forward of these modules takes, of all in one list."""
+    inside: List[float] = []
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        found = []
-        inside.append(pipeline.place.seconds(lambda: found.append(own(*args, **kwargs))))
+    def forward(own: Any, *args: Any, **kwargs: Any) -> Any:
+        found: List[Any] = []
+        inside.append(place.seconds(lambda: found.append(own(*args, **kwargs))))
         return found[0]
 
-    pipeline.transformer.forward = forward
+    for module in modules:
+        module.forward = functools.partial(forward, module.forward)
     try:
-        whole = pipeline.place.seconds(pipeline)
+        yield inside
     finally:
-        del pipeline.transformer.forward
+        for module in modules:
+            del module.forward
+
+
+def outside_share(pipeline: OpenSoraPipeline) -> float:
+    """The share of a plain loop's time that is spent outside the transformer."""
+    with timed([pipeline.transformer], pipeline.place) as inside:
+        whole = pipeline.place.seconds(pipeline)
     return 1 - sum(inside) / whole
 
 
@@ -216,34 +211,29 @@ def planned_speed(plan: Plan, repeats: int, place: Place) -> Dict[str, float]:
 
 
 def search_cost(place: Place, steps: int, calls: int) -> Dict[str, float]:
-    """Time outside the blocks over time inside: of a plan search, of recorded generations, and of plain ones."""
+    """Time outside the blocks over time inside, of a plan search, of recorded generations alone and of a plain one."""
     pipeline = OpenSoraPipeline(12, place.width, place.tokens, place, place.heads)
-    for block in pipeline.transformer.transformer_blocks:
-        block.__class__, TimedBlock.place = TimedBlock, place
-
-    def beside(function: Callable[[], object]) -> float:
-        TimedBlock.inside, TimedBlock.calls = 0.0, 0
-        whole = place.seconds(function)
-        return whole / TimedBlock.inside - 1
-
-    with tempfile.TemporaryDirectory() as folder:
+    blocks = list(pipeline.transformer.transformer_blocks)
+    with tempfile.TemporaryDirectory() as folder, timed(blocks, place) as inside:
         output = str(Path(folder) / "plan.json")
-        settings = Settings(search="plan", plan_output=output, search_then="continue", search_prompts=calls)
-        session = Session(settings, TARGET)
-        arguments = {"num_inference_steps": steps}
+        session = Session(
+            Settings(search="plan", plan_output=output, search_then="continue", search_prompts=calls), TARGET
+        )
 
         def call() -> None:
-            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
+            session.on_call(type(pipeline).__call__, pipeline, (pipeline,), {"num_inference_steps": steps})
 
         try:
-            recording = [beside(call) for _ in range(calls - 1)]
-            # The last call is recorded too before the search begins.
-            whole = beside(call)
+            recorded = sum(place.seconds(call) for _ in range(calls - 1))
+            beside = recorded / sum(inside) - 1
+            # In the last call, once it is recorded, the search runs.
+            whole = recorded + place.seconds(call)
         finally:
-            atexit.unregister(session._complain_if_unfinished)
-    plain = beside(lambda: pipeline(steps))
-    block_ms = 1000 * TimedBlock.inside / TimedBlock.calls
-    return {"plain": plain, "recording": float(np.mean(recording)), "searching": whole, "block_ms": block_ms}
+            session.abandon()
+        found = {"searching": whole / sum(inside) - 1, "recording": beside, "block_ms": 1000 * float(np.median(inside))}
+        inside.clear()
+        plain = place.seconds(lambda: pipeline(steps))
+        return {**found, "plain": plain / sum(inside) - 1}
 
 
 def correction_cost(steps: int, place: Place = PLACES["cpu"]) -> Dict[str, float]:

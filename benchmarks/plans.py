@@ -12,7 +12,7 @@ over videos, the same videos drawn for both sides of a comparison. What is finis
 interrupted command goes on, commands with different `--only` may share a folder, and rows of changed code run anew.
 
 The last lines of a table say whether choices keep their place: the found plan among structured and random plans of its
-work on the first `--rival-videos` held-out videos, and among those that are better there on all of them.
+work on the first `--rival-videos` held-out videos, and on the others among those that were better there.
 """
 
 import argparse
@@ -190,11 +190,13 @@ class Comparison:
         return competitor.at(self.tuning, work)
 
     def _among(self, speed: float) -> List[Rivals]:
-        """On the first videos; then, on all videos, those that were better there, as some are so by chance."""
+        """On the first videos; then, on the others, those that were better there, as some are so by chance."""
         count, videos = self.rival_count
         drawn = self.searched.rivals[self.targets.index(speed)][:count]
         found, better = self._ranked(speed, drawn, self.cases[:videos])
-        return [found, self._ranked(speed, better, self.cases)[0]] if better and videos < len(self.cases) else [found]
+        if not better or videos >= len(self.cases):
+            return [found]
+        return [found, self._ranked(speed, better, self.cases[videos:])[0]]
 
     def _ranked(self, speed: float, rivals: Sequence[Any], cases: Sequence[Case]) -> Tuple[Rivals, List[Any]]:
         """The found plan among rivals, [kind, content], and those of them that have less mean or typical error."""

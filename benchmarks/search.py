@@ -11,11 +11,10 @@ draw, by mean and by typical (median) error; "over best" is how much larger its 
 """
 
 import argparse
-import atexit
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from benchmarks.lib.kept import digest_of, made_by
 from benchmarks.lib.models import Case
 from benchmarks.lib.own import code
 from benchmarks.lib.quality import LOST, STATISTICS
-from osaccel import binding, formats
+from osaccel import formats
 from osaccel.plan import of_dit_cache
 from osaccel.search.dit_cache.candidates import Candidate, candidate_of, candidates
 from osaccel.search.recording.replay import Call, Replay
@@ -113,14 +112,15 @@ def _searched(ledger: Ledger, ratio: float, cases: Sequence[Case], output: str) 
             torch.manual_seed(case.seed)
             session.on_call(type(pipeline).__call__, pipeline, (pipeline,), ledger.arguments(case.prompt))
     finally:
-        atexit.unregister(session._complain_if_unfinished)
-    return formats.read_file(binding.report_path(output))
+        session.abandon()
+    return formats.read_file(formats.report_path(output))
 
 
-def two_stage(ledger: Ledger, ratio: float, case: Case) -> Choice:
+def two_stage(ledger: Ledger, ratio: float, case: Case) -> Optional[Choice]:
     """msModelSlim's published loop bounds: every start but block 0 at the least length, then 3 starts x 8 x 2.
 
     Judged by latents, which is kinder than its own re-encoded videos; lengths rounded so that the ratio is reached.
+    None where no such candidate reaches it.
     """
     blocks, steps = ledger.bench.num_blocks, ledger.bench.steps
     reaching = [
@@ -130,6 +130,8 @@ def two_stage(ledger: Ledger, ratio: float, case: Case) -> Choice:
         for start in range(1, blocks - length + 1)
         if Candidate(start, start + length, first, 2).speed_up(blocks, steps) >= ratio
     ]
+    if not any(c.first == 0 for c in reaching):
+        return None
     least = min(c.stop - c.start for c in reaching if c.first == 0)
     tried = [c for c in reaching if c.first == 0 and c.stop - c.start == least]
     error = {c: ledger.errors(c, [case])[0] for c in tried}
@@ -159,7 +161,8 @@ def compare(ledger: Ledger, ratio: float, options: argparse.Namespace) -> Dict[s
                 cases = every[turn * EACH :][:prompts]
                 name = f"{options.label}, {prompts} prompt{'s' * (prompts > 1)}, {chr(ord('a') + turn)}"
                 chosen.append(ours(ledger, ratio, cases, name))
-        chosen.append(two_stage(ledger, ratio, every[0]))
+        loop = two_stage(ledger, ratio, every[0])
+        chosen += [loop] if loop else []
     found = {}
     for candidate in [*(Candidate(*choice.candidate) for choice in chosen), *drawn(pool, options.draw)]:
         found[candidate] = ledger.errors(candidate, heldout)

@@ -19,16 +19,6 @@ DEFAULT_SPACING = "the scheduler's own"
 _COMPILED = "_orig_mod."
 
 
-def report_path(config_path: str) -> str:
-    """The sidecar report of a configuration file."""
-    return config_path + ".report.json"
-
-
-def frames_path(config_path: str) -> str:
-    """The frames of its report's page."""
-    return config_path + ".report.npz"
-
-
 def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps: Optional[Sequence[float]]) -> Dict:
     """The binding values of a call, from its arguments; None where the call does not say."""
     size = [arguments.get(name) for name in ("num_frames", "height", "width")]
@@ -94,15 +84,15 @@ def recorded_of(settings: Any) -> Tuple[str, Any]:
     if settings.plan is not None:
         return settings.plan_source, settings.plan.made_for
     path = settings.cache_file
-    if path is None or not os.path.exists(report_path(path)):
+    if path is None or not os.path.exists(formats.report_path(path)):
         return "", {}
     try:
-        report = formats.read_file(report_path(path))
+        report = formats.read_file(formats.report_path(path))
     except formats.SettingsError as error:
         return path, f"its report is damaged: {error}"
     recorded = report.get("fingerprint", {}) if isinstance(report, dict) else None
     if not isinstance(recorded, dict):
-        return path, f"its report is damaged: {report_path(path)} holds no fingerprint"
+        return path, f"its report is damaged: {formats.report_path(path)} holds no fingerprint"
     return path, recorded
 
 

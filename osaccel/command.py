@@ -9,7 +9,7 @@ from osaccel.schedule import refusal_by_name, takes_more_steps
 from osaccel.search import limits
 from osaccel.settings import Settings
 
-_NUMBER = re.compile(r"\d*\.?\d+")
+_WHOLE, _NUMBER = re.compile("[0-9]{1,9}"), re.compile(r"[0-9]{0,9}\.?[0-9]{1,9}")
 _NUMBERS = ("num_sampling_steps", "num_frames", "height", "width")
 
 
@@ -19,7 +19,7 @@ def asked_for(words: Sequence[str]) -> Dict[str, Any]:
     for word, following in zip(words, [*words[1:], ""]):
         name, _, value = word.lstrip("-").partition("=")
         value = value or following
-        if word.startswith("--") and name in _NUMBERS and value.isdigit():
+        if word.startswith("--") and name in _NUMBERS and _WHOLE.fullmatch(value):
             found[name] = int(value)
         elif word.startswith("--") and name in ("sample_method", "model_path"):
             found[name] = value

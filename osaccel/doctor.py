@@ -91,7 +91,8 @@ def diagnose(
         found.add(ERROR, str(error))
         return found
     _show_settings(found, given, values)
-    for reason in refusals(given, found.command):
+    refused = refusals(given, found.command)
+    for reason in refused:
         found.add(ERROR, reason)
     if given.disable:
         found.add(NOTE, "osaccel is switched off.")
@@ -100,7 +101,7 @@ def diagnose(
     elif not given.accelerates:
         _look_at_nothing(found, given)
     else:
-        _look_at_plan(found, given, num_blocks)
+        _look_at_plan(found, given, num_blocks, is_refused=bool(refused))
     return found
 
 
@@ -248,7 +249,7 @@ def _look_at_nothing(found: Diagnosis, given: Settings) -> None:
     found.add(NOTE, f"{reason}: COMMAND would run as without osaccel.")
 
 
-def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int]) -> None:
+def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int], is_refused: bool) -> None:
     plan, asked = given.generation_plan(), found.command
     num_blocks = num_blocks or blocks_of(asked.get("model_path"))
     recorded = _compare(found, given, num_blocks)
@@ -264,7 +265,8 @@ def _look_at_plan(found: Diagnosis, given: Settings, num_blocks: Optional[int]) 
             plan.check_blocks(num_blocks)
     except ValueError as error:
         found.add(ERROR, f"{given.plan_source}: {error}")
-    if found.status == STATUS[ERROR]:
+        return
+    if is_refused:
         return
     if plan.regions and blocks is None:
         found.add(NOTE, "The network work depends on the number of transformer blocks; say it with --num-blocks.")

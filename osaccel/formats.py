@@ -23,6 +23,8 @@ MOST_TIMESTEPS = 10_000
 # Beyond every model's blocks and every run's steps: what is larger is a slip, or was made to do harm.
 LARGEST_CACHE_VALUE = 1_000_000
 # A search writes less than this beside its output before it has found something.
+# What a search writes beside its output.
+REPORT = ".report.json"
 _PROBE = b"\0" * (1 << 16)
 # How many calibration videos a search takes.
 FEWEST_VIDEOS, MOST_VIDEOS = 5, 20
@@ -315,12 +317,22 @@ def _sync_directory(directory: str) -> None:
             os.close(handle)
 
 
+def report_path(path: str) -> str:
+    """The report of what a search wrote, beside it."""
+    return path + REPORT
+
+
+def frames_path(path: str) -> str:
+    """The frames that the report shows, beside it."""
+    return path + ".report.npz"
+
+
 def check_writable(path: str, place: str) -> None:
     """Raise SettingsError unless `path` and its report can be written later: called before the first forward.
 
     A file without a name is written beside them and gone at once, which finds a full disk too; no folder is made.
     """
-    for output in (path, path + ".report.json"):
+    for output in (path, report_path(path)):
         try:
             _check_replaceable(output)
         except (OSError, ValueError) as error:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a scheduler's class and configuration say that derivations must know before they act; nothing is imported."""
+"""What a scheduler's class and configuration say that derivations must know before they act; needs no torch."""
 
 from typing import Any, List, Mapping, Optional, Union
 

@@ -152,7 +152,7 @@ def _targets(value: Value) -> Tuple[Goal, ...]:
     found = [_target(value._replace(raw=str(part).strip().lower())) for part in parts]
     for number, goal in enumerate(found):
         if str(goal) in map(str, found[:number]):
-            raise SettingsError(f"{value.place}: {goal} is asked for twice; every target has a file of its name.")
+            raise SettingsError(f"{value.place}: {goal} is asked for twice; each target's file is named after it.")
     return tuple(found)
 
 

@@ -260,7 +260,7 @@ def test_what_a_search_leaves_is_as_readable_as_the_user_s_other_files(tmp_path,
     before = os.umask(umask)
     try:
         formats.write_json(str(tmp_path / "plan.json"), {})
-        frames.write_frames(str(tmp_path / "plan.json.report.npz"), {"plain": np.zeros((2, 4, 4, 3), np.uint8)})
+        frames.replace_frames(str(tmp_path / "plan.json.report.npz"), {"plain": np.zeros((2, 4, 4, 3), np.uint8)})
         (tmp_path / "other").touch()
     finally:
         os.umask(before)

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan search: exact costs and choices, local errors that predict, budgets, targets, and what it writes."""
 
-import atexit
 import itertools
 import json
 import math
@@ -19,8 +18,7 @@ from diffusers import (
 )
 
 from osaccel import settings
-from osaccel.binding import report_path
-from osaccel.formats import SettingsError, parse_plan, read_file, read_plan
+from osaccel.formats import SettingsError, parse_plan, read_file, read_plan, report_path
 from osaccel.generation import Generation
 from osaccel.plan import Plan
 from osaccel.report import page
@@ -80,7 +78,7 @@ def search(tmp_path, goals=("2x",), steps=STEPS, prompts=1, pipeline=None, **arg
             call = {"prompt": f"prompt {number}", "num_inference_steps": steps, "guidance_scale": 4.0, **arguments}
             session.on_call(type(pipeline).__call__, pipeline, (pipeline,), call)
     finally:
-        atexit.unregister(session._complain_if_unfinished)
+        session.abandon()
     return pipeline, read_plan(output), json.loads((tmp_path / "plan.json.report.json").read_text())
 
 
@@ -562,7 +560,7 @@ def test_where_nothing_that_saves_keeps_a_goal_that_is_said_with_one_that_is_kep
     assert plan.is_plain and report["work"] == 1.0 and report["milder"].startswith(further)
     asked = settings.load({"OSACCEL_TARGET": goal}).target[0]
     assert f"nothing that saves work keeps {asked}, so its plan computes every step in full" in caplog.text
-    assert f"ask for less, such as OSACCEL_TARGET={report['milder']}; " in caplog.text
+    assert f"search again with a milder target, such as OSACCEL_TARGET={report['milder']}; " in caplog.text
     assert "found a plan" not in caplog.text
     assert (
         f"OSACCEL_TARGET={report['milder']}."
@@ -681,7 +679,7 @@ def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
     ):
         search(tmp_path / "off", pipeline=sampler, guidance_scale=1.0)
     clipping = Pipeline(scheduler=DDIMScheduler(clip_sample=True), num_blocks=1)
-    with pytest.raises(SearchError, match="clip_sample=False is allowed.* There are no blocks to forecast"):
+    with pytest.raises(SearchError, match="clip_sample=False is allowed.* No blocks can be forecast"):
         search(tmp_path / "clipping", pipeline=clipping, guidance_scale=1.0)
 
 
@@ -821,5 +819,5 @@ def test_targets_that_are_none(text):
 
 
 def test_targets_that_would_have_one_file_are_refused():
-    with pytest.raises(SettingsError, match="OSACCEL_TARGET: 2x is asked for twice; every target has a file"):
+    with pytest.raises(SettingsError, match="OSACCEL_TARGET: 2x is asked for twice; each target's file is named"):
         settings.load({"OSACCEL_TARGET": "2x,psnr:40,2.0000001x"})

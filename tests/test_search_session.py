@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole cache search in this process, on the tiny pipeline: what it costs, what it refuses, what starts it anew."""
 
-import atexit
 import json
 import logging
 import math
@@ -35,7 +34,7 @@ def search(tmp_path, pipeline=None, prompts=1, ratio=1.3, min_psnr=None, **kwarg
             session.on_call(pipeline.__call__, pipeline, (), arguments)
     finally:
         # It would end this process with an error, as it ends a script whose search is not over.
-        atexit.unregister(session._complain_if_unfinished)
+        session.abandon()
     assert session.is_over
     return pipeline, json.loads((tmp_path / "found.json.report.json").read_text())
 

@@ -4,7 +4,6 @@
 Everything found is a plan's content, so that nothing behind this file knows how the search works.
 """
 
-import atexit
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
@@ -16,7 +15,7 @@ from benchmarks.lib.bench import Bench, NotKept
 from benchmarks.lib.kept import digest_of
 from benchmarks.lib.models import Case
 from benchmarks.lib.own import code
-from osaccel import binding, formats
+from osaccel import formats
 from osaccel.search.errors import SearchError
 from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, Action, Windows, alone, plan_of, units
 from osaccel.search.plan.runner import PlanRunner, path_of
@@ -109,7 +108,7 @@ def _fed(bench: Bench, cases: Sequence[Case], settings: Settings) -> PlanRunner:
             arguments = {**bench.model.arguments(), "prompt": case.prompt, "num_inference_steps": bench.steps}
             session.on_call(type(pipeline).__call__, pipeline, (pipeline,), arguments)
     finally:
-        atexit.unregister(session._complain_if_unfinished)
+        session.abandon()
     return runner
 
 
@@ -121,7 +120,7 @@ def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output
     runner = _fed(bench, cases, settings)
     paths = [path_of(output, goals, number) for number in range(len(goals))]
     plans = [formats.read_plan(path) for path in paths]
-    reports = [formats.read_file(binding.report_path(path)) for path in paths]
+    reports = [formats.read_file(formats.report_path(path)) for path in paths]
     generator = np.random.default_rng(0)
     return Searched(
         plans=[formats.plan_content(plan) for plan in plans],

@@ -114,7 +114,7 @@ class ReStepAdaptor:
     @staticmethod
     def _write(path: str, found: List[float], report: Dict[str, Any]) -> None:
         formats.write_timesteps(path, found)
-        formats.write_json(path + ".report.json", report)
+        formats.write_json(formats.report_path(path), report)
 
     @staticmethod
     def seed_everything(seed: int) -> None:

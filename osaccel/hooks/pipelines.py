@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import threading
+import weakref
 from dataclasses import replace
 from typing import Any, Callable, Dict, Optional
 
@@ -25,6 +26,8 @@ _session: Optional[Any] = None
 _running: Dict[int, int] = {}
 _entering = threading.Lock()
 _warned = set()  # type: ignore[var-annotated]
+# Of models that were asked for theirs.
+_digests: "weakref.WeakKeyDictionary[Any, Optional[str]]" = weakref.WeakKeyDictionary()
 
 
 def wrap_pipeline(module: Any) -> None:
@@ -202,7 +205,9 @@ def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Set
         # Not the upstream we know; opening the generation will say so.
         return
     found = binding.of_call(pipeline, arguments, blocks, settings.timesteps)
-    differences = binding.mismatches(recorded, {**found, "model": _model(pipeline, target)})
+    if isinstance(recorded, dict) and recorded.get("model"):
+        found["model"] = _weights_digest(target.owner_of_blocks(pipeline))
+    differences = binding.mismatches(recorded, found)
     if not differences:
         return
     message = f"{source} may not fit this generation: {'; '.join(differences)}"
@@ -213,14 +218,16 @@ def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Set
         logger.warning("%s; quality and speed may differ from what was measured", message)
 
 
-def _model(pipeline: Any, target: Target) -> Optional[str]:
-    """The digest of the weights; None where they are not at hand, offloaded to a disk for example."""
+def _weights_digest(model: Any) -> Optional[str]:
+    """Of a model, taken once; None where its weights are not at hand, offloaded to a disk for example."""
     from osaccel import binding
 
-    try:
-        return binding.weights_digest(target.owner_of_blocks(pipeline))
-    except (NotImplementedError, RuntimeError):
-        return None
+    if model not in _digests:
+        try:
+            _digests[model] = binding.weights_digest(model)
+        except (NotImplementedError, RuntimeError):
+            _digests[model] = None
+    return _digests[model]
 
 
 def _has_own_timesteps(wrapped: Callable, args: tuple, kwargs: dict) -> bool:

@@ -136,7 +136,8 @@ def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
 
 
 def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[int]:
-    """The batch of a transformer's call, both halves of guidance counted: rows of its first tensor of three dimensions.
+    """The batch of a transformer's call, both halves of guidance counted: rows of its first tensor of three dimensions
+    or more.
 
     None where there is none.
     """

@@ -17,7 +17,6 @@ from osaccel.messages import closest
 from osaccel.report import cache, figures, plan, timesteps
 from osaccel.report.content import Content
 
-SUFFIX = ".report.json"
 # The searches by the kind that their report names; a cache search's names none.
 KINDS: Dict[str, Callable[[Dict[str, Any]], Content]] = {
     "plan": plan.content,
@@ -36,9 +35,9 @@ _MOST_CELLS, _MOST_STEPS, _MOST_FRAMES = 1_000_000, 10_000, 64 << 20
 
 def load(path: str) -> Dict[str, Any]:
     """The report at `path`, which may be the file that a search wrote or the report itself; its frames among it."""
-    if not path.endswith(SUFFIX):
+    if not path.endswith(formats.REPORT):
         _check_was_searched(path)
-        path += SUFFIX
+        path += formats.REPORT
     report = formats.read_file(path)
     kind = report.get("kind", "dit_cache") if isinstance(report, dict) else None
     if not isinstance(kind, str) or kind not in KINDS:
@@ -46,17 +45,17 @@ def load(path: str) -> Dict[str, Any]:
     missing = [key for key in _NEEDED[kind] if key not in report]
     if missing:
         raise SettingsError(f"{path}: not a report of a {kind} search; missing {', '.join(missing)}.")
-    stem = path[: -len(SUFFIX)]
-    return {**report, "kind": kind, "frames": _frames(stem + ".report.npz"), "stem": stem}
+    stem = path[: -len(formats.REPORT)]
+    return {**report, "kind": kind, "frames": _frames(formats.frames_path(stem)), "stem": stem}
 
 
 def _check_was_searched(path: str) -> None:
-    if os.path.lexists(path + SUFFIX):
+    if os.path.lexists(path + formats.REPORT):
         return
     if not os.path.lexists(path):
         raise SettingsError(f"{path}: does not exist; a search that failed or is not finished writes no file.")
     raise SettingsError(
-        f"{path}: nothing to show: no search wrote a report beside it ({os.path.basename(path) + SUFFIX})."
+        f"{path}: nothing to show: no search wrote a report beside it ({os.path.basename(path) + formats.REPORT})."
     )
 
 
@@ -85,7 +84,8 @@ def _damage_is_said(report: Mapping[str, Any]) -> Iterator[None]:
         raise
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise SettingsError(
-            f"{report['stem']}{SUFFIX}: cannot be shown as a {report['kind']} search: {type(error).__name__}: {error}."
+            f"{report['stem']}{formats.REPORT}: cannot be shown as a {report['kind']} search: {type(error).__name__}: "
+            f"{error}."
         ) from None
 
 

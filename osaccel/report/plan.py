@@ -228,8 +228,8 @@ def _windows(shown: Shown) -> Table:
     columns = ("steps", "the plan there", *(f"gain, {named.get(family, family)}" for family in gains))
     text = (
         "Gain: how much of the change that an action makes inside its window is left in the final latents, measured in "
-        "groups of windows and interpolated between them; early windows have that of the first group. Before the first "
-        "window nothing is chosen: its action goes on backwards where it only skips."
+        "groups of windows and interpolated between them; early windows have that of the first group. Steps before "
+        "the first window have no action of their own: its cycle goes on backwards where it is early and only skips."
     )
     return Table("Windows of the search", text, columns, rows)
 

@@ -42,7 +42,7 @@ def frames(
 ) -> Optional[Dict[str, np.ndarray]]:
     """Plain frames of a call and those of other final latents, thinned out; None when the pipeline gives none.
 
-    plain: what an earlier call gave as such; they are not decoded again.
+    plain: this call's, from an earlier answer; they are not decoded again.
     """
     try:
         plain = thinned(frames_of(replay.decode())) if plain is None else plain
@@ -64,14 +64,21 @@ def thinned(frames: np.ndarray, count: int = 6, size: int = 256) -> np.ndarray:
     return frames[picked, ::stride, ::stride].clip(0, 255).astype(np.uint8)
 
 
-def write_frames(path: str, content: Optional[Dict[str, Any]]) -> None:
-    """Write what `frames` gave so that it is there whole or not at all; None takes those of an earlier search away."""
+def replace_frames(path: str, content: Optional[Dict[str, Any]]) -> None:
+    """Write what `frames` gave, whole or not at all; where that is nothing, remove what is there."""
+    if content is None:
+        _remove(path)
+        return
     try:
-        if content is None:
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-            return
         stored.write_whole(path, lambda file: np.savez_compressed(file, **content))
         formats.make_readable(path)
     except OSError as error:
         logger.warning("%s cannot be written: %s; the report has no frames", path, error.strerror)
+
+
+def _remove(path: str) -> None:
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path)
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s; its frames are those of an earlier search", path, error.strerror)

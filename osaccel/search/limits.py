@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is too little for a search, known before anything is recorded; needs no torch."""
+"""What a search refuses for the number of steps alone, in its own words; needs no torch."""
 
 from typing import Optional, Sequence
 

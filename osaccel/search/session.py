@@ -115,6 +115,10 @@ class Session:
             self._give_up(error)
             raise
 
+    def abandon(self) -> None:
+        """Nothing is said at the end of the process of a search that is not over; for callers that drive a session."""
+        atexit.unregister(self._complain_if_unfinished)
+
     def deliver(self, path: str, content: Any, write: Callable[[], Any]) -> None:
         """Write the file that was asked for; where that fails, `content` is in the log and the process fails."""
         self.is_delivered = outputs.deliver(path, content, write) and self.is_delivered

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import numpy as np
 import torch
 
-from osaccel import binding, formats
+from osaccel import formats
 from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import find_blocks
 from osaccel.network.forwards import HiddenStates
@@ -144,8 +144,8 @@ class CacheRunner(PlannedRunner):
 
     def _write(self, best: Candidate, report: Dict[str, Any], frames: Optional[Dict[str, np.ndarray]]) -> None:
         """The report first: a configuration without one is bound to nothing."""
-        pictures.write_frames(binding.frames_path(self.output), frames)
-        path, config = binding.report_path(self.output), best.config
+        pictures.replace_frames(formats.frames_path(self.output), frames)
+        path, config = formats.report_path(self.output), best.config
         summary = {key: report[key] for key in ("speed_up", "error", "psnr", "fingerprint")}
         outputs.deliver(path, summary, lambda: formats.write_json(path, report))
         self.session.deliver(self.output, config.to_dict(), lambda: formats.write_cache_config(self.output, config))

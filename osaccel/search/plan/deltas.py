@@ -36,8 +36,8 @@ class DeltaLog:
         self._before: Optional[torch.Tensor] = None
         self._tokens: Optional[torch.Tensor] = None
         self._scale = 1.0
-        # Guidance run as two forwards has two deltas a step, and guidance for some of the steps other ones there, of
-        # which nothing is known here.
+        # Guidance run as two forwards has two deltas a step; guidance at some of the steps changes the batch. Of
+        # neither anything is known here.
         self._is_uniform = num_blocks > COMPUTED_BLOCKS
 
     @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of the measured plans is taken for a goal; pure, no torch."""
+"""Which of the measured plans is taken for a goal; pure."""
 
 import math
 from dataclasses import replace
@@ -35,7 +35,7 @@ class Found(NamedTuple):
         return self.goal.kind == "speed" or self.error <= self.goal.value
 
     @property
-    def misses(self) -> float:
+    def shortfall(self) -> float:
         """How far from its goal it is where it misses it; only to be compared."""
         psnr = self.evaluation.psnr
         return self.error if self.goal.kind != "psnr" or psnr is None else -psnr
@@ -52,7 +52,7 @@ def best(tried: Sequence[Found], settled: int) -> Found:
     """
     keeping = [found for found in tried if found.keeps]
     if not keeping:
-        return min(tried, key=lambda found: found.misses)
+        return min(tried, key=lambda found: found.shortfall)
     if keeping[0].goal.kind != "speed":
         return min(keeping, key=lambda found: (found.choice.work, found.error))
     taken, *others = sorted(keeping, key=lambda found: saves_early(found.plan, settled))
@@ -62,11 +62,11 @@ def best(tried: Sequence[Found], settled: int) -> Found:
 
 
 def nearest_kept(goal: Goal, measured: Sequence[Found]) -> Optional[Goal]:
-    """The goal of a PSNR or an error nearest to this missed one that a measured plan which saves work keeps."""
+    """The goal nearest to a missed one that a measured plan keeps which saves work; for a speed-up None."""
     saving = [found for found in measured if found.plan.touches_network]
     if not saving or goal.kind == "speed":
         return None
-    nearest = min(saving, key=lambda found: found.misses)
+    nearest = min(saving, key=lambda found: found.shortfall)
     if goal.kind == "psnr":
         kept = math.floor(10 * (nearest.evaluation.psnr or 0.0)) / 10
     else:
@@ -88,15 +88,14 @@ def is_worth_it(early: float, late: float) -> bool:
 
 
 def _is_better(one: Found, other: Found, settled: int) -> bool:
-    if _unled(one.plan) == _unled(other.plan):
+    if _without_predictor(one.plan) == _without_predictor(other.plan):
         return one.error < other.error
     if saves_early(one.plan, settled) and not saves_early(other.plan, settled):
         return is_worth_it(one.error, other.error)
     return is_clearly_better(one.evaluation, other.evaluation)
 
 
-def _unled(plan: Plan) -> Plan:
-    """The plan without its predictor."""
+def _without_predictor(plan: Plan) -> Plan:
     return replace(plan, correction=replace(plan.correction, predictor=0.0))
 
 

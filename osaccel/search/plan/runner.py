@@ -2,7 +2,7 @@
 """OSACCEL_SEARCH=plan: records the calls, measures what windows of steps bear, chooses exactly, verifies, writes.
 
 Everything finished is in the journal beside the output, so a killed search goes on where it stopped. How it decides is
-in `gains` and `choice`; here is what it is decided on, and in which order.
+in `gains`, `choice` and `judge`, and what is tried for a goal in `aim`; here is what all of it stands on.
 """
 
 import logging
@@ -18,14 +18,12 @@ import torch
 from osaccel import binding, formats
 from osaccel.generation import find_blocks
 from osaccel.plan import Plan
-from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import check_scheduler
-from osaccel.schedule import ANCESTRAL
+from osaccel.schedule import ANCESTRAL, refusal
 from osaccel.search import frames as pictures
 from osaccel.search import limits, outputs
 from osaccel.search.errors import SearchError
-from osaccel.search.evaluation import Evaluation, key_of
-from osaccel.search.measure import plan_of_job, price_of
+from osaccel.search.evaluation import key_of
+from osaccel.search.measure import price_of
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
     BY_NAME,
@@ -41,13 +39,13 @@ from osaccel.search.plan.actions import (
     Windows,
     actions_for,
     alone,
-    even_plan,
     plan_of,
     units,
 )
-from osaccel.search.plan.choice import Choice, at_error, curve, least
+from osaccel.search.plan.aim import Aim, said
+from osaccel.search.plan.choice import Choice, curve, least
 from osaccel.search.plan.gains import GROUPS, Expectation, Probe, gains, probes
-from osaccel.search.plan.judge import Found, best, is_worth_it, nearest_kept, saves_early
+from osaccel.search.plan.judge import Found
 from osaccel.search.plan.local import predictor_moments, squared_sizes
 from osaccel.search.planned import BUDGET, PlannedRunner
 from osaccel.search.recording.replay import Call, Replay
@@ -77,7 +75,7 @@ class PlanRunner(PlannedRunner):
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         if len(self.observed) == 1:
-            # What no plan has is said before other calls are waited for.
+            # So that a target out of reach ends the search before further calls are recorded.
             self.prepare()
         return output
 
@@ -112,13 +110,14 @@ class PlanRunner(PlannedRunner):
         self.begin("plan search")
         self.prepare()
         self.expectation = self._measured_gains()
-        tried = [self._reach(goal) for goal in self.settings.target]
-        pairs = zip(self.settings.target, tried)
-        found = [best([*some, *self._others(goal)], self.windows.settled) for goal, some in pairs]
+        goals = self.settings.target
+        aims = [Aim(self, goal, goals[n + 1 :], BUDGET + FURTHER * n) for n, goal in enumerate(goals)]
+        for aim in aims:
+            aim.reach()
         self.progress.close()
-        self._conclude(found, time.time() - started)
-        self.crew.finish({"plan": formats.plan_content(found[0].plan)}, remove=self.session.is_delivered)
-        return {"plan": found[0].plan}
+        first, *_ = self._conclude(aims, time.time() - started)
+        self.crew.finish({"plan": formats.plan_content(first.plan)}, remove=self.session.is_delivered)
+        return {"plan": first.plan}
 
     def _actions(self) -> List[Action]:
         observed = self.observed
@@ -131,11 +130,12 @@ class PlanRunner(PlannedRunner):
         families = [family for family in FAMILIES if self.team.all_agree(can.get(family, False))]
         actions = actions_for(self.windows.length, families)
         if len(actions) == 1:
+            scheduler = self.replays[0].call.pipeline.scheduler
+            reason = refusal(scheduler) or f"{type(scheduler).__name__} cannot skip steps as it was called."
             raise SearchError(
-                "Nothing can be saved: guidance is off, or not in one batch at every step; "
-                f"{_why_not_skipped(self.replays[0].call.pipeline.scheduler)} There are no blocks to forecast (one "
-                "forward a step, one batch, two blocks, finite answers). Sample with guidance, or with "
-                "EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
+                f"Nothing can be saved: guidance is off, or not in one batch at every step; {reason} No blocks can be "
+                "forecast: that takes one forward a step, the same batch at every step, more than one block and finite "
+                "answers. Sample with guidance, or with EulerAncestralDiscrete, EulerDiscrete, DDIM or DDPM."
             )
         return actions
 
@@ -144,8 +144,8 @@ class PlanRunner(PlannedRunner):
         for goal in self.settings.target:
             if goal.kind == "speed" and goal.value > self._farthest() + 1e-9:
                 raise SearchError(
-                    f"No plan reaches {goal}: at most {self._farthest():.2f}x can be reached. Ask for less, or sample "
-                    "more steps."
+                    f"No plan reaches {goal}: at most {self._farthest():.2f}x can be reached. Ask for less "
+                    "(OSACCEL_TARGET), or sample more steps."
                 )
 
     def _farthest(self) -> float:
@@ -155,7 +155,7 @@ class PlanRunner(PlannedRunner):
             for window in range(self.windows.count)
         ]
         farthest = 1 / plan_of(each, self.windows).work(self.num_blocks)
-        return max(farthest, self.windows.total / FEWEST) if self._can(SKIP) else farthest
+        return max(farthest, self.windows.total / FEWEST) if self.can(SKIP) else farthest
 
     def _kind_of_region(self) -> str:
         """Forecast or reuse: what changes less where every other step does it."""
@@ -172,7 +172,7 @@ class PlanRunner(PlannedRunner):
         self.fitted = self._fitted_predictor()
         probes = self._probes()
         plans = [self._plan_of(probe) for probe in probes]
-        self._expect(plans, self.settings.target)
+        self.expect(plans, self.settings.target)
         evaluations = self.evaluated([formats.plan_content(plan) for plan in plans])
         never = [math.inf] * len(self.replays)
         measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
@@ -191,9 +191,10 @@ class PlanRunner(PlannedRunner):
 
         The early windows save only where the others do not save enough.
         """
-        return self._least(work, places, early=False) or self._least(work, places, early=True)
+        return self.least(work, False, places) or self.least(work, True, places)
 
-    def _least(self, work: float, places: Optional[Sequence[int]], early: bool) -> Optional[Choice]:
+    def least(self, work: float, early: bool, places: Optional[Sequence[int]] = None) -> Optional[Choice]:
+        """The choice of least mean error within this work, see `choices`; None where nothing saves as much."""
         actions = self._among(places)
         return least(actions, self._squares(actions, early), self.windows, work)
 
@@ -204,12 +205,20 @@ class PlanRunner(PlannedRunner):
             squares[:, : self.windows.early, 1:] = math.inf
         return squares
 
+    def alone(self, family: str) -> List[int]:
+        """The places of the actions that save in no other way."""
+        return alone(self.actions, family)
+
+    def learn(self, actions: Sequence[Action], errors: Sequence[float]) -> None:
+        """These actions, one for every window, were measured to make these errors, by call."""
+        self.expectation = self.expectation.told(actions, errors)
+
     def _among(self, places: Optional[Sequence[int]]) -> List[Action]:
         return self.actions if places is None else [self.actions[place] for place in places]
 
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plans."""
-        families = [family for family in FAMILIES if self._can(family)]
+        families = [family for family in FAMILIES if self.can(family)]
         rest = BUDGET - self.spent - self._price_of_choices(self.settings.target[0])
         for groups in range(GROUPS, 0, -1):
             found = probes(families, self.windows, groups)
@@ -230,14 +239,14 @@ class PlanRunner(PlannedRunner):
         """Plain generations' worth of replaying a probe."""
         return price_of(self._plan_of(probe), self.num_blocks)
 
-    def _expect(self, plans: Sequence[Plan], goals: Sequence[Goal]) -> None:
+    def expect(self, plans: Sequence[Plan], goals: Sequence[Goal]) -> None:
         """Tell the progress: these plans are to be run, and what is usual for goals whose plans are not known yet."""
         missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
         ahead = sum(price_of(plan, self.num_blocks) for plan in missing)
         for goal in goals:
             ahead += self._price_of_choices(goal)
             if goal.kind == "speed":
-                ahead += 1 / goal.value if self._can(SKIP) else 0.0
+                ahead += 1 / goal.value if self.can(SKIP) else 0.0
                 ahead += 1 / goal.value if self.fitted else 0.0
         most = BUDGET - 1 + FURTHER * (len(self.settings.target) - 1)
         self.progress.expected = min(self.progress.done + ahead, most)
@@ -258,7 +267,7 @@ class PlanRunner(PlannedRunner):
         Beside skipped steps the aim is the plain run's own latents, so least squares is the right criterion. The
         predictions of ancestral samplers are a martingale: no move of theirs says anything of the next.
         """
-        if not self._can(SKIP) or any(one["power"] == ANCESTRAL for one in self.observed):
+        if not self.can(SKIP) or any(one["power"] == ANCESTRAL for one in self.observed):
             return 0.0
         skips = BY_NAME[REFERENCES[SKIP]]
         moments = [
@@ -267,161 +276,33 @@ class PlanRunner(PlannedRunner):
         against, along = self.team.sum(torch.tensor(moments, dtype=torch.float64).sum(0)).tolist()
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
-    def _reach(self, goal: Goal) -> List[Found]:
-        """Verified plans for a goal: what the knapsack chose, milder ones while an error is missed, others."""
-        choice = self._chosen(goal)
-        limit = BUDGET + FURTHER * self.settings.target.index(goal)
-        tried: List[Found] = []
-        while choice is not None and (not tried or self._affords(plan_of(choice.actions, self.windows), limit)):
-            found = self._measured(goal, choice, plan_of(choice.actions, self.windows))
-            tried += found
-            if found:
-                self.progress.line.best = f"{goal} with {_said(best(tried, self.windows.settled).evaluation)}"
-            misses = bool(found) and not found[0].keeps
-            choice = self.team.share(self._milder(goal, found[0])) if misses else None
-        if goal.kind == "speed":
-            # What the predictor's replay may take is kept free.
-            led = 1 / goal.value - 1 / self.steps if self.fitted else 0.0
-            tried = self._alternatives(goal, limit - led, tried)
-        if not tried:
-            raise _not_finite(goal)
-        tried += self._led(goal, limit, best(tried, self.windows.settled))
-        self._expect([], self._behind(goal))
-        return tried
-
-    def _behind(self, goal: Goal) -> Sequence[Goal]:
-        """The goals that come after this one."""
-        return self.settings.target[self.settings.target.index(goal) + 1 :]
-
-    def _alternatives(self, goal: Goal, limit: float, first: Sequence[Found]) -> List[Found]:
-        """The first plans and what else may be better, as far as the budget allows; every replay says more of the next.
-
-        Steps skipped and nothing else; the choice that saves in early windows, sooner where it is likely to be taken;
-        the choice anew; steps skipped evenly.
-        """
-        work, tried = 1 / goal.value, list(first)
-        early, late = self._least(work, None, early=True), self._least(work, None, early=False)
-        tried += self._tried(goal, limit, tried, early if self._may_be_taken(early, late) else None)
-        is_early = not tried or saves_early(best(tried, self.windows.settled).plan, self.windows.settled)
-        if self._can(SKIP):
-            tried += self._tried(goal, limit, tried, self._least(work, alone(self.actions, SKIP), is_early))
-        tried += self._tried(goal, limit, tried, self._least(work, None, early=True))
-        tried += self._tried(goal, limit, tried, self._least(work, None, early=False))
-        even = even_plan(self.windows.total, work)
-        if self._can(SKIP) and (self._affords(even, limit) or not tried):
-            self._expect([even], self._behind(goal))
-            tried += self._measured(goal, self._unpredicted(even), even)
-        return tried
-
-    def _may_be_taken(self, early: Optional[Choice], late: Optional[Choice]) -> bool:
-        """Whether a choice is expected to be as much better as it must be where it saves in early windows."""
-        return early is not None and (late is None or is_worth_it(early.error, late.error))
-
-    def _tried(self, goal: Goal, limit: float, tried: Sequence[Found], choice: Optional[Choice]) -> List[Found]:
-        """What was measured of a choice, where it is a new one and the budget allows it."""
-        choice = self.team.share(choice)
-        if choice is None or any(choice.actions == one.choice.actions for one in tried):
-            return []
-        plan = plan_of(choice.actions, self.windows)
-        if not self._affords(plan, limit):
-            return []
-        self._expect([plan], self._behind(goal))
-        return self._measured(goal, choice, plan)
-
-    def _affords(self, plan: Plan, limit: float) -> bool:
-        return self.spent + price_of(plan, self.num_blocks) <= limit
-
-    def _unpredicted(self, plan: Plan) -> Choice:
-        return Choice((), plan.work(self.num_blocks), ())
-
-    def _others(self, goal: Goal) -> List[Found]:
-        """All that was measured and saves enough; for an error to keep, what leaves the early windows alone."""
-        most, found = (1 / goal.value if goal.kind == "speed" else 1.0), []
-        for evaluation in self.asked.values():
-            plan = plan_of_job(evaluation.config, self.steps)
-            choice = self._unpredicted(plan)
-            is_allowed = goal.kind == "speed" or not saves_early(plan, self.windows.settled)
-            if evaluation.error is not None and choice.work <= most + 1e-9 and is_allowed:
-                found.append(Found(goal, choice, plan, evaluation))
-        return found
-
-    def _led(self, goal: Goal, limit: float, found: Found) -> List[Found]:
-        """What was found with the predictor that fits the recorded predictions, where the budget allows it.
-
-        The fit is about what x lacks at computed steps; what the network makes of it can go either way.
-        """
-        if not found.plan.skip or not self.fitted:
-            return []
-        plan = replace(found.plan, correction=replace(found.plan.correction, predictor=self.fitted))
-        return self._measured(goal, found.choice, plan) if self._affords(plan, limit) else []
-
-    def _can(self, family: str) -> bool:
+    def can(self, family: str) -> bool:
         return any(family in action.cycle for action in self.actions)
-
-    def _milder(self, goal: Goal, last: Found) -> Optional[Choice]:
-        """What is to be tried next for an error that was missed; None where there is nothing milder."""
-        needed = goal.value
-        if goal.kind == "psnr":
-            # As the frames' error goes with that of the latents.
-            assert last.evaluation.psnr is not None and last.evaluation.error is not None
-            needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - goal.value) / 20)
-        milder = [choice for choice in self.choices(early=False) if choice.work > last.choice.work]
-        return at_error(milder, needed) or (milder[-1] if milder else None)
-
-    def _chosen(self, goal: Goal) -> Optional[Choice]:
-        """The first choice; None where only skipping evenly goes as far."""
-        if goal.kind == "speed":
-            chosen = self.choice_at(1 / goal.value)
-        else:
-            # What an error of the latents is in the frames is not known before one was decoded.
-            error = goal.value if goal.kind == "error" else 10 ** (-goal.value / 20)
-            chosen = at_error(self.choices(early=False), error)
-        return self.team.share(chosen)
-
-    def _measured(self, goal: Goal, choice: Choice, plan: Plan) -> List[Found]:
-        """A plan with what was measured of it; nothing where its latents are not finite."""
-        (evaluation,) = self.evaluated([formats.plan_content(plan)])
-        if evaluation.error is None:
-            return []
-        if choice.actions and not plan.correction.predictor:
-            self.expectation = self.expectation.told(choice.actions, evaluation.details["errors"])
-        return [Found(goal, choice, plan, evaluation)]
 
     # Results
 
-    def _conclude(self, found: Sequence[Found], seconds: float) -> None:
-        goals = [one.goal for one in found]
-        curves = sidecar.curves(self) if self.team.is_first else {}
-        for number, one in enumerate(found):
+    def _conclude(self, aims: Sequence[Aim], seconds: float) -> List[Found]:
+        """What was found for each goal, written and said; what was measured for one may be what another asks for."""
+        paths = [path_of(self.output, self.settings.target, number) for number in range(len(aims))]
+        curves, found = sidecar.curves(self) if self.team.is_first else {}, [aim.found() for aim in aims]
+        for aim, one, path in zip(aims, found, paths):
             if not one.keeps:
-                self.say("%s was not reached within the budget: measured %s", one.goal, _said(one.evaluation))
+                self.say("%s was not reached within the budget: measured %s", one.goal, said(one.evaluation))
             plan = self.team.share(self._finished(one))
             if self.team.is_first:
-                path = path_of(self.output, goals, number)
-                self._deliver(path, plan, sidecar.report(self, one, curves, seconds))
+                milder = None if plan.touches_network else aim.milder()
+                self._deliver(path, plan, sidecar.report(self, one, milder, curves, seconds))
                 self.say(
-                    "%s; %d replays, %.2f plain generations; written to %s", self._outcome(one), len(self.asked),
+                    "%s; %d replays, %.2f plain generations; written to %s", _outcome(one, milder), len(self.asked),
                     self.spent, path if self.session.is_delivered else "no file",
                 )  # fmt: skip
-        self._write_frames(found)
+        self._write_frames(found, paths)
         self.team.barrier()
-
-    def _outcome(self, found: Found) -> str:
-        if found.plan.touches_network:
-            return f"found a plan for {found.goal}: network work {_percent(found)}, {_said(found.evaluation)}"
-        milder = self.milder(found.goal)
-        return (
-            f"nothing that saves work keeps {found.goal}, so its plan computes every step in full, network work "
-            f"{_percent(found)}; ask for less{'' if milder is None else f', such as OSACCEL_TARGET={milder}'}"
-        )
-
-    def milder(self, goal: Goal) -> Optional[Goal]:
-        """The nearest goal of its kind that something which saves work was measured to keep."""
-        return nearest_kept(goal, self._others(goal))
+        return found
 
     def _deliver(self, path: str, plan: Plan, report: Dict[str, Any]) -> None:
         """The report first, as the page is drawn from it."""
-        beside = binding.report_path(path)
+        beside = formats.report_path(path)
         outputs.deliver(beside, dict(plan.measured), lambda: formats.write_json(beside, report))
         self.session.deliver(path, formats.plan_content(plan), lambda: formats.write_plan(path, plan))
 
@@ -441,13 +322,13 @@ class PlanRunner(PlannedRunner):
         }
         return replace(found.plan, made_for=bound, measured=measured)
 
-    def _write_frames(self, found: Sequence[Found]) -> None:
+    def _write_frames(self, found: Sequence[Found], paths: Sequence[str]) -> None:
         """Frames of the first call, plain and under each plan, beside its file; the plain ones are decoded once."""
-        goals, plain = [one.goal for one in found], None
-        for number, one in enumerate(found):
+        plain = None
+        for one, path in zip(found, paths):
             content = self.frames(one.evaluation, "plan", plain)
             if self.team.is_first:
-                pictures.write_frames(binding.frames_path(path_of(self.output, goals, number)), content)
+                pictures.replace_frames(formats.frames_path(path), content)
             # Decoding may be split over the ranks, so all of them decode the plain ones again or none does.
             if self.team.all_agree(content is not None) and content is not None:
                 plain = content["plain"]
@@ -464,22 +345,10 @@ def path_of(output: str, goals: Sequence[Goal], number: int) -> str:
     return f"{stem}.{str(goals[number]).replace(':', '')}{ending}"
 
 
-def _why_not_skipped(scheduler: Any) -> str:
-    try:
-        check_scheduler(scheduler)
-    except UnsupportedScheduler as error:
-        return str(error)
-    return f"{type(scheduler).__name__} cannot skip steps as it was called."
-
-
-def _not_finite(goal: Goal) -> SearchError:
-    return SearchError(f"The plan for {goal} gave latents that are not finite.")
-
-
-def _percent(found: Found) -> str:
-    return f"{100 * found.choice.work:.1f} %"
-
-
-def _said(evaluation: Evaluation) -> str:
-    psnr = "" if evaluation.psnr is None else f", {evaluation.psnr:.2f} dB"
-    return f"error {evaluation.error:.4g}{psnr}"
+def _outcome(found: Found, milder: Optional[Goal]) -> str:
+    if found.plan.touches_network:
+        return f"found a plan for {found.goal}: network work {100 * found.choice.work:.1f} %, {said(found.evaluation)}"
+    return (
+        f"nothing that saves work keeps {found.goal}, so its plan computes every step in full; search again with a "
+        f"milder target{'' if milder is None else f', such as OSACCEL_TARGET={milder}'}"
+    )

@@ -19,11 +19,12 @@ NAMES = {HALF: "conditional only", SKIP: "skipped", FORECAST: "forecast", REUSE:
 Curves = Dict[str, List[List[float]]]
 
 
-def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str, Any]:
+def report(runner: Any, found: Any, milder: Optional[Goal], curves: Curves, seconds: float) -> Dict[str, Any]:
     """The JSON-able report of one found plan.
 
     Args:
         runner: the PlanRunner; found: its Found; curves: see `curves`.
+        milder: a goal that could be asked for where nothing was found that saves work.
         seconds: of the search, without the plain generations.
     """
     replays = runner.replays
@@ -32,7 +33,7 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
         **binding.occasion([replay.call for replay in replays]),
         "goal": str(found.goal),
         "keeps": found.keeps,
-        "milder": None if found.plan.touches_network else _text(runner.milder(found.goal)),
+        "milder": None if milder is None else str(milder),
         "plan": formats.plan_content(found.plan),
         "work": found.choice.work,
         "error": found.evaluation.error,
@@ -54,10 +55,6 @@ def report(runner: Any, found: Any, curves: Curves, seconds: float) -> Dict[str,
 def predicted(found: Any) -> Optional[float]:
     """The error that was expected of a plan; None for one that does not come from the windows."""
     return None if math.isnan(found.choice.error) else found.choice.error
-
-
-def _text(goal: Optional[Goal]) -> Optional[str]:
-    return None if goal is None else str(goal)
 
 
 def _row(evaluation: Any) -> Dict[str, Any]:

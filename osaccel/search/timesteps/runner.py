@@ -186,7 +186,7 @@ def write(path: str, values: Sequence[float], report: Dict[str, Any], call: Call
         "guidance_scale": call.arguments.get("guidance_scale"),
         "versions": binding.versions(),
     }
-    formats.write_json(binding.report_path(path), {**report, "fingerprint": bound})
+    formats.write_json(formats.report_path(path), {**report, "fingerprint": bound})
     logger.info("searched timesteps (%d steps) written to %s", len(values), path)
 
 

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One goal of a plan search: what is tried for it, in which order, and what is found."""
+
+from dataclasses import replace
+from typing import Any, List, Optional, Sequence
+
+from osaccel import formats
+from osaccel.plan import Plan
+from osaccel.search.errors import SearchError
+from osaccel.search.evaluation import Evaluation
+from osaccel.search.measure import plan_of_job, price_of
+from osaccel.search.plan.actions import SKIP, even_plan, plan_of
+from osaccel.search.plan.choice import Choice, at_error
+from osaccel.search.plan.judge import Found, best, is_worth_it, nearest_kept, saves_early
+from osaccel.settings import Goal
+
+
+class Aim:
+    """Tries choices and plans for a goal, as far as the budget allows; every replay says more of the next.
+
+    Args:
+        runner: the PlanRunner, whose knowledge, measurements and budget are used.
+        goal: what is aimed at; behind: the goals that come after it.
+        limit: network work that the search may have taken in the end, in plain generations.
+    """
+
+    def __init__(self, runner: Any, goal: Goal, behind: Sequence[Goal], limit: float):
+        self.runner, self.goal, self.behind, self.limit = runner, goal, behind, limit
+        self.settled = runner.windows.settled
+        self.tried: List[Found] = []
+
+    def reach(self) -> None:
+        """Try what the knapsack chose, milder choices while an error is missed, and others for a speed-up."""
+        choice = self._first()
+        while choice is not None and (not self.tried or self._affords(self._plan(choice))):
+            found = self._measure(choice, self._plan(choice))
+            if found is None:
+                break
+            self.runner.progress.line.best = f"{self.goal} with {said(self._best.evaluation)}"
+            choice = None if found.keeps else self.runner.team.share(self._milder(found))
+        if self.goal.kind == "speed":
+            self._try_others()
+        if not self.tried:
+            raise SearchError(f"Every plan tried for {self.goal} gave latents that are not finite.")
+        self._try_predictor()
+        self.runner.expect([], self.behind)
+
+    def found(self) -> Found:
+        """The best of all that was measured, for other goals too."""
+        return best([*self.tried, *self._measured()], self.settled)
+
+    def milder(self) -> Optional[Goal]:
+        """The nearest goal of its kind that something which saves work was measured to keep."""
+        return nearest_kept(self.goal, self._measured())
+
+    @property
+    def _best(self) -> Found:
+        return best(self.tried, self.settled)
+
+    def _first(self) -> Optional[Choice]:
+        """The first choice; None where only skipping evenly goes as far."""
+        if self.goal.kind == "speed":
+            choice = self.runner.choice_at(1 / self.goal.value)
+        else:
+            # What an error of the latents is in the frames is not known before one was decoded.
+            error = self.goal.value if self.goal.kind == "error" else 10 ** (-self.goal.value / 20)
+            choice = at_error(self.runner.choices(early=False), error)
+        return self.runner.team.share(choice)
+
+    def _milder(self, last: Found) -> Optional[Choice]:
+        """What is to be tried next for an error that was missed; None where there is nothing milder."""
+        needed = self.goal.value
+        if self.goal.kind == "psnr":
+            # As the frames' error goes with that of the latents.
+            assert last.evaluation.psnr is not None and last.evaluation.error is not None
+            needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - self.goal.value) / 20)
+        milder = [choice for choice in self.runner.choices(early=False) if choice.work > last.choice.work]
+        return at_error(milder, needed) or (milder[-1] if milder else None)
+
+    def _try_others(self) -> None:
+        """What may be better than the first choice.
+
+        Steps skipped and nothing else; the choice that saves in early windows, sooner where it is likely to be taken;
+        the choice anew; steps skipped evenly.
+        """
+        work, skips, least = 1 / self.goal.value, self.runner.can(SKIP), self.runner.least
+        early, late = least(work, early=True), least(work, early=False)
+        is_likely = early is not None and (late is None or is_worth_it(early.error, late.error))
+        self._try(early if is_likely else None)
+        if skips:
+            is_early = not self.tried or saves_early(self._best.plan, self.settled)
+            self._try(least(work, early=is_early, places=self.runner.alone(SKIP)))
+        self._try(least(work, early=True))
+        self._try(least(work, early=False))
+        even = even_plan(self.runner.steps, work)
+        if skips and (self._affords(even, self._reserve) or not self.tried):
+            self.runner.expect([even], self.behind)
+            self._measure(self._unpredicted(even), even)
+
+    def _try(self, choice: Optional[Choice]) -> None:
+        """Measure a choice where it is a new one and the budget allows it; the first rank's counts, so all must ask."""
+        choice = self.runner.team.share(choice)
+        if choice is None or any(choice.actions == one.choice.actions for one in self.tried):
+            return
+        plan = self._plan(choice)
+        if self._affords(plan, self._reserve):
+            self.runner.expect([plan], self.behind)
+            self._measure(choice, plan)
+
+    def _try_predictor(self) -> None:
+        """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
+
+        The fit is about what x lacks at computed steps; what the network makes of it can go either way.
+        """
+        found = self._best
+        if not found.plan.skip or not self.runner.fitted:
+            return
+        correction = replace(found.plan.correction, predictor=self.runner.fitted)
+        plan = replace(found.plan, correction=correction)
+        if self._affords(plan):
+            self._measure(found.choice, plan)
+
+    @property
+    def _reserve(self) -> float:
+        """What is kept free for the predictor's replay."""
+        return 1 / self.goal.value - 1 / self.runner.steps if self.runner.fitted else 0.0
+
+    def _affords(self, plan: Plan, reserve: float = 0.0) -> bool:
+        return self.runner.spent + price_of(plan, self.runner.num_blocks) <= self.limit - reserve
+
+    def _measure(self, choice: Choice, plan: Plan) -> Optional[Found]:
+        """What was measured of a plan is tried; None where its latents are not finite."""
+        (evaluation,) = self.runner.evaluated([formats.plan_content(plan)])
+        if evaluation.error is None:
+            return None
+        if choice.actions and not plan.correction.predictor:
+            self.runner.learn(choice.actions, evaluation.details["errors"])
+        self.tried.append(Found(self.goal, choice, plan, evaluation))
+        return self.tried[-1]
+
+    def _measured(self) -> List[Found]:
+        """All that was measured and saves enough; for an error to keep, what leaves the early windows alone."""
+        most, found = (1 / self.goal.value if self.goal.kind == "speed" else 1.0), []
+        for evaluation in self.runner.asked.values():
+            plan = plan_of_job(evaluation.config, self.runner.steps)
+            choice = self._unpredicted(plan)
+            is_allowed = self.goal.kind == "speed" or not saves_early(plan, self.settled)
+            if evaluation.error is not None and choice.work <= most + 1e-9 and is_allowed:
+                found.append(Found(self.goal, choice, plan, evaluation))
+        return found
+
+    def _plan(self, choice: Choice) -> Plan:
+        return plan_of(choice.actions, self.runner.windows)
+
+    def _unpredicted(self, plan: Plan) -> Choice:
+        return Choice((), plan.work(self.runner.num_blocks), ())
+
+
+def said(evaluation: Evaluation) -> str:
+    """An error and a PSNR as people read them."""
+    psnr = "" if evaluation.psnr is None else f", {evaluation.psnr:.2f} dB"
+    return f"error {evaluation.error:.4g}{psnr}"
