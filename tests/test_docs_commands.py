@@ -121,7 +121,7 @@ HOW = {
     "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": RunBy("test_demo.py", '"osaccel.demo"'),
     "python -m osaccel.demo --search": RunBy("test_demo.py", '"--search"'),
     "pip install -c constraints.txt -e \".[test]\" && python -m pytest": RunBy("../.ci/run", "python -m pytest"),
-    "python -m benchmarks.plans --prompts 24 --kept DIR [--model second]":
+    "python -m benchmarks.plans --prompts 24 --videos 96 --kept DIR [--model second]":
         Run("osaccel plan", (("--prompts 24 --kept DIR [--model second]",
             "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
     "python -m benchmarks.corrections --work DIR --response 16 [--model second]":
