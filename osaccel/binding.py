@@ -29,8 +29,16 @@ def of_call(pipeline: Any, arguments: Mapping[str, Any], blocks: int, timesteps:
         "resolution": size if all(isinstance(value, int) for value in size) else None,
         # The same number of steps elsewhere is another generation, and the two files of a search are of one piece.
         "timesteps": DEFAULT_SPACING if timesteps is None else digest_of([float(value) for value in timesteps]),
-        "guidance_scale": arguments.get("guidance_scale"),
+        "guidance_scale": _number(arguments.get("guidance_scale")),
     }
+
+
+def _number(value: Any) -> Optional[float]:
+    """A number of whatever kind; None for several of them and for what is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):
+        return None
 
 
 def of_search(
@@ -100,23 +108,38 @@ def mismatches(recorded: Any, found: Mapping[str, Any]) -> List[str]:
     """How a generation differs from what `recorded_of` gave; what either does not say is no difference."""
     if isinstance(recorded, str):
         return [recorded]
-    return [
-        f"{name} was {shown(recorded[name])} when it was searched, is now {shown(found[name])}"
+    differing = [
+        name
         for name in BINDING
         if recorded.get(name) is not None and found.get(name) is not None and recorded[name] != found[name]
+    ]
+    return [
+        "the model's weights, or their dtype, are not those that it was searched for"
+        if name == "model"
+        else f"{name} was {shown(recorded[name])} when it was searched, is now {shown(found[name])}"
+        for name in differing
     ]
 
 
 def weights_digest(module: torch.nn.Module, samples: int = 64) -> str:
-    """A digest of names, shapes and some values of every parameter: cheap, and different for another checkpoint."""
+    """A digest of names, shapes and some values of every parameter: cheap, and different for another checkpoint.
+
+    Raises whatever reading a parameter raises, of weights that are not at hand for example.
+    """
     digest = hashlib.sha256()
-    named = {name.replace(_COMPILED, ""): tensor for name, tensor in module.state_dict().items()}
+    named = {name.replace(_COMPILED, ""): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
     for name, tensor in sorted(named.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        picked = flat[:: max(1, flat.numel() // samples)][: samples + 1]
-        digest.update(picked.float().cpu().numpy().tobytes())
+        digest.update(_some_of(tensor.detach(), samples).float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _some_of(tensor: torch.Tensor, samples: int) -> torch.Tensor:
+    """Values at even distances; never a copy of the whole."""
+    step = max(1, tensor.numel() // samples)
+    if tensor.is_contiguous():
+        return tensor.reshape(-1)[::step][: samples + 1]
+    return torch.take(tensor, torch.arange(0, tensor.numel(), step, device=tensor.device)[: samples + 1])
 
 
 def digest_of(value: Any) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a command's own words say of its generations, and what these would end with; nothing heavy is imported."""
 
+import os
 import re
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
@@ -10,6 +11,7 @@ from osaccel.search import limits
 from osaccel.settings import Settings
 
 _WHOLE, _NUMBER = re.compile("[0-9]{1,9}"), re.compile(r"[0-9]{0,9}\.?[0-9]{1,9}")
+_TEXTS = ("sample_method", "model_path")
 _NUMBERS = ("num_sampling_steps", "num_frames", "height", "width")
 
 
@@ -17,15 +19,28 @@ def asked_for(words: Sequence[str]) -> Dict[str, Any]:
     """What the sample script's own options say of a generation; where one is given twice, the last."""
     found: Dict[str, Any] = {}
     for word, following in zip(words, [*words[1:], ""]):
-        name, _, value = word.lstrip("-").partition("=")
+        option, _, value = word.partition("=")
+        name = _whole_name(option[2:]) if option.startswith("--") else None
         value = value or following
-        if word.startswith("--") and name in _NUMBERS and _WHOLE.fullmatch(value):
+        if name in _NUMBERS and _WHOLE.fullmatch(value):
             found[name] = int(value)
-        elif word.startswith("--") and name in ("sample_method", "model_path"):
+        elif name in _TEXTS:
             found[name] = value
-        elif word.startswith("--") and name == "guidance_scale" and _NUMBER.fullmatch(value):
+        elif name == "guidance_scale" and _NUMBER.fullmatch(value):
             found[name] = float(value)
     return found
+
+
+def _whole_name(option: str) -> Optional[str]:
+    """What argparse takes an option for, which may be cut short; None for another one."""
+    names = [name for name in (*_NUMBERS, *_TEXTS, "guidance_scale") if option and name.startswith(option)]
+    return option if option in names else names[0] if len(names) == 1 else None
+
+
+def is_script(command: Sequence[str]) -> bool:
+    """Whether a command's options are those of one Python script; a shell or a wrapper may hold several."""
+    program = os.path.basename(command[0]) if command else ""
+    return program in ("-m", "torchrun", "accelerate") or program.startswith("python") or program.endswith(".py")
 
 
 def sampler_of(asked: Mapping[str, Any]) -> Optional[str]:

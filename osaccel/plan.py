@@ -5,7 +5,9 @@ Step indices count the run's own `scheduler.step` calls from 0, the noisiest. Wh
 """
 
 import bisect
+from collections.abc import Sequence as SequenceType
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, Callable, FrozenSet, Iterable, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
 
 from osaccel.dit_cache_config import DitCacheConfig
@@ -289,11 +291,11 @@ def forecast(step: int, newest: int, before: int) -> float:
 
 def _is_integer(value: Any) -> bool:
     # True is an int to Python.
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _check_steps(name: str, named: Sequence[int], steps: Optional[int]) -> None:
-    if not isinstance(named, (tuple, list)):
+    if not isinstance(named, SequenceType) or isinstance(named, str):
         raise ValueError(f"{name} must be a sequence of steps, got {named!r}.")
     if named and steps is None:
         raise ValueError(f"{name} names steps, so steps must say how many there are.")

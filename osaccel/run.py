@@ -9,7 +9,7 @@ import sys
 from typing import Dict, List, Mapping, NoReturn, Optional, Sequence, Tuple
 
 from osaccel import __version__, log, settings
-from osaccel.command import asked_for, refusals
+from osaccel.command import asked_for, is_script, refusals
 from osaccel.messages import SettingsError, closest
 
 BOOTSTRAP = os.path.join(os.path.dirname(os.path.abspath(__file__)), "_bootstrap")
@@ -166,12 +166,13 @@ def check(options: Mapping[str, Optional[str]], command: Sequence[str]) -> bool:
         unread = settings.unread(values)
         if unread:
             say(f"warning: {unread}")
-        # A shell script's own words are left to the doctor: it may hold several commands, and not run all of them.
-        refused = refusals(settings.check(values, os.environ), asked_for(command))
+        # What a shell or a wrapper makes of its words is left to the doctor.
+        asked = asked_for(command) if is_script(command) else {}
+        refused = refusals(settings.check(values, os.environ), asked)
     except SettingsError as error:
         refused = [str(error)]
-    for reason in refused[:1]:
-        say(f"error: {reason}")
+    if refused:
+        say(f"error: {refused[0]}")
     return not refused
 
 

@@ -106,12 +106,17 @@ PLAN = {"format": "osaccel.plan/1", "steps": 20, "skip": [3]}
         (
             {},
             ["--num_sampling_steps", "8"],
-            "OSACCEL_PLAN: the plan is for 20 steps, but this generation takes 8; samp",
+            "OSACCEL_PLAN: the plan is for 20 steps, but this generation takes 8; sample",
         ),
         (
             {},
             ["--sample_method=DPMSolverMultistep"],
-            "DPMSolverMultistepScheduler cannot skip or correct steps: it alr",
+            "DPMSolverMultistepScheduler cannot skip or correct steps: it already",
+        ),
+        (
+            {},
+            ["--num_sampling_steps", "20", "--num_samp=8"],
+            "OSACCEL_PLAN: the plan is for 20 steps, but this generation takes 8; sample",
         ),
         (
             {"OSACCEL_SEARCH": "plan"},
@@ -123,7 +128,8 @@ PLAN = {"format": "osaccel.plan/1", "steps": 20, "skip": [3]}
 def test_what_cannot_fit_the_command_s_own_options_spawns_nothing(environ, extra, expected, tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     marker = tmp_path / "spawned"
-    result = launch("touch", str(marker), *extra, OSACCEL_PLAN=str(tmp_path / "plan.json"), **environ)
+    code = f"open({str(marker)!r}, 'w')"
+    result = launch(sys.executable, "-c", code, *extra, OSACCEL_PLAN=str(tmp_path / "plan.json"), **environ)
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith(f"osaccel: error: {expected}") and result.stderr.count("\n") == 1
     assert not marker.exists()
@@ -135,6 +141,9 @@ def test_what_cannot_fit_the_command_s_own_options_spawns_nothing(environ, extra
         ["--num_sampling_steps", "20", "--sample_method", "DDIM"],
         # A prompt is no option.
         ["--num_sampling_steps", "20", "--text_prompt", "num_sampling_steps=8"],
+        # Where one is given twice, shortened or not, the last is what the script has.
+        ["--num_sampling_steps", "8", "--num_sampling_step", "20"],
+        ["--num_sampling_steps", "²"],
         # It counts twice as many steps, less one.
         ["--num_sampling_steps", "8", "--sample_method", "HeunDiscrete"],
     ],
@@ -142,14 +151,16 @@ def test_what_cannot_fit_the_command_s_own_options_spawns_nothing(environ, extra
 def test_what_may_fit_is_started(extra, tmp_path):
     plan = {**PLAN, "skip": [], "conditional_only": [3]}
     (tmp_path / "plan.json").write_text(json.dumps(plan))
-    result = launch("echo", "started", *extra, OSACCEL_PLAN=str(tmp_path / "plan.json"))
-    assert result.returncode == 0 and result.stdout.startswith("started") and result.stderr == ""
+    command = [sys.executable, "-c", "print('started')", *extra]
+    for whole in (command, ["bash", "-c", "echo started", "_", "--num_sampling_steps", "8"], ["env", *command]):
+        result = launch(*whole, OSACCEL_PLAN=str(tmp_path / "plan.json"))
+        assert result.returncode == 0 and result.stdout.startswith("started") and result.stderr == ""
 
 
 def test_the_check_beforehand_imports_nothing_heavy(tmp_path):
     (tmp_path / "plan.json").write_text(json.dumps(PLAN))
     code = (
-        "import sys; from osaccel import run; print(run.main(['echo', '--num_sampling_steps', '8']),"
+        "import sys; from osaccel import run; print(run.main(['python', '--num_sampling_steps', '8']),"
         "*{'torch', 'diffusers', 'wrapt', 'numpy'} & set(sys.modules))"
     )
     assert run(sys.executable, "-c", code, OSACCEL_PLAN=str(tmp_path / "plan.json")).stdout == "2\n"

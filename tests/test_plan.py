@@ -542,3 +542,43 @@ def test_sources_that_contradict_each_other_are_refused(tmp_path):
 def test_a_plan_made_in_python_is_checked_as_one_of_a_file(parts, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Plan(**parts)
+
+
+class Words(Pipeline):
+    """Gives the transformer a text first, one row for both halves; guides at some of the steps."""
+
+    guided = range(10)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        own = self.transformer.forward
+        self.transformer.forward = lambda words=None, hidden_states=None, timestep=None: own(hidden_states, timestep)
+
+    def predict(self, latents, t, scale):
+        step = self.scheduler.index_for_timestep(float(t))
+        if step not in self.guided:
+            return self.transformer(words=torch.ones(1, 3, 8), hidden_states=latents, timestep=t)
+        both = torch.cat([-latents, latents])
+        low, high = self.transformer(words=torch.ones(1, 3, 8), hidden_states=both, timestep=t).chunk(2)
+        return low + scale * (high - low)
+
+
+@pytest.mark.parametrize("plan", [Plan(steps=10, skip=(3, 5)), Plan(steps=10, conditional_only=(3, 5))])
+def test_a_text_of_one_row_before_the_latents_is_not_taken_for_them(plan):
+    plain, pipeline = Words(), Words()
+    plain()
+    with Generation(pipeline, plan, TARGET) as generation:
+        pipeline()
+    assert generation.summary() and sum(pipeline.block_calls()) <= sum(plain.block_calls())
+    work = generation.cache.computed_blocks / (6 * 10)
+    assert work == pytest.approx(plan.work(6))
+
+
+@pytest.mark.parametrize("guided", [range(1, 10), (0, 1, 4, 5, 6, 7, 8, 9), range(5), range(5, 10)])
+def test_where_guidance_pauses_steps_compute_what_they_can(guided):
+    """A conditional-only step without a known difference, or without guidance, is a whole one."""
+    pipeline = Words()
+    pipeline.guided = guided
+    with Generation(pipeline, Plan(steps=10, skip=(7,), conditional_only=(4, 6, 8)), TARGET):
+        latents = pipeline()
+    assert torch.isfinite(latents).all() and pipeline.block_calls() == [9] * 6

@@ -784,7 +784,8 @@ def test_guidance_at_some_of_the_steps_leaves_skipping_them(tmp_path, first, las
     assert report["error"] < 0.2
 
 
-def test_a_first_choice_that_is_not_finite_leaves_the_others(tmp_path, monkeypatch):
+@pytest.mark.parametrize("goal", ["2x", "error:0.01"])
+def test_a_first_choice_that_is_not_finite_leaves_the_others(tmp_path, monkeypatch, goal):
     evaluated, first = runner.PlanRunner.evaluated, []
 
     def spoiled(self, jobs):
@@ -796,7 +797,8 @@ def test_a_first_choice_that_is_not_finite_leaves_the_others(tmp_path, monkeypat
         return found
 
     monkeypatch.setattr(runner.PlanRunner, "evaluated", spoiled)
-    _, plan, report = search(tmp_path)
+    _, plan, report = search(tmp_path, (goal,))
+    assert plan.touches_network and (goal == "2x" or report["error"] <= 0.01)
     assert first and report["plan"] != first[0] and report["error"] is not None
 
 

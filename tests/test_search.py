@@ -222,6 +222,14 @@ def test_another_fingerprint_starts_anew_and_says_why(tmp_path, key):
 def test_digests_tell_weights_and_arguments_apart():
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     assert weights_digest(first) == weights_digest(first) != weights_digest(second)
+    # Nothing but the parameters: an epoch counted in a buffer, or a state that is no tensor, is not another checkpoint.
+    digest = weights_digest(first)
+    first.register_buffer("calls", torch.ones(()))
+    first.get_extra_state = lambda: None
+    assert weights_digest(first) == digest
+    turned = torch.nn.Linear(3, 3)
+    turned.weight.data, turned.bias.data = first.weight.data.T.contiguous().T, first.bias.data
+    assert not turned.weight.is_contiguous() and weights_digest(turned) == digest
     assert digest_of({"prompt": "a", "seed": 1}) != digest_of({"prompt": "a", "seed": 2})
     assert digest_of([torch.zeros(2)]) != digest_of([torch.ones(2)])
 

@@ -181,7 +181,7 @@ def test_without_torchrun_a_helper_ends_when_rank_0_dies_and_takes_the_rendezvou
     "environ, difference",
     [
         ({"GUIDANCE": "3"}, "guidance_scale was 7.5 when it was searched, is now 3.0"),
-        ({"OTHER_WEIGHTS": "1"}, "model was "),
+        ({"OTHER_WEIGHTS": "1"}, "the model's weights, or their dtype, are not those that it was searched for"),
     ],
 )
 def test_a_config_searched_at_another_guidance_or_for_other_weights_is_reported(tmp_path, environ, difference):

@@ -219,13 +219,13 @@ def _check_binding(arguments: dict, pipeline: Any, target: Target, settings: Set
 
 
 def _weights_digest(model: Any) -> Optional[str]:
-    """Of a model, taken once; None where its weights are not at hand, offloaded to a disk for example."""
+    """Of a model, taken once; None where it cannot be taken, of weights that are offloaded or quantised for example."""
     from osaccel import binding
 
     if model not in _digests:
         try:
             _digests[model] = binding.weights_digest(model)
-        except (NotImplementedError, RuntimeError):
+        except Exception:  # whatever a model of others raises is no reason not to sample
             _digests[model] = None
     return _digests[model]
 

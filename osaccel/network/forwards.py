@@ -136,10 +136,9 @@ def with_prediction(output: Any, prediction: torch.Tensor) -> Any:
 
 
 def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[int]:
-    """The batch of a transformer's call, both halves of guidance counted: rows of its first tensor of three dimensions
-    or more.
+    """The batch of a transformer's call, halves of guidance counted: rows of `hidden_states`, or the first argument.
 
-    None where there is none.
+    None where there is no such tensor.
     """
-    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
-    return next((len(tensor) for tensor in tensors if tensor.dim() > 2), None)
+    hidden = kwargs.get("hidden_states", args[0] if args else None)
+    return len(hidden) if isinstance(hidden, torch.Tensor) and hidden.dim() else None

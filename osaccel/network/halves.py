@@ -7,7 +7,7 @@ two steps that computed both, or that of the last where there is only one.
 
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 
@@ -35,22 +35,24 @@ class ConditionalOnly(Interceptor):
         called = [step for step in range(plan.steps or 0) if step not in plan.skip + plan.conditional_only]
         self._stores = reached_back(called, plan.conditional_only, 2)
         self._batch = 0
+        self._rows: Optional[int] = None
 
     def begin(self, scheduler: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        self.differences, self._batch = [], 0
+        self.differences, self._batch, self._rows = [], 0, None
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         step = self.clock.step
         # Some pipelines guide at some of the steps only; where they do not, there is no half to leave out.
-        is_guided = self.clock.has_branches and rows_of(args, kwargs) in (None, self._batch)
-        if is_guided and step in self.plan.conditional_only:
+        is_guided = self.clock.has_branches and rows_of(args, kwargs) == self._rows
+        if is_guided and self.differences and step in self.plan.conditional_only:
             return self._half(proceed, args, kwargs)
         output = proceed(*args, **kwargs)
         prediction = prediction_of(output)
-        self._batch = self._batch or len(prediction)
+        if not self._batch:
+            self._batch, self._rows = len(prediction), rows_of(args, kwargs)
         if step in self._stores and len(prediction) == self._batch and self._batch % 2 == 0:
             unconditional, conditional = prediction.detach().float().chunk(2)
             self.differences = [(step, conditional - unconditional), *self.differences[:1]]

@@ -91,6 +91,11 @@ class RegionCache:
             ]
 
     def _halves(self, tensor: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        if tensor.shape[self.batch_dim] % 2:
+            raise ValueError(
+                f"Guidance is off at a step at which {self.region} is stored or reused; where a pipeline guides at "
+                "some of the steps only, a plan can skip steps and leave out halves, but reuse no region."
+            )
         return tensor.chunk(2, self.batch_dim)
 
     def _begin(self, clock: Clock, inputs: Streams) -> None:

@@ -182,18 +182,20 @@ class StandIn(Corrected):
     def close(self) -> None:
         super().close()
         self._blank: Any = None
+        self._rows: Optional[int] = None
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         if self.clock.step in self._skip:
-            # As many rows as came in: some pipelines guide at some of the steps only.
+            # As many rows as come in: some pipelines guide at some of the steps only.
             blank = prediction_of(self._blank)
-            rows = rows_of(args, kwargs) or len(blank)
+            rows = len(blank) * (rows_of(args, kwargs) or 1) // (self._rows or 1)
             return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
         output = proceed(*args, **kwargs)
         if self._blank is None:
             prediction = prediction_of(output)
             # Never read: the step replaces it. It takes no memory.
             self._blank = with_prediction(output, prediction.new_zeros(()).expand(prediction.shape))
+            self._rows = rows_of(args, kwargs)
         return output
 
 

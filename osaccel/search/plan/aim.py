@@ -12,6 +12,7 @@ from osaccel.search.measure import plan_of_job, price_of
 from osaccel.search.plan.actions import SKIP, even_plan, plan_of
 from osaccel.search.plan.choice import Choice, at_error
 from osaccel.search.plan.judge import Found, best, is_worth_it, nearest_kept, saves_early
+from osaccel.search.planned import TOLERANCE
 from osaccel.settings import Goal
 
 
@@ -31,18 +32,18 @@ class Aim:
 
     def reach(self) -> None:
         """Try what the knapsack chose, milder choices while an error is missed, and others for a speed-up."""
-        choice = self._first()
-        while choice is not None and (not self.tried or self._affords(self._plan(choice))):
+        choice, is_first = self._first(), True
+        while choice is not None and (is_first or self._affords(self._plan(choice))):
             found = self._measure(choice, self._plan(choice))
-            if found is None:
-                break
-            self.runner.progress.line.best = f"{self.goal} with {said(self._best.evaluation)}"
-            choice = None if found.keeps else self.runner.team.share(self._milder(found))
+            if found is not None:
+                self.runner.progress.line.best = f"{self.goal} with {said(self._best.evaluation)}"
+            choice, is_first = self.runner.team.share(self._milder(choice, found)), False
         if self.goal.kind == "speed":
             self._try_others()
-        if not self.tried:
+        if not self.tried and not self._measured():
             raise SearchError(f"Every plan tried for {self.goal} gave latents that are not finite.")
-        self._try_predictor()
+        if self.tried:
+            self._try_predictor()
         self.runner.expect([], self.behind)
 
     def found(self) -> Found:
@@ -67,14 +68,21 @@ class Aim:
             choice = at_error(self.runner.choices(early=False), error)
         return self.runner.team.share(choice)
 
-    def _milder(self, last: Found) -> Optional[Choice]:
-        """What is to be tried next for an error that was missed; None where there is nothing milder."""
+    def _milder(self, last: Choice, found: Optional[Found]) -> Optional[Choice]:
+        """What is to be tried next where an error was missed; None where that is not so, or nothing is milder.
+
+        found: what was measured of the last choice; None where its latents are not finite.
+        """
+        if self.goal.kind == "speed" or (found is not None and found.keeps):
+            return None
         needed = self.goal.value
-        if self.goal.kind == "psnr":
+        if found is None:
+            needed = last.error / TOLERANCE
+        elif self.goal.kind == "psnr":
             # As the frames' error goes with that of the latents.
-            assert last.evaluation.psnr is not None and last.evaluation.error is not None
-            needed = last.evaluation.error * 10 ** ((last.evaluation.psnr - self.goal.value) / 20)
-        milder = [choice for choice in self.runner.choices(early=False) if choice.work > last.choice.work]
+            assert found.evaluation.psnr is not None
+            needed = found.error * 10 ** ((found.evaluation.psnr - self.goal.value) / 20)
+        milder = [choice for choice in self.runner.choices(early=False) if choice.work > last.work]
         return at_error(milder, needed) or (milder[-1] if milder else None)
 
     def _try_others(self) -> None:

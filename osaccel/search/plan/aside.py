@@ -56,7 +56,7 @@ class ForecastsAside(Interceptor):
     def observe(self, step: int, forward: int, index: int, before: Streams, after: Streams) -> None:
         """Called after every block of the plain generation."""
         self._step = step
-        shape = before[0].shape
+        shape = before[0].shape if index == COMPUTED_BLOCKS else self._shape
         if forward > 0 or shape != (self._shape or shape):
             self._is_uniform = False
             self._deltas.clear()
