@@ -414,8 +414,11 @@ def gather(environ: Mapping[str, str], options: Mapping[str, Any]) -> Dict[str, 
 
 
 def unread(values: Mapping[str, Value]) -> Optional[str]:
-    """What is to be said of settings that only a search reads, where none is asked for; None where there are none."""
-    places = [value.place for name, value in values.items() if BY_NAME[name].group == "search"]
+    """What is to be said of settings that only a search reads, where none is asked for; None where there are none.
+
+    A YAML file may hold what several commands read, so nothing is said of it.
+    """
+    places = [value.place for name, value in values.items() if BY_NAME[name].group == "search" and not value.base]
     if not places or "search" in values or _is_disabled(values):
         return None
     search = BY_NAME["search"]

@@ -62,7 +62,7 @@ def dangling(path):
         (dangling, "No such file"),
         (lambda path: path.mkdir(), "Is a directory"),
         (lambda path: path.symlink_to("/dev/zero"), "a character device, not a regular file"),
-        (lambda path: path.write_bytes(b"\xff\xfe["), "can't decode byte"),
+        (lambda path: path.write_bytes(b"\xff\xfe["), "it is not a text file (UTF-8)"),
         (lambda path: path.write_text(""), "not valid"),
     ],
 )

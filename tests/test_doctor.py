@@ -218,6 +218,9 @@ def test_settings_of_a_search_without_one_are_a_warning(upstream):
     assert found.status == 1 and "OSACCEL_TARGET: only a search reads this, and none is asked for" in said(found)
     found = doctor.diagnose({**PATH, "OSACCEL_TARGET": "2x"}, {"plan": "none.json"}, ())
     assert [finding.level for finding in found.findings] == [WARNING, ERROR]
+    # A file of settings may be one for all commands.
+    (upstream / "osaccel.yaml").write_text("plan: plan.json\nsearch: {target: 3x, prompts: 4}\n")
+    assert doctor.diagnose(PATH, {"config": "osaccel.yaml"}, ()).findings == []
 
 
 def test_options_inside_a_shell_script_are_read(upstream):
