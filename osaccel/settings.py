@@ -418,7 +418,8 @@ def unread(values: Mapping[str, Value]) -> Optional[str]:
 
     A YAML file may hold what several commands read, so nothing is said of it.
     """
-    places = [value.place for name, value in values.items() if BY_NAME[name].group == "search" and not value.base]
+    read = [(BY_NAME[name], value.place) for name, value in values.items() if BY_NAME[name].group == "search"]
+    places = [place for setting, place in read if place in (setting.option, setting.variable)]
     if not places or "search" in values or _is_disabled(values):
         return None
     search = BY_NAME["search"]
