@@ -22,9 +22,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 MOST_TIMESTEPS = 10_000
 # Beyond every model's blocks and every run's steps: what is larger is a slip, or was made to do harm.
 LARGEST_CACHE_VALUE = 1_000_000
-# A search writes less than this beside its output before it has found something.
 # What a search writes beside its output.
 REPORT = ".report.json"
+# A search writes less than this beside its output before it has found something.
 _PROBE = b"\0" * (1 << 16)
 # How many calibration videos a search takes.
 FEWEST_VIDEOS, MOST_VIDEOS = 5, 20

@@ -50,6 +50,12 @@ class Goal(NamedTuple):
     kind: str
     value: float
 
+    @property
+    def is_allowed(self) -> bool:
+        """Whether it can be asked for."""
+        low, high = GOALS[self.kind]
+        return low < self.value <= high
+
     def __str__(self) -> str:
         return f"{self.value:g}x" if self.kind == "speed" else f"{self.kind}:{self.value:g}"
 

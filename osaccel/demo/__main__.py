@@ -16,8 +16,6 @@ EXTRA = ("accelerate", "diffusers", "einops", "imageio", "imageio_ffmpeg", "matp
          "transformers")  # fmt: skip
 
 OPTIONS = ("--out", "--fast", "--search", "--seed", "--version", "--help")
-# Calls that --search looks at.
-CALLS = 4
 
 
 def problem(out: Path) -> Optional[str]:
@@ -36,10 +34,10 @@ def problem(out: Path) -> Optional[str]:
 
 def run(out: Path, number: int, seed: int) -> None:
     """Sample with every arm, in turns, and write what can be looked at."""
-    from osaccel.demo.arms import CHECKPOINT, PLAN_STEPS, Outcome, arms, sample, table
+    from osaccel.demo.arms import PLAN_STEPS, Outcome, all_prompts, arms, sample, table
     from osaccel.demo.compare import write_picture, write_video
 
-    prompts = (CHECKPOINT / "prompts.txt").read_text().splitlines()[:number]
+    prompts = all_prompts()[:number]
     outcomes = {arm: Outcome() for arm in arms(PLAN_STEPS)}
     for index, prompt in enumerate(prompts):
         # What the machine does meanwhile falls on all arms alike, and none is always the first.
@@ -52,14 +50,6 @@ def run(out: Path, number: int, seed: int) -> None:
     write_video(out / "side_by_side.mp4", by_name)
     write_picture(out / "side_by_side.png", by_name, prompts[:3])
     print(f"videos, side_by_side.mp4 and side_by_side.png: {out}")
-
-
-def search(out: Path, target: str, seed: int) -> int:
-    """Search a plan on prompts that the videos are not of."""
-    from osaccel.demo import arms
-
-    prompts = (arms.CHECKPOINT / "prompts.txt").read_text().splitlines()[-CALLS:]
-    return arms.search(target, prompts, out, seed)
 
 
 def main() -> int:
@@ -81,7 +71,9 @@ def main() -> int:
         print(f"osaccel.demo: {found}", file=sys.stderr)
         return 2
     if arguments.search:
-        return search(arguments.out, arguments.search, arguments.seed)
+        from osaccel.demo.arms import search
+
+        return search(arguments.search, arguments.out, arguments.seed)
     run(arguments.out, 2 if arguments.fast else 4, arguments.seed)
     return 0
 

@@ -23,6 +23,8 @@ CHECKPOINT, CONFIGS = HERE / "checkpoint", HERE / "configs"
 PLAN, CACHE = CONFIGS / "plan.json", CONFIGS / "dit_cache_config.json"
 TIMESTEPS = CONFIGS / "searched_schedule.txt"
 PLAN_STEPS = 100
+# How many calls a search looks at.
+CALLS = 4
 
 
 class Arm(NamedTuple):
@@ -79,9 +81,17 @@ def sample(arm: Arm, prompt: str, folder: Path, seed: int, outcome: Outcome) -> 
     outcome.share = float(shares[-1][0]) / float(shares[-1][1]) if shares else 1.0
 
 
-def search(target: str, prompts: Sequence[str], out: Path, seed: int) -> int:
-    """Search a plan on these prompts as a user does, and draw its report; what both say is seen. The exit status."""
-    plan = str(out / "plan.json")
+def all_prompts() -> List[str]:
+    """Those of the checkpoint's that no training video shows."""
+    return (CHECKPOINT / "prompts.txt").read_text().splitlines()
+
+
+def search(target: str, out: Path, seed: int) -> int:
+    """Search a plan as a user does, on prompts that no video of the demo shows, and draw its report.
+
+    What both say is seen. Returns the exit status.
+    """
+    plan, prompts = str(out / "plan.json"), all_prompts()[-CALLS:]
     options = ("--search", "plan", "--target", target, "--search-prompts", str(len(prompts)), "--plan", plan)
     command = _command(options, prompts, out / "calibration", PLAN_STEPS, seed)
     print(" ".join(map(shlex.quote, command)), flush=True)

@@ -11,7 +11,7 @@ from osaccel.plan import Plan
 from osaccel.report import figures, words
 from osaccel.report.content import Content, Table, command, compare, made_for, prompts_of, spent, without_empty_columns
 from osaccel.report.figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, YELLOW, Figure
-from osaccel.settings import GOALS
+from osaccel.settings import Goal
 
 # What a cell of the picture is, by its colour.
 KINDS = {
@@ -148,17 +148,17 @@ def _otherwise(report: Mapping[str, Any]) -> str:
     if not report.get("keeps", True):
         return "sample more steps and search again"
     kind = str(report["goal"]).rpartition(":")[0] or "speed"
-    # Half as far from the plain run.
+    # Half of the gain, or half as far from the plain run: 6 dB.
     if kind == "speed":
-        value, said = round((1 + 1 / report["work"]) / 2, 2), "{:g}x"
+        value = round((1 + 1 / report["work"]) / 2, 2)
     elif kind == "psnr":
-        value, said = round(report["psnr"] + 6, 1), "psnr:{:g}"
+        value = round(report["psnr"] + 6, 1)
     else:
-        value, said = float(f"{report['error'] / 2:.2g}"), "error:{:g}"
-    low, high = GOALS[kind]
-    if not low < value <= high:
+        value = float(f"{report['error'] / 2:.2g}")
+    goal = Goal(kind, value)
+    if not goal.is_allowed:
         return "sample without it"
-    return f"search again with a target that loses less, such as OSACCEL_TARGET={said.format(value)}"
+    return f"search again with a target that loses less, such as OSACCEL_TARGET={goal}"
 
 
 def _figures(shown: Shown) -> List[Figure]:

@@ -11,7 +11,7 @@ from osaccel.search.evaluation import Evaluation
 from osaccel.search.measure import plan_of_job, price_of
 from osaccel.search.plan.actions import SKIP, even_plan, plan_of
 from osaccel.search.plan.choice import Choice, at_error
-from osaccel.search.plan.judge import Found, best, is_worth_it, nearest_kept, saves_early
+from osaccel.search.plan.judge import Found, best, is_far_less, nearest_kept, saves_early
 from osaccel.search.planned import TOLERANCE
 from osaccel.settings import Goal
 
@@ -93,7 +93,7 @@ class Aim:
         """
         work, skips, least = 1 / self.goal.value, self.runner.can(SKIP), self.runner.least
         early, late = least(work, early=True), least(work, early=False)
-        is_likely = early is not None and (late is None or is_worth_it(early.error, late.error))
+        is_likely = early is not None and (late is None or is_far_less(early.error, late.error))
         self._try(early if is_likely else None)
         if skips:
             is_early = not self.tried or saves_early(self._best.plan, self.settled)

@@ -11,7 +11,7 @@ from osaccel.plan import Plan
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.plan.choice import Choice
 from osaccel.search.planned import TOLERANCE
-from osaccel.settings import GOALS, Goal
+from osaccel.settings import Goal
 
 
 class Found(NamedTuple):
@@ -73,8 +73,8 @@ def nearest_kept(goal: Goal, measured: Sequence[Found]) -> Optional[Goal]:
         # Two digits, rounded up.
         unit = 10.0 ** (math.floor(math.log10(nearest.error)) - 1)
         kept = float(f"{math.ceil(nearest.error / unit) * unit:.2g}")
-    low, high = GOALS[goal.kind]
-    return Goal(goal.kind, kept) if low < kept <= high else None
+    nearest_goal = Goal(goal.kind, kept)
+    return nearest_goal if nearest_goal.is_allowed else None
 
 
 def saves_early(plan: Plan, settled: int) -> bool:
@@ -82,16 +82,16 @@ def saves_early(plan: Plan, settled: int) -> bool:
     return any(step < settled for _, steps in plan.named_steps() for step in steps)
 
 
-def is_worth_it(early: float, late: float) -> bool:
-    """Whether the error of what saves early is less by as much as it must be: by TOLERANCE."""
-    return TOLERANCE * early < late
+def is_far_less(error: float, other: float) -> bool:
+    """Whether an error is less by TOLERANCE, as that of what saves early must be, or one that a single call showed."""
+    return TOLERANCE * error < other
 
 
 def _is_better(one: Found, other: Found, settled: int) -> bool:
     if _without_predictor(one.plan) == _without_predictor(other.plan):
         return one.error < other.error
     if saves_early(one.plan, settled) and not saves_early(other.plan, settled):
-        return is_worth_it(one.error, other.error)
+        return is_far_less(one.error, other.error)
     return is_clearly_better(one.evaluation, other.evaluation)
 
 
@@ -106,6 +106,6 @@ def is_clearly_better(one: Evaluation, other: Evaluation) -> bool:
     """
     errors, others = (np.array(evaluation.details["errors"]) for evaluation in (one, other))
     if len(errors) == 1:
-        return bool(TOLERANCE * errors[0] < others[0])
+        return is_far_less(float(errors[0]), float(others[0]))
     gained = others - errors
     return bool(gained.mean() > gained.std(ddof=1) / math.sqrt(len(gained)))

@@ -183,7 +183,6 @@ def write(path: str, values: Sequence[float], report: Dict[str, Any], call: Call
     bound = {
         **binding.of_call(call.pipeline, call.arguments, _number_of_blocks(call), _as_stored(values)),
         "teacher_steps": report["teacher_steps"],
-        "guidance_scale": call.arguments.get("guidance_scale"),
         "versions": binding.versions(),
     }
     formats.write_json(formats.report_path(path), {**report, "fingerprint": bound})
