@@ -29,14 +29,14 @@ from benchmarks.lib.plan_search import recorded
 from benchmarks.lib.quality import STATISTICS
 from osaccel import formats
 from osaccel.search.measure import Measure
-from osaccel.search.plan.actions import ACTIONS, BY_NAME, FAMILIES, PLAIN, REFERENCES, Action, Windows, plan_of
+from osaccel.search.plan.actions import ACTIONS, BY_NAME, FAMILIES, PLAIN, Action, Windows, plan_of, references
 from osaccel.search.plan.choice import Choice, at_work, curve, least
 from osaccel.search.plan.gains import Expectation, gains, probes
 from osaccel.search.plan.local import squared_sizes
 from osaccel.search.plan.observation import record_of
 
 # The mildest of every family, and the next stronger of the one that knows no other costs.
-ALONE = ("c2", "s2", "f2", "s3")
+ALONE = ("c2", "s2", "c2f", "s3")
 WORKS = (1 / 1.3, 1 / 1.6, 0.55, 0.5)
 JUDGED = ("mean", "typical", "worst tenth")
 # How many calls a search might see instead.
@@ -98,12 +98,11 @@ def measured(name: str, calls: int, folder: Path) -> Measured:
 def expectation(data: Measured, calls: Sequence[int], groups: int) -> Expectation:
     """What the search would take from these calls."""
     sizes = {name: data.sizes[calls][:, :, place] for place, name in enumerate(data.names)}
-    families = [family for family in FAMILIES if REFERENCES[family] in data.names]
     found = {}
-    for probe in probes(families, data.windows, groups):
-        place = data.names.index(REFERENCES[probe.family])
+    for probe in probes(references(data.actions), data.windows, groups):
+        place = data.names.index(probe.action.name)
         found[probe] = np.sqrt(data.squares[calls][:, list(probe.windows), place].sum(axis=1)).tolist()
-    return Expectation(sizes, gains(found, sizes, data.windows))
+    return Expectation(sizes, gains(found, sizes, data.windows), references(data.actions))
 
 
 def pooled(data: Measured, expected: Expectation) -> np.ndarray:
@@ -111,9 +110,9 @@ def pooled(data: Measured, expected: Expectation) -> np.ndarray:
     sizes = {name: values.mean(axis=0, keepdims=True) for name, values in expected.sizes.items()}
     gain = {}
     for family, values in expected.gain.items():
-        local = expected.sizes[REFERENCES[family]][:, :, FAMILIES.index(family)]
+        local = expected.sizes[expected.references[family].name][:, :, FAMILIES.index(family)]
         gain[family] = (values * local).sum(axis=0, keepdims=True) / local.sum(axis=0, keepdims=True)
-    return Expectation(sizes, gain).squares(data.actions)
+    return Expectation(sizes, gain, expected.references).squares(data.actions)
 
 
 def chosen(data: Measured, squares: np.ndarray, work: float, is_mean: bool = True) -> Choice:
@@ -167,9 +166,12 @@ def table(data: Measured, name: str, few: int, draws: int) -> str:
     lines = [f"{name}: {len(data.squares)} calls, one window of {data.windows.length} steps at a time", ""]
     lines += ["root of the gain by window", "      " + "".join(f"{window:8}" for window in range(data.windows.count))]
     for place, action in list(enumerate(data.names))[1:]:
-        family = FAMILIES.index(next(kind for kind in data.actions[place].cycle if kind in FAMILIES))
-        gain = data.squares[:, :, place].mean(axis=0) / data.sizes[:, :, place, family].mean(axis=0)
-        lines.append(f"{action:6}" + "".join(f"{value:8.3f}" for value in np.sqrt(gain)))
+        *others, family = data.actions[place].cycle[1].families
+        square, size = data.squares[:, :, place], data.sizes[:, :, place, FAMILIES.index(family)]
+        # Conditional-only steps at which blocks are forecast: the forecasts' own.
+        square = square - data.squares[:, :, data.names.index("c2")] if others else square
+        gain = square.mean(axis=0) / size.mean(axis=0)
+        lines.append(f"{action:6}" + "".join(f"{value:8.3f}" for value in np.sqrt(gain.clip(0.0))))
     lines += ["", f"excess of choices from {few} calls on the others, {draws} draws: {', '.join(JUDGED)}"]
     for work in WORKS:
         best = chosen(data, data.squares, work)

@@ -96,7 +96,7 @@ def test_moves_keep_the_number_of_computed_steps():
 
 def test_rivals_cost_what_the_found_plan_does():
     windows = Windows.of(100, BLOCKS)
-    actions = actions_for(windows.length, (HALF, SKIP, FORECAST))
+    actions = actions_for(windows, (HALF, SKIP, FORECAST))
     half = next(action for action in actions if action.name == "s2")
     own = plan_of([half] * windows.count, windows)
     draw, generator = plan_search.Draw(actions, windows, own.work(BLOCKS)), np.random.default_rng(0)
@@ -172,12 +172,13 @@ def test_found_plans_of_a_family_alone_hold_nothing_else(pipeline):
 
 def test_choices_from_few_calls_lose_nothing_where_all_calls_are_alike():
     bench_windows = pytest.importorskip("benchmarks.windows")
-    names, count = ["full", "c2", "s2", "f2", "s3"], 8
+    names, count = ["full", "c2", "s2", "c2f", "s3"], 8
     generator = np.random.default_rng(0)
-    kinds = {"c2": 0, "s2": 1, "s3": 1, "f2": 2}
+    kinds = {"c2": 0, "s2": 1, "s3": 1, "c2f": 2}
     sizes = np.zeros((12, count, len(names), 4))
     for place, name in enumerate(names[1:], 1):
         sizes[:, :, place, kinds[name]] = generator.random(count) * (3 if name == "s3" else 1)
+    sizes[:, :, names.index("c2f"), 0] = sizes[:, :, names.index("c2"), 0]
     # The early window, the first, has the gain of the next.
     gain = np.exp(np.maximum(0, np.linspace(-1 / 3, 2, count)))[:, None]
     alike = bench_windows.Measured(Windows.of(100, BLOCKS), names, sizes.sum(-1) * gain, sizes)

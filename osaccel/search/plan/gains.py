@@ -2,8 +2,9 @@
 """How much of an action's local change is left in the final latents, measured by a few replays.
 
 The windows fall into consecutive groups. In one group at a time every window takes a reference action of one family;
-the squared error of the final latents over the sum of the squared local changes is the family's gain there. Between the
-groups' middles gains are interpolated in the logarithm, beyond them they stay.
+the squared error of the final latents over the sum of the squared local changes is the family's gain there. Where a
+reference saves in two ways, what the other makes is taken off before. Between the groups' middles gains are
+interpolated in the logarithm, beyond them they stay.
 """
 
 import math
@@ -11,7 +12,7 @@ from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import BY_NAME, FAMILIES, PLAIN, REFERENCES, Action, Windows
+from osaccel.search.plan.actions import FAMILIES, PLAIN, Action, Windows
 from osaccel.search.planned import TOLERANCE
 
 # The most groups; fewer where their replays do not fit into the budget.
@@ -29,14 +30,15 @@ class Probe(NamedTuple):
     """One replay: the reference action of a family in all windows of a group."""
 
     family: str
+    action: Action
     windows: Sequence[int]
 
     def chosen(self, count: int) -> List[Action]:
         """An action for every window."""
-        return [BY_NAME[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
+        return [self.action if window in self.windows else PLAIN for window in range(count)]
 
 
-def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
+def probes(references: Mapping[str, Action], windows: Windows, count: int) -> List[Probe]:
     """What to replay, the windows in `count` groups, the groups in the generation's order.
 
     The last window is a group of its own: behind it the network answers no more, and what was changed is left. Early
@@ -46,7 +48,7 @@ def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]
     groups: List[Sequence[int]] = [[*others, last]]
     if others and count > 1:
         groups = [*(part.tolist() for part in np.array_split(others, min(count - 1, len(others)))), [last]]
-    return [Probe(family, tuple(group)) for family in families for group in groups]
+    return [Probe(family, action, tuple(group)) for family, action in references.items() for group in groups]
 
 
 def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Windows) -> Dict[str, np.ndarray]:
@@ -54,24 +56,36 @@ def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Wind
 
     Args:
         measured: the relative error of every call's final latents that each probe made; infinite, never to be done,
-            where they are not finite.
+            where they are not finite. Conditional-only steps come before those at which blocks are forecast too.
         sizes: of the families' reference actions.
     """
     found: Dict[str, np.ndarray] = {}
     for family in dict.fromkeys(probe.family for probe in measured):
-        local = sizes[REFERENCES[family]][:, :, FAMILIES.index(family)]
-        own = {probe: errors for probe, errors in measured.items() if probe.family == family}
-        by_call = [{probe: errors[call] for probe, errors in own.items()} for call in range(len(local))]
-        found[family] = np.array([_gains(errors, changes) for errors, changes in zip(by_call, local)])
+        squares = {
+            probe: np.square(errors) - _known(found, probe.windows, sizes[probe.action.name])
+            for probe, errors in measured.items()
+            if probe.family == family
+        }
+        action = next(iter(squares)).action
+        local = sizes[action.name][:, :, FAMILIES.index(family)]
+        by_call = [{probe: each[call] for probe, each in squares.items()} for call in range(len(local))]
+        found[family] = np.array([_gains(each, changes) for each, changes in zip(by_call, local)])
     return found
 
 
-def _gains(measured: Mapping[Probe, float], local: np.ndarray) -> np.ndarray:
+def _known(found: Mapping[str, np.ndarray], windows: Sequence[int], sizes: np.ndarray) -> np.ndarray:
+    """The squared errors, by call, that families whose gains are known make in some windows; sizes: of an action."""
+    every = np.zeros(len(sizes))
+    for family, gain in found.items():
+        every = every + (gain[:, windows] * sizes[:, windows, FAMILIES.index(family)]).sum(axis=1)
+    return every
+
+
+def _gains(squares: Mapping[Probe, float], local: np.ndarray) -> np.ndarray:
     """One family's gain for one call, by window."""
     middles, logs = [], []
-    for probe in sorted(measured, key=lambda probe: probe.windows[0]):
-        square = measured[probe] ** 2
-        changed = local[list(probe.windows)].sum()
+    for probe in sorted(squares, key=lambda probe: probe.windows[0]):
+        square, changed = squares[probe], local[list(probe.windows)].sum()
         if changed > 0 and square > 0:
             middles.append(float(np.mean(probe.windows)))
             logs.append(min(math.log(square / changed), _NEVER))
@@ -84,12 +98,14 @@ class Expectation(NamedTuple):
 
     Attributes:
         sizes: what actions do locally; gain: by family, how much of it is left, (call, window).
+        references: the families' mildest actions.
         growth: how much faster than in proportion the gain grows with a change beyond that of its reference.
         scale: how much more or less all of it was when a choice was measured.
     """
 
     sizes: Sizes
     gain: Mapping[str, np.ndarray]
+    references: Mapping[str, Action]
     growth: float = 0.0
     scale: float = 1.0
 
@@ -100,7 +116,7 @@ class Expectation(NamedTuple):
     def _by_family(self, action: Action) -> Iterator[np.ndarray]:
         for family, gain in self.gain.items():
             sizes, reference = (
-                self.sizes[name][:, :, FAMILIES.index(family)] for name in (action.name, REFERENCES[family])
+                self.sizes[name][:, :, FAMILIES.index(family)] for name in (action.name, self.references[family].name)
             )
             yield gain * sizes * beyond(sizes, reference) ** self.growth
 
