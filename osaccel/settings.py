@@ -520,7 +520,10 @@ def _from_options_and_environment(environ: Mapping[str, str], options: Mapping[s
 def _from_yaml(value: Value) -> Dict[str, Value]:
     path = _path(value)
     if not path.lower().endswith(reading.YAML_SUFFIXES):
-        raise SettingsError(f"{path}: the settings file must end in {' or '.join(reading.YAML_SUFFIXES)}.")
+        endings = " or ".join(reading.YAML_SUFFIXES)
+        raise SettingsError(
+            f"{path}: the settings file must end in {endings}. OSACCEL_PLAN, or --plan, takes a plan alone."
+        )
     return _read(value, "config", lambda content, place: _collect({} if content is None else content, (), place))
 
 

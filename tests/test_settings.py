@@ -119,7 +119,10 @@ def test_wrong_timestep_lists(tmp_path, content, expected):
         ({"OSACCEL_SEARCH_PROMPTS": "010"}, "OSACCEL_SEARCH_PROMPTS: expected a whole number of at least 1, got '010'"),
         ({"OSACCEL_TARGET_STEPS": "50,x"}, "OSACCEL_TARGET_STEPS: expected a whole number of at least 1, got 'x'"),
         ({"OSACCEL_CACHE_CONFIG": "no/such.json"}, "no/such.json: cannot be read: No such file or directory."),
-        ({"OSACCEL_CONFIG": "settings.json"}, "settings.json: the settings file must end in .yaml or .yml."),
+        (
+            {"OSACCEL_CONFIG": "plan.json"},
+            "plan.json: the settings file must end in .yaml or .yml. OSACCEL_PLAN, or --plan, takes a plan alone.",
+        ),
     ],
 )
 def test_wrong_variables(environ, expected):
