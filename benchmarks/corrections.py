@@ -3,9 +3,8 @@
 
     python -m benchmarks.corrections --work DIR [--prompts 16] [--seconds 3000] [--json FILE]
 
-1. The same video sooner: of the plain run's steps only some are computed, evenly spread, with --first N evenly behind
-   the first N, and the others skipped, uncorrected and corrected. Relative L2 of the final latents against the plain
-   run of the same noise.
+1. The same video sooner: of the plain run's steps only some are computed and the others skipped, uncorrected and
+   corrected. Relative L2 of the final latents against the plain run of the same noise.
 2. Fewer steps by themselves, uncorrected and corrected, and diffusers' samplers of higher order at the same number of
    calls, each with the spacing that does best at the fewest steps: energy distance and bands against fresh data of the
    same prompts (two videos each).
@@ -46,14 +45,12 @@ CORRECTIONS = {
 }
 
 
-def skipping(bench: Bench, computed: int, name: str, first: int = 0) -> Arm:
-    """The plain run of which `computed` steps call the network: the first ones, and others spread evenly behind."""
-    before = max(first - 1, 0)
-    kept = {*range(first), *(before + place for place in even_places(bench.steps - before, computed - before))}
+def skipping(bench: Bench, computed: int, name: str) -> Arm:
+    """The plain run of which `computed` steps, spread evenly, call the network."""
+    kept = even_places(bench.steps, computed)
     skip = tuple(step for step in range(bench.steps) if step not in kept)
     plan = Plan(steps=bench.steps, skip=skip, correction=CORRECTIONS[name])
-    key = f"skip {computed} {name}" + (f", first {first}" if first else "")
-    return planned(bench, plan, f"{computed} computed, {name}")._replace(key=key)
+    return planned(bench, plan, f"{computed} computed, {name}")._replace(key=f"skip {computed} {name}")
 
 
 def fewer(bench: Bench, count: int, name: str, correction: Correction) -> Arm:
@@ -91,13 +88,13 @@ class Sampled:
         return found
 
 
-def same_videos(sampled: Sampled, counts: Sequence[int], first: int = 0) -> Dict[str, Dict[str, Any]]:
+def same_videos(sampled: Sampled, counts: Sequence[int]) -> Dict[str, Dict[str, Any]]:
     """By arm: errors against the plain run of the same noise, video by video, and their statistics."""
     plain = sampled.of(PLAIN._replace(key="plain"))
     rows: Dict[str, Dict[str, Any]] = {}
     for count in counts:
         for name in CORRECTIONS:
-            arm = skipping(sampled.bench, count, name, first)
+            arm = skipping(sampled.bench, count, name)
             found = errors(sampled.of(arm), plain)
             if not found:
                 return rows
@@ -187,7 +184,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=16, help=f"held out, {SEEDS_PER_PROMPT} videos of each")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--computed", type=int, nargs="*", default=[67, 50, 34, 25], help="of the steps, by skipping")
-    parser.add_argument("--first", type=int, default=0, help="of the computed steps, how many are the very first (0)")
     parser.add_argument("--steps", type=int, nargs="*", default=[67, 50, 34, 25], help="fewer steps, corrected or not")
     parser.add_argument("--samplers", type=int, nargs="*", default=[50, 25], help="steps of other samplers")
     parser.add_argument("--data", type=int, default=24, help="fresh data per prompt")
@@ -209,7 +205,7 @@ def main() -> None:
     sampled = Sampled(bench, [Case(prompt, n) for n, prompt in enumerate(rows)], started + options.seconds)
     report: Dict[str, Any] = {"made by": made_by(), "videos": len(rows), "default": str(DEFAULT_CORRECTION)}
     print("\n".join(f"{name}: {value}" for name, value in made_by().items()))
-    report["same videos"] = same_videos(sampled, options.computed, options.first)
+    report["same videos"] = same_videos(sampled, options.computed)
     print(text(report["same videos"]), flush=True)
     if options.response:
         steps = [round(part * bench.steps) for part in (0.4, 0.6, 0.7, 0.8, 0.88, 0.94)]

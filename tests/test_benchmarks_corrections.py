@@ -45,8 +45,6 @@ def test_skipping_computes_what_it_says_and_uncorrected_is_uncorrected(bench, tm
     assert len({tuple(row["errors"]) for row in rows.values()}) == 3
     arm = corrections.skipping(kept, 3, "uncorrected")
     assert arm.work == 0.5 and bench.run(arm, cases)[0].computed == 3 * bench.num_blocks
-    early = corrections.skipping(kept, 3, "uncorrected", first=2)
-    assert early.key != arm.key and bench.run(early, cases)[0].computed == 3 * bench.num_blocks
     # What is kept is not sampled again, and time that is over begins nothing.
     over = corrections.Sampled(kept, cases, 0.0)
     assert len(over.of(PLAIN._replace(key="plain"))) == 2
