@@ -503,15 +503,23 @@ def test_every_call_has_the_gain_that_was_measured_of_it():
 
 
 def test_what_conditional_only_steps_do_is_taken_off_where_they_forecast_too():
-    windows, sizes = Windows(4, 6, 2, 6), np.zeros((2, 2, len(FAMILIES)))
+    windows, sizes = Windows(4, 6, 4, 6), np.zeros((4, 4, len(FAMILIES)))
     halves, both = sizes.copy(), sizes.copy()
     halves[:, :, FAMILIES.index(HALF)] = both[:, :, FAMILIES.index(HALF)] = 2.0
     both[:, :, FAMILIES.index(FORECAST)] = 4.0
-    (half,), (forecast,) = probes({HALF: BY_NAME["c2"]}, windows, 1), probes({FORECAST: BY_NAME["c2f"]}, windows, 1)
-    found = gains({half: [2.0, 2.0], forecast: [20**0.5, 1.0]}, {"c2": halves, "c2f": both}, windows)
-    assert found[HALF].tolist() == pytest.approx(np.ones((2, 2)))
-    # 20 - 4 over 8; where all of it is the conditional-only steps' nothing is known of the forecasts.
-    assert found[FORECAST][0] == pytest.approx([2.0, 2.0]) and found[FORECAST][1].tolist() == [1.0, 1.0]
+    early, late = probes({HALF: BY_NAME["c2"]}, windows, 2)
+    early_both, late_both = probes({FORECAST: BY_NAME["c2f"]}, windows, 2)
+    measured = {early: [6**0.5, 6**0.5, 6**0.5, math.inf], late: [1.0, 100.0, 1.0, 1.0],
+                early_both: [30**0.5, 6.01**0.5, math.inf, math.inf], late_both: [5**0.5, 101.0, 1.0, 2.0]}  # fmt: skip
+    found = gains(measured, {"c2": halves, "c2f": both}, windows)
+    assert found[HALF][0] == pytest.approx([1.0, 1.0, 0.5**0.5, 0.5])
+    # 30 - 6 over 12, and 5 - 1 over 4, whatever is taken to lie between the groups.
+    assert found[FORECAST][0] == pytest.approx([2.0, 2.0, 2.0**0.5, 1.0])
+    # Where next to nothing is left, forecasts are taken to leave as much of their change as conditional-only steps.
+    assert found[FORECAST][1] == pytest.approx([1.0, 1.0, 5000.0**0.5, 5000.0])
+    for call, window in ((2, 0), (3, 0)):
+        assert found[FORECAST][call][window] > 1e100 and np.isfinite(found[FORECAST]).all()
+    assert found[FORECAST][2][3] == pytest.approx(0.5)
 
 
 # The whole search ---------------------------------------------------------------------------------------------------
@@ -703,8 +711,12 @@ def test_the_fitted_predictor_is_taken_only_where_it_was_measured_to_help(tmp_pa
     with Generation(pipeline, replace(plan, correction=replace(plan.correction, predictor=0.0))):
         without = pipeline(num_inference_steps=steps, **call).images
     assert plan.skip and report["error"] <= 1.01 * relative(without, plain)
-    tried = {run["config"].get("correction", {}).get("predictor", 0.0) for run in report["evaluations"]}
+    tried = {predictor_of(run["config"]) for run in report["evaluations"]}
     assert len(tried) == 2 and max(tried) > 0.5
+
+
+def predictor_of(plan):
+    return plan.get("correction", {}).get("predictor", 0.0)
 
 
 def test_replays_show_no_progress_bar_of_the_pipeline_s(tmp_path, capfd):

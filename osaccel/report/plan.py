@@ -247,7 +247,8 @@ def _saving(plan: Plan, step: int) -> str:
     ways = ["conditional only"] if step in plan.conditional_only else []
     regions = [region for region in plan.regions if step in region.reuse]
     if regions:
-        ways.append(f"{' and '.join(map(str, regions))} {'forecast' if regions[0].order else 'reused'}")
+        blocks = [block for region in regions for block in range(region.start, region.stop)]
+        ways.append(f"blocks {words.spans(sorted(blocks))} {'forecast' if regions[0].order else 'reused'}")
     return " with ".join(ways) or "full"
 
 

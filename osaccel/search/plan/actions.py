@@ -21,7 +21,8 @@ FAMILIES = (HALF, SKIP, FORECAST, REUSE)
 FEWEST = 2
 # Where blocks are forecast or reused the first is computed: through it the latents of now come in.
 COMPUTED_BLOCKS = 1
-# Parts of the blocks behind the first, by which of the SEGMENTS they hold: quarters of all blocks.
+# Parts of the blocks behind the first, by quarters of the depth; and which segments they hold: the first two quarters,
+# which no part divides, the third and the fourth.
 SEGMENTS, WHOLE = 3, "q1234"
 PARTS = {WHOLE: (0, 1, 2), "q12": (0,), "q123": (0, 1), "q34": (1, 2), "q4": (2,)}
 
@@ -30,12 +31,16 @@ class Kind(NamedTuple):
     """What one step does.
 
     Attributes:
-        families: the ways in which it saves, that it is named by last; none where it computes everything.
+        families: the ways in which it saves, the one that names it last; none where it computes everything.
         part: of the blocks, where they are forecast or reused.
     """
 
     families: Tuple[str, ...] = ()
     part: str = ""
+
+    def is_of(self, family: str) -> bool:
+        """Whether this family names it, or nothing is saved."""
+        return not self.families or self.families[-1] == family
 
 
 FULL, HALVED, SKIPPED = Kind(), Kind((HALF,)), Kind((SKIP,))
@@ -47,6 +52,11 @@ class Action(NamedTuple):
     name: str
     cycle: Tuple[Kind, ...]
 
+    @property
+    def has_part(self) -> bool:
+        """Whether less than all blocks behind the first are forecast."""
+        return any(kind.part not in ("", WHOLE) for kind in self.cycle)
+
 
 def _halves(length: int) -> Action:
     return Action(f"c{length}", (FULL, *(HALVED,) * (length - 1)))
@@ -56,9 +66,14 @@ def _skips(length: int) -> Action:
     return Action(f"s{length}", (FULL, *(SKIPPED,) * (length - 1)))
 
 
-def _skips_with_halves(length: int, halves: int = 1) -> Action:
+def _among_skips(length: int, kind: Kind, times: int) -> Tuple[Kind, ...]:
+    """Every `length`-th step is computed: one in full, then as many of a kind."""
     skips = (SKIPPED,) * (length - 1)
-    return Action(f"s{length}c{halves + 1}", (FULL, *skips, *(HALVED, *skips) * halves))
+    return (FULL, *skips, *(kind, *skips) * times)
+
+
+def _skips_with_halves(length: int, halves: int = 1) -> Action:
+    return Action(f"s{length}c{halves + 1}", _among_skips(length, HALVED, halves))
 
 
 def _with_regions(family: str, is_guided: bool) -> List[Action]:
@@ -68,15 +83,11 @@ def _with_regions(family: str, is_guided: bool) -> List[Action]:
     """
     half, letters = ((HALF,), f"c{{}}{family[0]}") if is_guided else ((), f"{family[0]}{{}}")
     whole, parts = Kind((*half, family), WHOLE), [part for part in PARTS if part != WHOLE and family == FORECAST]
-    return [
-        *(Action(letters.format(length), (FULL, *(whole,) * (length - 1))) for length in (2, 3, 4, 6)),
-        *(Action(letters.format(2) + part, (FULL, Kind((*half, family), part))) for part in parts),
-        *(
-            Action(f"s{length}{letters.format(times + 1)}", (FULL, *skips, *(whole, *skips) * times))
-            for length, times in ((2, 1), (3, 1), (2, 2))
-            for skips in [(SKIPPED,) * (length - 1)]
-        ),
-    ]
+    found = [Action(letters.format(length), (FULL, *(whole,) * (length - 1))) for length in (2, 3, 4, 6)]
+    found += [Action(letters.format(2) + part, (FULL, Kind((*half, family), part))) for part in parts]
+    for length, times in ((2, 1), (3, 1), (2, 2)):
+        found.append(Action(f"s{length}{letters.format(times + 1)}", _among_skips(length, whole, times)))
+    return found
 
 
 PLAIN = Action("full", (FULL,))
@@ -186,7 +197,7 @@ def alone(actions: Sequence[Action], family: str) -> List[int]:
 
 def saves_only(action: Action, family: str) -> bool:
     """Whether all steps of an action that save are named by this family; the plain one has none."""
-    return all(kind.families[-1:] in ((), (family,)) for kind in action.cycle)
+    return all(kind.is_of(family) for kind in action.cycle)
 
 
 def kinds(action: Action, windows: Windows, window: int) -> Dict[int, Kind]:

@@ -28,7 +28,7 @@ class ForecastsAside(Interceptor):
         errors: by start and step, what a forecast made of the network's output less what it was, float32, on the host.
             Empty where guidance runs as two forwards or for some of the steps, or there are no blocks to forecast.
         is_running: whether a pass is running now.
-        seconds: that all passes took.
+        seconds: that all of it took.
     """
 
     def __init__(self, num_blocks: int):
@@ -45,7 +45,7 @@ class ForecastsAside(Interceptor):
         self.close()
         self.errors.clear()
         self.windows = Windows.of(len(scheduler.timesteps), self.num_blocks)
-        # The two steps that each forecast follows, newest first; and the last that follows each.
+        # The two steps that each forecast follows, newest first, and the last that follows each; alike with guidance.
         self._follows: Dict[int, List[int]] = {}
         for window in range(self.windows.count):
             by_step = kinds(tried(self.windows, is_guided=False)[0], self.windows, window)
@@ -76,10 +76,13 @@ class ForecastsAside(Interceptor):
         # What no forecast follows any more goes before new deltas exist: those of three steps at most are there.
         self._deltas = {kept: deltas for kept, deltas in self._deltas.items() if self._last[kept] >= step}
         if step in self._last:
+            started = time.perf_counter()
+            # On the host: a search is not to take more of the device than a plan.
             self._deltas[step] = {
-                start: tuple(late - early for late, early in zip(after, before))
+                start: tuple((late - early).cpu() for late, early in zip(after, before))
                 for start, before in self._inputs.items()
             }
+            self.seconds += time.perf_counter() - started
         if step not in self._follows:
             self._inputs.clear()
 
@@ -113,7 +116,10 @@ class ForecastsAside(Interceptor):
         newest, older = self._follows[self._step]
         ahead = forecast(self._step, newest, older)
         streams = zip(self._inputs[index], self._deltas[newest][index], self._deltas[older][index])
-        return tuple(hidden_ahead(hidden, late, early, ahead) for hidden, late, early in streams)
+        return tuple(
+            hidden_ahead(hidden, late.to(hidden.device), early.to(hidden.device), ahead)
+            for hidden, late, early in streams
+        )
 
     def close(self) -> None:
         self._deltas.clear()

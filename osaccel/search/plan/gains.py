@@ -3,8 +3,9 @@
 
 The windows fall into consecutive groups. In one group at a time every window takes a reference action of one family;
 the squared error of the final latents over the sum of the squared local changes is the family's gain there. Where a
-reference saves in two ways, what the other makes is taken off before. Between the groups' middles gains are
-interpolated in the logarithm, beyond them they stay.
+reference saves at conditional-only steps too, what these make by themselves is taken off before, and what is left is
+taken to have no less gain than they. Between the groups' middles gains are interpolated in the logarithm, beyond them
+they stay.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import FAMILIES, PLAIN, Action, Windows
+from osaccel.search.plan.actions import FAMILIES, HALF, PLAIN, Action, Windows
 from osaccel.search.planned import TOLERANCE
 
 # The most groups; fewer where their replays do not fit into the budget.
@@ -56,41 +57,46 @@ def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Wind
 
     Args:
         measured: the relative error of every call's final latents that each probe made; infinite, never to be done,
-            where they are not finite. Conditional-only steps come before those at which blocks are forecast too.
+            where they are not finite.
         sizes: of the families' reference actions.
     """
-    found: Dict[str, np.ndarray] = {}
-    for family in dict.fromkeys(probe.family for probe in measured):
-        squares = {
-            probe: np.square(errors) - _known(found, probe.windows, sizes[probe.action.name])
-            for probe, errors in measured.items()
-            if probe.family == family
-        }
-        action = next(iter(squares)).action
-        local = sizes[action.name][:, :, FAMILIES.index(family)]
-        by_call = [{probe: each[call] for probe, each in squares.items()} for call in range(len(local))]
-        found[family] = np.array([_gains(each, changes) for each, changes in zip(by_call, local)])
+    squares = {probe: np.square(errors) for probe, errors in measured.items()}
+    every = {probe: _gain(square, _changed(probe, sizes)) for probe, square in squares.items()}
+    halves = {probe.windows: probe for probe in measured if probe.family == HALF}
+    for probe, square in squares.items():
+        half = halves.get(probe.windows)
+        if half is not None and probe.family != HALF and HALF in probe.action.cycle[1].families:
+            rest = np.where(np.isfinite(square), square - np.minimum(squares[half], square), np.inf)
+            every[probe] = np.fmax(_gain(rest, _changed(probe, sizes)), every[half])
+    return {
+        family: _by_window(every, family, windows.count) for family in dict.fromkeys(probe.family for probe in every)
+    }
+
+
+def _changed(probe: Probe, sizes: Sizes) -> np.ndarray:
+    """The squared local change that a probe makes in its own way, by call."""
+    return sizes[probe.action.name][:, list(probe.windows), FAMILIES.index(probe.family)].sum(axis=1)
+
+
+def _gain(square: np.ndarray, changed: np.ndarray) -> np.ndarray:
+    """By call; NaN where nothing was changed or nothing is left of it."""
+    known = (changed > 0) & (square > 0)
+    found = np.divide(square, changed, out=np.full(len(square), np.nan), where=known)
+    return np.minimum(found, math.exp(_NEVER))
+
+
+def _by_window(every: Mapping[Probe, np.ndarray], family: str, count: int) -> np.ndarray:
+    """One family's gain, (call, window)."""
+    probes = sorted((probe for probe in every if probe.family == family), key=lambda probe: probe.windows[0])
+    middles = np.array([np.mean(probe.windows) for probe in probes])
+    by_call = np.log([every[probe] for probe in probes]).T
+    found = np.ones((len(by_call), count))
+    for call, logs in enumerate(by_call):
+        known = np.isfinite(logs)
+        # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
+        if known.any():
+            found[call] = np.exp(np.interp(np.arange(count), middles[known], logs[known]))
     return found
-
-
-def _known(found: Mapping[str, np.ndarray], windows: Sequence[int], sizes: np.ndarray) -> np.ndarray:
-    """The squared errors, by call, that families whose gains are known make in some windows; sizes: of an action."""
-    every = np.zeros(len(sizes))
-    for family, gain in found.items():
-        every = every + (gain[:, windows] * sizes[:, windows, FAMILIES.index(family)]).sum(axis=1)
-    return every
-
-
-def _gains(squares: Mapping[Probe, float], local: np.ndarray) -> np.ndarray:
-    """One family's gain for one call, by window."""
-    middles, logs = [], []
-    for probe in sorted(squares, key=lambda probe: probe.windows[0]):
-        square, changed = squares[probe], local[list(probe.windows)].sum()
-        if changed > 0 and square > 0:
-            middles.append(float(np.mean(probe.windows)))
-            logs.append(min(math.log(square / changed), _NEVER))
-    # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
-    return np.exp(np.interp(np.arange(len(local)), middles, logs)) if logs else np.ones(len(local))
 
 
 class Expectation(NamedTuple):

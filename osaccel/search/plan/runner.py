@@ -63,6 +63,8 @@ class PlanRunner(PlannedRunner):
         super().__init__(session, session.settings.plan_output)
         self.settings = session.settings
         self.observed: List[Dict[str, Any]] = []
+        # Of plans that are tried: 0, or the fitted one once it was measured to help.
+        self.predictor = 0.0
 
     # Recording
 
@@ -125,7 +127,12 @@ class PlanRunner(PlannedRunner):
         }
         # One decision: what one rank cannot do, none does.
         families = [family for family in FAMILIES if self.team.all_agree(can.get(family, False))]
-        actions = actions_for(self.windows, families)
+        # Of parts of the blocks no more is known than was tried; calls with and without guidance tried others.
+        actions = [
+            action
+            for action in actions_for(self.windows, families)
+            if not action.has_part or all(action.name in one["forecast"] for one in observed)
+        ]
         if len(actions) == 1:
             scheduler = self.replays[0].call.pipeline.scheduler
             reason = refusal(scheduler) or f"{type(scheduler).__name__} cannot skip steps as it was called."
