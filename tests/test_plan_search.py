@@ -719,6 +719,15 @@ def predictor_of(plan):
     return plan.get("correction", {}).get("predictor", 0.0)
 
 
+def test_the_next_goal_s_plans_have_the_predictor_where_it_helped(tmp_path):
+    search(tmp_path, ("2x", "3x"), steps=50, pipeline=Pipeline(scheduler=EulerDiscreteScheduler()))
+    assert predictor_of(read_file(str(tmp_path / "plan.json"))) > 0.5
+    # Plans are listed in the order in which they were measured; the second goal's are those that save as much.
+    runs = read_file(report_path(str(tmp_path / "plan.json")))["evaluations"]
+    late = [predictor_of(run["config"]) for run in runs if parse_plan(run["config"], "a run").work(6) <= 1 / 3 + 1e-9]
+    assert len(late) > 2 and min(late[:-1]) > 0.5 and late[-1] == 0.0
+
+
 def test_replays_show_no_progress_bar_of_the_pipeline_s(tmp_path, capfd):
     pipeline, call = miniature("EulerDiscrete")
     pipeline.set_progress_bar_config(disable=False)
