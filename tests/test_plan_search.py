@@ -488,6 +488,7 @@ def test_a_measured_choice_tells_how_much_more_larger_changes_do():
         found = told[2].told(actions, (factor * expected).tolist())
         assert (found.growth, found.scale) == (growth, pytest.approx(factor**2))
     assert told[2].told([PLAIN, PLAIN], [0.0, 0.0]) == told[2]
+    assert first.scaled(SKIP, 0.25).error([mild, strong]) == pytest.approx(first.error([mild, strong]) / 2)
 
 
 def test_every_call_has_the_gain_that_was_measured_of_it():

@@ -128,7 +128,7 @@ class Aim:
         plan = _with_predictor(found.plan, strength)
         other = self._measure(found.choice, plan) if self._affords(plan) else None
         if other is not None and other.error < found.error:
-            self.runner.predictor = strength
+            self.runner.take_predictor(strength, other.error / found.error)
 
     def _predicted(self, plan: Plan) -> Plan:
         return _with_predictor(plan, self.runner.predictor) if plan.skip else plan

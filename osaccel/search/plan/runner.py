@@ -219,6 +219,11 @@ class PlanRunner(PlannedRunner):
         """These actions, one for every window, were measured to make these errors, by call."""
         self.expectation = self.expectation.told(actions, errors)
 
+    def take_predictor(self, strength: float, ratio: float) -> None:
+        """Plans are tried with this strength from now on; it made a plan's error less by this ratio, by its skips."""
+        self.predictor = strength
+        self.expectation = self.expectation.scaled(SKIP, ratio**2)
+
     def _among(self, places: Optional[Sequence[int]]) -> List[Action]:
         return self.actions if places is None else [self.actions[place] for place in places]
 
