@@ -185,7 +185,7 @@ def table(data: Measured, name: str, few: int, draws: int) -> str:
         for name, rule in RULES.items():
             found = excess(data, work, few, draws, rule)
             lines.append(f"    {name:33}" + "".join(f"{value - 1:+8.0%}" for value in found))
-        for seen in OTHERS:
+        for seen in (count for count in OTHERS if count < len(data.squares)):
             found = excess(data, work, seen, draws, by_groups(3))
             lines.append(f"    {f'3 groups, {seen} calls':33}" + "".join(f"{value - 1:+8.0%}" for value in found))
     return "\n".join(lines)
