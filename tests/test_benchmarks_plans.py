@@ -121,7 +121,7 @@ def test_a_row_in_parts_is_the_row(bench):
 def test_the_whole_comparison_on_few_steps(pipeline, tmp_path):
     def comparison(only, only_kept=False):
         own = Bench(MODEL, pipeline, 20, batch=3, folder=tmp_path, only_kept=only_kept)
-        return plans.Comparison(own, (1.6,), 2, 1, ABSENT, only, rivals=(2, 1))
+        return plans.Comparison(own, (1.6,), 2, 1, ABSENT, only, rivals=(2, 1), targets=())
 
     first = comparison(["ours", "alone", "even", "fewer", "gate", "taylor", "rivals"])
     lines = list(first.run())
@@ -138,7 +138,7 @@ def test_the_whole_comparison_on_few_steps(pipeline, tmp_path):
     assert "1.6x: network work at most 62.5%" in text and "best other row" in text and "among 2 plans" in text
     plans.write(first, {"command": "test"}, text, tmp_path / "result")
     written = json.loads((tmp_path / "result.json").read_text())
-    assert len(written["works"]["1.6x"]["rows"][0]["errors"]) == 2 and written["search"]["generations"] <= 8
+    assert len(written["works"]["1.6x"]["rows"][0]["errors"]) == 2 and written["searches"][0]["generations"] <= 8
     assert (tmp_path / "result.png").read_bytes().startswith(b"\x89PNG")
     # Nothing of it is sampled again; what was never run is said to be missing.
     again = comparison(["ours", "alone", "even", "fewer", "gate", "tea"], only_kept=True)

@@ -488,7 +488,6 @@ def test_a_measured_choice_tells_how_much_more_larger_changes_do():
         found = told[2].told(actions, (factor * expected).tolist())
         assert (found.growth, found.scale) == (growth, pytest.approx(factor**2))
     assert told[2].told([PLAIN, PLAIN], [0.0, 0.0]) == told[2]
-    assert first.scaled(SKIP, 0.25).error([mild, strong]) == pytest.approx(first.error([mild, strong]) / 2)
 
 
 def test_every_call_has_the_gain_that_was_measured_of_it():
@@ -712,21 +711,8 @@ def test_the_fitted_predictor_is_taken_only_where_it_was_measured_to_help(tmp_pa
     with Generation(pipeline, replace(plan, correction=replace(plan.correction, predictor=0.0))):
         without = pipeline(num_inference_steps=steps, **call).images
     assert plan.skip and report["error"] <= 1.01 * relative(without, plain)
-    tried = {predictor_of(run["config"]) for run in report["evaluations"]}
+    tried = {run["config"].get("correction", {}).get("predictor", 0.0) for run in report["evaluations"]}
     assert len(tried) == 2 and max(tried) > 0.5
-
-
-def predictor_of(plan):
-    return plan.get("correction", {}).get("predictor", 0.0)
-
-
-def test_the_next_goal_s_plans_have_the_predictor_where_it_helped(tmp_path):
-    search(tmp_path, ("2x", "3x"), steps=50, pipeline=Pipeline(scheduler=EulerDiscreteScheduler()))
-    assert predictor_of(read_file(str(tmp_path / "plan.json"))) > 0.5
-    # Plans are listed in the order in which they were measured; the second goal's are those that save as much.
-    runs = read_file(report_path(str(tmp_path / "plan.json")))["evaluations"]
-    late = [predictor_of(run["config"]) for run in runs if parse_plan(run["config"], "a run").work(6) <= 1 / 3 + 1e-9]
-    assert len(late) > 2 and min(late[:-1]) > 0.5 and late[-1] == 0.0
 
 
 def test_replays_show_no_progress_bar_of_the_pipeline_s(tmp_path, capfd):

@@ -100,7 +100,7 @@ class Aim:
             self._try(least(work, early=is_early, places=self.runner.alone(SKIP)))
         self._try(least(work, early=True))
         self._try(least(work, early=False))
-        even = self._predicted(even_plan(self.runner.steps, work))
+        even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self.runner.expect([even], self.behind)
             self._measure(self._unpredicted(even), even)
@@ -118,20 +118,15 @@ class Aim:
     def _try_predictor(self) -> None:
         """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
 
-        The fit is about what x lacks at computed steps; what the network makes of it can go either way. Where it was
-        better for one goal the next goals' plans have it, and the best of them is tried without.
+        The fit is about what x lacks at computed steps; what the network makes of it can go either way.
         """
         found = self._best
         if not found.plan.skip or not self.runner.fitted:
             return
-        strength = 0.0 if found.plan.correction.predictor else self.runner.fitted
-        plan = _with_predictor(found.plan, strength)
-        other = self._measure(found.choice, plan) if self._affords(plan) else None
-        if other is not None and other.error < found.error:
-            self.runner.take_predictor(strength, other.error / found.error)
-
-    def _predicted(self, plan: Plan) -> Plan:
-        return _with_predictor(plan, self.runner.predictor) if plan.skip else plan
+        correction = replace(found.plan.correction, predictor=self.runner.fitted)
+        plan = replace(found.plan, correction=correction)
+        if self._affords(plan):
+            self._measure(found.choice, plan)
 
     @property
     def _reserve(self) -> float:
@@ -163,14 +158,10 @@ class Aim:
         return found
 
     def _plan(self, choice: Choice) -> Plan:
-        return self._predicted(plan_of(choice.actions, self.runner.windows))
+        return plan_of(choice.actions, self.runner.windows)
 
     def _unpredicted(self, plan: Plan) -> Choice:
         return Choice((), plan.work(self.runner.num_blocks), ())
-
-
-def _with_predictor(plan: Plan, strength: float) -> Plan:
-    return replace(plan, correction=replace(plan.correction, predictor=strength))
 
 
 def said(evaluation: Evaluation) -> str:

@@ -143,10 +143,6 @@ class Expectation(NamedTuple):
             anew = grown[int(np.argmin(misses**2 + _GROWTHS**2))]
         return anew._replace(scale=(wanted / anew.error(actions)) ** 2)
 
-    def scaled(self, family: str, factor: float) -> "Expectation":
-        """As it is when a family's squares are larger by a factor."""
-        return self._replace(gain={**self.gain, family: factor * self.gain[family]})
-
     def error(self, actions: Sequence[Action]) -> float:
         """The mean over calls of what is expected of an action for every window."""
         squares = self.squares(actions)

@@ -63,8 +63,6 @@ class PlanRunner(PlannedRunner):
         super().__init__(session, session.settings.plan_output)
         self.settings = session.settings
         self.observed: List[Dict[str, Any]] = []
-        # Of plans that are tried: 0, or the fitted one once it was measured to help.
-        self.predictor = 0.0
 
     # Recording
 
@@ -218,11 +216,6 @@ class PlanRunner(PlannedRunner):
     def learn(self, actions: Sequence[Action], errors: Sequence[float]) -> None:
         """These actions, one for every window, were measured to make these errors, by call."""
         self.expectation = self.expectation.told(actions, errors)
-
-    def take_predictor(self, strength: float, ratio: float) -> None:
-        """Plans are tried with this strength from now on; it made a plan's error less by this ratio, by its skips."""
-        self.predictor = strength
-        self.expectation = self.expectation.scaled(SKIP, ratio**2)
 
     def _among(self, places: Optional[Sequence[int]]) -> List[Action]:
         return self.actions if places is None else [self.actions[place] for place in places]
