@@ -103,7 +103,7 @@ class Comparison:
         bench: with the folder where everything is kept.
         speeds: 1 / network work; one search serves them all.
         videos: held-out ones; prompts: calibration calls of searches.
-        targets: the speed-ups that the one search serves, `speeds` among them; none for a search for each by itself.
+        targets: the speed-ups that the one search serves, `speeds` among them.
         absent: of competitors' packages, those that are missing.
     """
 
@@ -126,15 +126,14 @@ class Comparison:
         self.left_out: Dict[float, Dict[str, str]] = {speed: {} for speed in speeds}
         self.among: Dict[float, List[Rivals]] = {}
         self.not_run: List[str] = []
-        self.targets = {speed: list(targets if targets is not None else speeds) or [speed] for speed in speeds}
-        self.by_targets: Dict[Tuple[float, ...], Searched] = {}
+        self.targets = list(targets or speeds)
+        self._searched: Optional[Searched] = None
 
-    def searched(self, speed: float) -> Tuple[Searched, int]:
-        """The search that serves a speed-up, and its place among those."""
-        targets = self.targets[speed]
-        if tuple(targets) not in self.by_targets:
-            self.by_targets[tuple(targets)] = plan_search.search(self.bench, self.calls, targets)
-        return self.by_targets[tuple(targets)], targets.index(speed)
+    @property
+    def searched(self) -> Searched:
+        if self._searched is None:
+            self._searched = plan_search.search(self.bench, self.calls, self.targets)
+        return self._searched
 
     def run(self) -> Iterator[str]:
         """Makes everything that was asked for, and says what is finished."""
@@ -147,8 +146,7 @@ class Comparison:
 
     def _group(self, group: str, speed: float) -> Iterator[str]:
         if group == "rivals":
-            searched, place = self.searched(speed)
-            if searched.plans[place] is None:
+            if self.searched.plans[self.targets.index(speed)] is None:
                 return
             self.among[speed] = self._among(speed)
             yield from (f"{speed:g}x, {ranked}" for ranked in self.among[speed])
@@ -176,12 +174,10 @@ class Comparison:
         return [(one.name, part(self._competitor, one, work)) for one in GROUPS[group]]
 
     def _found(self, speed: float) -> Arm:
-        searched, place = self.searched(speed)
-        return self._planned(searched.plans[place], OURS)
+        return self._planned(self.searched.plans[self.targets.index(speed)], OURS)
 
     def _alone(self, family: str, speed: float) -> Arm:
-        searched, place = self.searched(speed)
-        return self._planned(searched.families[family][place], f"{family}, searched")
+        return self._planned(self.searched.families[family][self.targets.index(speed)], f"{family}, searched")
 
     def _planned(self, content: Any, name: str) -> Arm:
         if content is None:
@@ -196,8 +192,7 @@ class Comparison:
     def _among(self, speed: float) -> List[Rivals]:
         """On the first videos; then, on the others, those that were better there, as some are so by chance."""
         count, videos = self.rival_count
-        searched, place = self.searched(speed)
-        drawn = searched.rivals[place][:count]
+        drawn = self.searched.rivals[self.targets.index(speed)][:count]
         found, better = self._ranked(speed, drawn, self.cases[:videos])
         if not better or videos >= len(self.cases):
             return [found]
@@ -253,14 +248,14 @@ class Comparison:
             }
             for speed in self.speeds
         }
-        searches = [
-            {"targets": targets, **found._asdict(), "rivals": [len(kept) for kept in found.rivals]}
-            for targets, found in self.by_targets.items()
-        ]
+        search = self._searched and {
+            **self._searched._asdict(),
+            "rivals": [len(kept) for kept in self._searched.rivals],
+        }
         return {
             "videos": len(self.cases),
             "calls": self.calls,
-            "searches": searches,
+            "search": search,
             "not run": self.not_run,
             "works": works,
         }
@@ -293,7 +288,6 @@ def main() -> None:
     parser.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0])
     parser.add_argument("--work", type=_numbers, default=WORKS, help="speed-ups in network work (1.3,1.6,2,3,4)")
     parser.add_argument("--targets", type=_numbers, help="that the one search serves (those of --work)")
-    parser.add_argument("--each", action="store_true", help="a search for every work by itself")
     parser.add_argument("--videos", type=int, default=48, help="held-out videos (48)")
     parser.add_argument("--prompts", type=int, default=4, help="calibration calls of searches (4)")
     parser.add_argument("--kept", type=Path, required=True, help="folder for everything that is finished")
@@ -310,8 +304,10 @@ def main() -> None:
     absent = packages.missing()
     model, pipeline = models.load(options, options.sampler)
     bench = Bench(model, pipeline, options.steps, options.batch, options.kept, only_kept=options.table)
-    rivals, targets = (options.rivals, options.rival_videos), [] if options.each else options.targets
-    comparison = Comparison(bench, options.work, options.videos, options.prompts, absent, options.only, rivals, targets)
+    rivals = (options.rivals, options.rival_videos)
+    comparison = Comparison(
+        bench, options.work, options.videos, options.prompts, absent, options.only, rivals, options.targets
+    )
     made = {**made_by(), "sampler": options.sampler, **({"note": options.note} if options.note else {})}
     print("\n".join(f"{name}: {value}" for name, value in made.items()), flush=True)
     for line in comparison.run():
@@ -332,10 +328,10 @@ def header(comparison: Comparison) -> List[str]:
         f"{len(comparison.cases)} held-out videos; searches looked at {calls} calibration calls",
         f"mask search: {budcache.BUDGET:g} plain generations of {len(comparison.tuning.cases)} calls for every work",
     ]
-    for targets, found in comparison.by_targets.items():
+    if comparison._searched is not None:
         lines.append(
-            f"{OURS}: one search for {', '.join(f'{target:g}x' for target in targets)}, "
-            f"{found.generations:.2f} plain generations of these calls, plain runs included"
+            f"{OURS}: one search for {len(comparison.targets)} works, "
+            f"{comparison.searched.generations:.2f} plain generations of these calls, plain runs included"
         )
     return lines
 

@@ -4,7 +4,6 @@
 What was not measured in this search is called predicted.
 """
 
-from collections import Counter
 from typing import Any, Container, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 from osaccel import formats
@@ -236,20 +235,16 @@ def _windows(shown: Shown) -> Table:
 
 
 def _counts(plan: Plan, steps: range) -> str:
-    counts = Counter(_saving(plan, step) for step in steps)
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items(), key=lambda one: one[0] != "full"))
-
-
-def _saving(plan: Plan, step: int) -> str:
-    """What a step does, in words."""
-    if step in plan.skip:
-        return "skipped"
-    ways = ["conditional only"] if step in plan.conditional_only else []
-    regions = [region for region in plan.regions if step in region.reuse]
-    if regions:
-        blocks = [block for region in regions for block in range(region.start, region.stop)]
-        ways.append(f"blocks {words.spans(sorted(blocks))} {'forecast' if regions[0].order else 'reused'}")
-    return " with ".join(ways) or "full"
+    counts = {"full": 0, "conditional only": 0, "skipped": 0, "forecast": 0, "reused": 0}
+    for step in steps:
+        region = next((one for one in plan.regions if step in one.reuse), None)
+        if step in plan.skip:
+            counts["skipped"] += 1
+        elif region is not None:
+            counts["forecast" if region.order else "reused"] += 1
+        else:
+            counts["conditional only" if step in plan.conditional_only else "full"] += 1
+    return ", ".join(f"{count} {name}" for name, count in counts.items() if count)
 
 
 # The pictures

@@ -99,12 +99,17 @@ class PlannedRunner(JournalledRunner):
 
         What a killed search had run counts when it is asked for again and not before: all decisions stay the same.
         """
-        return self.plain + sum(evaluation.block_forwards for evaluation in self.asked.values())
+        return self.plain + self.beside + sum(evaluation.block_forwards for evaluation in self.asked.values())
 
     @property
     def plain(self) -> int:
         """The same of the plain generations."""
         return self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
+
+    @property
+    def beside(self) -> float:
+        """The same of what was tried beside their steps."""
+        return 0.0
 
     @property
     def spent(self) -> float:

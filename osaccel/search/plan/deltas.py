@@ -65,8 +65,11 @@ class DeltaLog:
             self._tokens, self._scale = chosen.to(hidden.device), tokens.shape[1] / len(chosen)
         return tokens[:, self._tokens].float().flatten(1)
 
-    def gram(self, is_guided: bool = False) -> torch.Tensor:
-        """(steps, steps), float64; of the conditional half of the batch where guidance is on.
+    def gram(self, weight: Optional[float] = None) -> torch.Tensor:
+        """(steps, steps), float64, of the deltas as guidance mixes the two halves of the batch.
+
+        Args:
+            weight: the guidance scale; None where the batch has no halves.
 
         Forecasts' coefficients sum to zero, so a mean over the steps is taken off before, for the sake of precision.
         Empty where the generation did not run as one forward a step, all of one batch.
@@ -75,8 +78,9 @@ class DeltaLog:
             return torch.zeros(0)
         rows = torch.stack(self._rows)
         rows -= rows.mean(0)
-        if is_guided:
-            rows = rows.chunk(2, 1)[1]
+        if weight is not None:
+            unconditional, conditional = rows.chunk(2, 1)
+            rows = torch.lerp(unconditional, conditional, weight)
         # What a forecast leaves of deltas that hardly change is far below float32's rounding of their products.
         parts = (part.double() for part in rows.flatten(1).split(COLUMNS, dim=1))
         return self._scale * sum((part @ part.T for part in parts), torch.zeros(len(rows), len(rows)).double())

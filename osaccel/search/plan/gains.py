@@ -2,10 +2,8 @@
 """How much of an action's local change is left in the final latents, measured by a few replays.
 
 The windows fall into consecutive groups. In one group at a time every window takes a reference action of one family;
-the squared error of the final latents over the sum of the squared local changes is the family's gain there. Where a
-reference saves at conditional-only steps too, what these make by themselves is taken off before, and what is left is
-taken to have no less gain than they. Between the groups' middles gains are interpolated in the logarithm, beyond them
-they stay.
+the squared error of the final latents over the sum of the squared local changes is the family's gain there. Between the
+groups' middles gains are interpolated in the logarithm, beyond them they stay.
 """
 
 import math
@@ -13,7 +11,7 @@ from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import FAMILIES, HALF, PLAIN, Action, Windows
+from osaccel.search.plan.actions import BY_NAME, FAMILIES, PLAIN, REFERENCES, Action, Windows
 from osaccel.search.planned import TOLERANCE
 
 # The most groups; fewer where their replays do not fit into the budget.
@@ -31,15 +29,14 @@ class Probe(NamedTuple):
     """One replay: the reference action of a family in all windows of a group."""
 
     family: str
-    action: Action
     windows: Sequence[int]
 
     def chosen(self, count: int) -> List[Action]:
         """An action for every window."""
-        return [self.action if window in self.windows else PLAIN for window in range(count)]
+        return [BY_NAME[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
 
-def probes(references: Mapping[str, Action], windows: Windows, count: int) -> List[Probe]:
+def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
     """What to replay, the windows in `count` groups, the groups in the generation's order.
 
     The last window is a group of its own: behind it the network answers no more, and what was changed is left. Early
@@ -49,7 +46,7 @@ def probes(references: Mapping[str, Action], windows: Windows, count: int) -> Li
     groups: List[Sequence[int]] = [[*others, last]]
     if others and count > 1:
         groups = [*(part.tolist() for part in np.array_split(others, min(count - 1, len(others)))), [last]]
-    return [Probe(family, action, tuple(group)) for family, action in references.items() for group in groups]
+    return [Probe(family, tuple(group)) for family in families for group in groups]
 
 
 def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Windows) -> Dict[str, np.ndarray]:
@@ -60,43 +57,26 @@ def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Wind
             where they are not finite.
         sizes: of the families' reference actions.
     """
-    squares = {probe: np.square(errors) for probe, errors in measured.items()}
-    every = {probe: _gain(square, _changed(probe, sizes)) for probe, square in squares.items()}
-    halves = {probe.windows: probe for probe in measured if probe.family == HALF}
-    for probe, square in squares.items():
-        half = halves.get(probe.windows)
-        if half is not None and probe.family != HALF and HALF in probe.action.cycle[1].families:
-            rest = np.where(np.isfinite(square), square - np.minimum(squares[half], square), np.inf)
-            every[probe] = np.fmax(_gain(rest, _changed(probe, sizes)), every[half])
-    return {
-        family: _by_window(every, family, windows.count) for family in dict.fromkeys(probe.family for probe in every)
-    }
-
-
-def _changed(probe: Probe, sizes: Sizes) -> np.ndarray:
-    """The squared local change that a probe makes in its own way, by call."""
-    return sizes[probe.action.name][:, list(probe.windows), FAMILIES.index(probe.family)].sum(axis=1)
-
-
-def _gain(square: np.ndarray, changed: np.ndarray) -> np.ndarray:
-    """By call; NaN where nothing was changed or nothing is left of it."""
-    known = (changed > 0) & (square > 0)
-    found = np.divide(square, changed, out=np.full(len(square), np.nan), where=known)
-    return np.minimum(found, math.exp(_NEVER))
-
-
-def _by_window(every: Mapping[Probe, np.ndarray], family: str, count: int) -> np.ndarray:
-    """One family's gain, (call, window)."""
-    probes = sorted((probe for probe in every if probe.family == family), key=lambda probe: probe.windows[0])
-    middles = np.array([np.mean(probe.windows) for probe in probes])
-    by_call = np.log([every[probe] for probe in probes]).T
-    found = np.ones((len(by_call), count))
-    for call, logs in enumerate(by_call):
-        known = np.isfinite(logs)
-        # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
-        if known.any():
-            found[call] = np.exp(np.interp(np.arange(count), middles[known], logs[known]))
+    found: Dict[str, np.ndarray] = {}
+    for family in dict.fromkeys(probe.family for probe in measured):
+        local = sizes[REFERENCES[family]][:, :, FAMILIES.index(family)]
+        own = {probe: errors for probe, errors in measured.items() if probe.family == family}
+        by_call = [{probe: errors[call] for probe, errors in own.items()} for call in range(len(local))]
+        found[family] = np.array([_gains(errors, changes) for errors, changes in zip(by_call, local)])
     return found
+
+
+def _gains(measured: Mapping[Probe, float], local: np.ndarray) -> np.ndarray:
+    """One family's gain for one call, by window."""
+    middles, logs = [], []
+    for probe in sorted(measured, key=lambda probe: probe.windows[0]):
+        square = measured[probe] ** 2
+        changed = local[list(probe.windows)].sum()
+        if changed > 0 and square > 0:
+            middles.append(float(np.mean(probe.windows)))
+            logs.append(min(math.log(square / changed), _NEVER))
+    # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
+    return np.exp(np.interp(np.arange(len(local)), middles, logs)) if logs else np.ones(len(local))
 
 
 class Expectation(NamedTuple):
@@ -104,14 +84,12 @@ class Expectation(NamedTuple):
 
     Attributes:
         sizes: what actions do locally; gain: by family, how much of it is left, (call, window).
-        references: the families' mildest actions.
         growth: how much faster than in proportion the gain grows with a change beyond that of its reference.
         scale: how much more or less all of it was when a choice was measured.
     """
 
     sizes: Sizes
     gain: Mapping[str, np.ndarray]
-    references: Mapping[str, Action]
     growth: float = 0.0
     scale: float = 1.0
 
@@ -122,7 +100,7 @@ class Expectation(NamedTuple):
     def _by_family(self, action: Action) -> Iterator[np.ndarray]:
         for family, gain in self.gain.items():
             sizes, reference = (
-                self.sizes[name][:, :, FAMILIES.index(family)] for name in (action.name, self.references[family].name)
+                self.sizes[name][:, :, FAMILIES.index(family)] for name in (action.name, REFERENCES[family])
             )
             yield gain * sizes * beyond(sizes, reference) ** self.growth
 

@@ -7,7 +7,6 @@ own answer to it left out; what becomes of it until the end of the generation is
 """
 
 import math
-from types import MappingProxyType
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -16,19 +15,7 @@ from osaccel.plan import forecast
 from osaccel.sampling.response import answer, slope_behind
 from osaccel.sampling.standin import followed
 from osaccel.schedule import FLOW
-from osaccel.search.plan.actions import (
-    FORECAST,
-    FULL,
-    HALF,
-    REUSE,
-    SKIP,
-    WHOLE,
-    Action,
-    Kind,
-    Windows,
-    actions_for,
-    kinds,
-)
+from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
 
 class Record(NamedTuple):
@@ -39,10 +26,9 @@ class Record(NamedTuple):
         guidance: how D would move, were the difference of the two branches to grow by itself, (steps, entries); empty
             where guidance is off.
         sigmas: noise level of every step and the last one, 0.
-        gram: inner products of the blocks' deltas of any two steps, see `osaccel.search.plan.deltas`; where guidance
-            is on, of the conditional branch.
-        forecast: by name of the actions that were tried (`osaccel.search.plan.aside`), for every window the squared
-            change of x at its end that its forecast blocks make; none where there is no gram.
+        gram: inner products of the blocks' deltas of any two steps, see `osaccel.search.plan.deltas`.
+        forecast: for every window, the squared change of x at its end when every other step's blocks are forecast, as
+            the network's own answers say (`osaccel.search.plan.aside`); none where there is no gram.
         slopes: how far D moves with the network's output, (steps,).
         power: q of the sampler's step.
         noise: what an ancestral sampler added behind every step, in units of x / s^2, as `denoised`; else empty.
@@ -54,7 +40,7 @@ class Record(NamedTuple):
     gram: torch.Tensor
     slopes: Sequence[float]
     power: float = FLOW
-    forecast: Mapping[str, Sequence[float]] = MappingProxyType({})
+    forecast: Sequence[float] = ()
     noise: torch.Tensor = torch.zeros(0)
 
 
@@ -64,42 +50,31 @@ def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict
     for window in range(windows.count):
         by_step = kinds(action, windows, window)
         weights = _weights(record, by_step)
-        answer, answered = _answer(record, windows, window), record.forecast.get(action.name)
+        answer = _answer(record, windows, window)
         found.append({HALF: _square_of_halves(record, by_step, weights),
                       SKIP: _square_of_skips(record, by_step),
-                      FORECAST: answer * _square_of_regions(record, by_step, weights, FORECAST)
-                      if answered is None else answered[window],
+                      FORECAST: answer * _square_of_regions(record, by_step, weights, FORECAST),
                       REUSE: answer * _square_of_regions(record, by_step, weights, REUSE)})  # fmt: skip
     return found
 
 
-def forecast_squares(
-    record: Record, action: Action, errors: Mapping[int, torch.Tensor], windows: Windows
-) -> List[float]:
-    """For every window, the squared change of x at its end when D is wrong by `errors` where an action forecasts."""
+def forecast_squares(record: Record, errors: Mapping[int, torch.Tensor], windows: Windows) -> List[float]:
+    """For every window, the squared change of x at its end when D is wrong by `errors` where blocks are forecast."""
     found = []
     for window in range(windows.count):
-        by_step = kinds(action, windows, window)
+        by_step = kinds(BY_NAME[REFERENCES[FORECAST]], windows, window)
         weights = _weights(record, by_step)
         found.append(_square({step: weights[step] * errors[step] for step in by_step if step in errors}))
     return found
 
 
-def tried(windows: Windows, is_guided: bool) -> List[Action]:
-    """The actions whose forecasts of blocks are tried aside: those of every other step, that of all blocks first."""
-    families = (HALF, FORECAST) if is_guided else (FORECAST,)
-    actions = [one for one in actions_for(windows, families) if FORECAST in one.cycle[-1].families]
-    return sorted((one for one in actions if len(one.cycle) == 2), key=lambda one: one.cycle[1].part != WHOLE)
-
-
 def _answer(record: Record, windows: Windows, window: int) -> float:
-    """What D makes of a squared change of the hidden states in a window, by what was tried there."""
+    """What D makes of a squared change of the hidden states in a window."""
     if not record.forecast:
         return 0.0
-    whole = tried(windows, is_guided=len(record.guidance) > 0)[0]
-    by_step = kinds(whole, windows, window)
+    by_step = kinds(BY_NAME[REFERENCES[FORECAST]], windows, window)
     hidden = _square_of_regions(record, by_step, _weights(record, by_step), FORECAST)
-    answered = record.forecast[whole.name][window]
+    answered = record.forecast[window]
     return answered / hidden if hidden > 0 and math.isfinite(answered) else 0.0
 
 
@@ -113,13 +88,13 @@ def _weight(record: Record, step: int, end: float) -> float:
     return (end / following) ** record.power - (end / now) ** record.power
 
 
-def _intervals(record: Record, by_step: Dict[int, Kind]) -> List[Tuple[int, int]]:
+def _intervals(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int]]:
     """The window's computed steps, each with the next one; behind the generation's last nothing is skipped."""
-    computed = [step for step, kind in by_step.items() if SKIP not in kind.families] + [max(by_step) + 1]
+    computed = [step for step, kind in by_step.items() if kind != SKIP] + [max(by_step) + 1]
     return list(zip(computed, computed[1:]))
 
 
-def _skipping(record: Record, by_step: Dict[int, Kind]) -> List[Tuple[int, int, int]]:
+def _skipping(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int, int]]:
     """Where steps are skipped: the two computed steps before them, and the next one."""
     intervals = _intervals(record, by_step)
     before = [min(by_step) - 1, *(start for start, _ in intervals)]
@@ -133,7 +108,7 @@ def _share(record: Record, start: int, step: int, end: int) -> float:
     return math.log(record.sigmas[start] / record.sigmas[step]) / math.log(record.sigmas[start] / record.sigmas[end])
 
 
-def _weights(record: Record, by_step: Dict[int, Kind]) -> Dict[int, float]:
+def _weights(record: Record, by_step: Dict[int, str]) -> Dict[int, float]:
     """What an error of D at a computed step makes of x at the window's end: skipped steps lean on it too."""
     end = record.sigmas[max(by_step) + 1]
     weights = dict.fromkeys([*by_step, max(by_step) + 1], 0.0)
@@ -145,11 +120,11 @@ def _weights(record: Record, by_step: Dict[int, Kind]) -> Dict[int, float]:
     return weights
 
 
-def _square_of_halves(record: Record, by_step: Dict[int, Kind], weights: Dict[int, float]) -> float:
+def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:
     """Of forecasting the difference of the branches at conditional-only steps."""
     errors = {}
     for step, kind in by_step.items():
-        if HALF in kind.families:
+        if kind == HALF:
             newest, before = full_before(step, by_step)
             values = record.guidance
             guess = values[newest] + forecast(step, newest, before) * (values[newest] - values[before])
@@ -157,14 +132,14 @@ def _square_of_halves(record: Record, by_step: Dict[int, Kind], weights: Dict[in
     return _square(errors)
 
 
-def full_before(step: int, by_step: Dict[int, Kind]) -> List[int]:
+def full_before(step: int, by_step: Dict[int, str]) -> List[int]:
     """The two newest full steps before `step`; before the window every step is taken for one."""
     begin = min(by_step)
     inside = [earlier for earlier in range(step - 1, begin - 1, -1) if by_step[earlier] == FULL]
     return [*inside, begin - 1][:2]
 
 
-def _square_of_skips(record: Record, by_step: Dict[int, Kind]) -> float:
+def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
     """Of what response and corrector leave at skipped steps."""
     errors, end = {}, record.sigmas[max(by_step) + 1]
     for before, start, following in _skipping(record, by_step):
@@ -230,14 +205,14 @@ def _square(errors: Dict[int, torch.Tensor]) -> float:
     return float(torch.stack(list(errors.values())).sum(0).double().square().sum()) if errors else 0.0
 
 
-def _square_of_regions(record: Record, by_step: Dict[int, Kind], weights: Dict[int, float], family: str) -> float:
+def _square_of_regions(record: Record, by_step: Dict[int, str], weights: Dict[int, float], family: str) -> float:
     """Of forecasting or reusing the blocks' deltas, in units of hidden states."""
     if not len(record.gram):
         return 0.0
     # What is put in place of what, in terms of the steps' deltas.
     total = torch.zeros(len(record.slopes), dtype=torch.float64)
     for step, kind in by_step.items():
-        if family in kind.families:
+        if kind == family:
             amount = weights[step] * record.slopes[step]
             newest, before = full_before(step, by_step)
             ahead = forecast(step, newest, before) if family == FORECAST else 0.0

@@ -2,6 +2,7 @@
 """Records a plain generation for the plan search: predictions of every step, both branches, and the blocks' deltas."""
 
 import math
+import statistics
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -13,10 +14,9 @@ from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
 from osaccel.sampling.standin import check_scheduler, power_of
 from osaccel.schedule import ANCESTRAL, FLOW
-from osaccel.search.plan.actions import PARTS, edges
 from osaccel.search.plan.aside import ForecastsAside
 from osaccel.search.plan.deltas import DeltaLog
-from osaccel.search.plan.local import Record, forecast_squares, tried
+from osaccel.search.plan.local import Record, forecast_squares
 from osaccel.search.recording.observe import watch_blocks
 from osaccel.search.recording.replay import Replay
 
@@ -91,49 +91,40 @@ def _power(scheduler: Any, call: StepCall) -> Optional[float]:
 
 
 def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog, aside: ForecastsAside) -> Dict[str, Any]:
-    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`."""
+    """What a recorded call showed, as plain values and tensors; see `osaccel.search.plan.local.Record`.
+
+    `passes` are those that ran aside.
+    """
     weights, differences = _guidance(replay)
     slopes = [log.levels.slope(sigma) for sigma in log.sigmas[:-1]]
     guidance = [(w - 1) * slope * difference for w, slope, difference in zip(weights, slopes, differences)]
-    observed: Dict[str, Any] = {
+    observed = {
         "denoised": torch.stack(log.rows),
         "noise": torch.stack(log.noise) if log.noise else torch.zeros(0),
         "guidance": torch.stack(guidance) if guidance else torch.zeros(0),
         "sigmas": list(log.sigmas),
-        "gram": deltas.gram(is_guided=bool(weights)),
+        "gram": deltas.gram(statistics.median(weights) if weights else None),
         "slopes": slopes,
         "power": 0.0 if log.power is None else log.power,
-        "forecast": {},
+        "forecast": [],
+        "passes": len(aside.errors),
     }
     if aside.errors:
-        bare = record_of(observed)
-        for action in tried(aside.windows, is_guided=bool(weights)):
-            outputs = _errors(aside, action.cycle[1].part).items()
-            errors = {
-                step: slopes[step] * _conditional(_predicted(output, replay.recording.predictions[step]), bool(weights))
-                for step, output in outputs
-            }
-            observed["forecast"][action.name] = forecast_squares(bare, action, errors, aside.windows)
+        errors = {
+            step: slopes[step] * _guided(error, weights[step] if weights else None, replay.recording.predictions[step])
+            for step, error in aside.errors.items()
+        }
+        observed["forecast"] = forecast_squares(record_of(observed), errors, aside.windows)
     return observed
 
 
-def _errors(aside: ForecastsAside, part: str) -> Dict[int, torch.Tensor]:
-    """By step, what forecasting a part makes of the network's output.
-
-    What ran has all blocks forecast from one on; without the last of them it is the difference of two such.
-    """
-    begins, segments = edges(aside.num_blocks), PARTS[part]
-    start, stop = begins[segments[0]], begins[segments[-1] + 1]
-    behind = aside.errors.get(stop, {})
-    return {step: error - behind[step] if behind else error for step, error in aside.errors[start].items()}
-
-
-def _conditional(change: torch.Tensor, is_guided: bool) -> torch.Tensor:
-    """A change of the network's output as it goes through guidance at a conditional-only step, flat.
-
-    The unconditional output is taken from the conditional one there, so what changes this one changes both.
-    """
-    return (change.chunk(2)[1] if is_guided else change).flatten()
+def _guided(output: torch.Tensor, weight: Optional[float], prediction: torch.Tensor) -> torch.Tensor:
+    """What guidance makes of a change of the network's output, flat."""
+    change = _predicted(output, prediction)
+    if weight is not None:
+        unconditional, conditional = change.chunk(2)
+        change = torch.lerp(unconditional, conditional, weight)
+    return change.flatten()
 
 
 def _predicted(output: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:

@@ -26,10 +26,13 @@ from osaccel.search.evaluation import key_of
 from osaccel.search.measure import price_of
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
+    BY_NAME,
+    COMPUTED_BLOCKS,
     FAMILIES,
     FEWEST,
     FORECAST,
     HALF,
+    REFERENCES,
     REUSE,
     SKIP,
     Action,
@@ -37,7 +40,6 @@ from osaccel.search.plan.actions import (
     actions_for,
     alone,
     plan_of,
-    references,
     units,
 )
 from osaccel.search.plan.aim import Aim, said
@@ -69,7 +71,7 @@ class PlanRunner(PlannedRunner):
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self.decodes, search="plan", observed="forecasts of parts aside, noise")
+        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside from the first steps on, noise")
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         if len(self.observed) == 1:
@@ -88,6 +90,10 @@ class PlanRunner(PlannedRunner):
     def decodes(self) -> bool:
         return any(goal.kind == "psnr" for goal in self.settings.target)
 
+    @property
+    def beside(self) -> float:
+        return float(COMPUTED_BLOCKS * sum(one["passes"] for one in self.observed))
+
     # Searching
 
     def prepare(self) -> None:
@@ -97,7 +103,6 @@ class PlanRunner(PlannedRunner):
         if too_short:
             raise SearchError(too_short)
         self.actions = self._actions()
-        self.references = references(self.actions)
         self._refuse_unreachable()
 
     def search(self) -> Dict[str, Any]:
@@ -119,18 +124,11 @@ class PlanRunner(PlannedRunner):
         can = {
             HALF: all(len(one["guidance"]) for one in observed),
             SKIP: all(one["power"] > 0 for one in observed),
-            self._kind_of_region(): all(
-                one["forecast"] and np.isfinite(list(one["forecast"].values())).all() for one in observed
-            ),
+            self._kind_of_region(): all(one["forecast"] and np.isfinite(one["forecast"]).all() for one in observed),
         }
         # One decision: what one rank cannot do, none does.
         families = [family for family in FAMILIES if self.team.all_agree(can.get(family, False))]
-        # Of parts of the blocks no more is known than was tried; calls with and without guidance tried others.
-        actions = [
-            action
-            for action in actions_for(self.windows, families)
-            if not action.has_part or all(action.name in one["forecast"] for one in observed)
-        ]
+        actions = actions_for(self.windows.length, families)
         if len(actions) == 1:
             scheduler = self.replays[0].call.pipeline.scheduler
             reason = refusal(scheduler) or f"{type(scheduler).__name__} cannot skip steps as it was called."
@@ -164,9 +162,7 @@ class PlanRunner(PlannedRunner):
         local = torch.zeros(2, dtype=torch.float64)
         for place, kind in enumerate((FORECAST, REUSE)):
             for one in self.observed:
-                families = (HALF, kind) if len(one["guidance"]) else (kind,)
-                mildest = references(actions_for(self.windows, families))[kind]
-                windows = squared_sizes(observation.record_of(one), mildest, self.windows)
+                windows = squared_sizes(observation.record_of(one), BY_NAME[REFERENCES[kind]], self.windows)
                 local[place] += sum(window[kind] for window in windows)
         forecast, reuse = self.team.sum(local).tolist()
         return FORECAST if forecast <= reuse else REUSE
@@ -180,7 +176,7 @@ class PlanRunner(PlannedRunner):
         evaluations = self.evaluated([formats.plan_content(plan) for plan in plans])
         never = [math.inf] * len(self.replays)
         measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
-        return Expectation(sizes, gains(measured, sizes, self.windows), self.references)
+        return Expectation(sizes, gains(measured, sizes, self.windows))
 
     def choices(self, places: Optional[Sequence[int]] = None, early: bool = True) -> List[Choice]:
         """The curve of best choices as far as is known, among all actions or those at some places.
@@ -222,9 +218,10 @@ class PlanRunner(PlannedRunner):
 
     def _probes(self) -> List[Probe]:
         """Replays of as many groups as the budget allows beside the recorded generations and the first plans."""
+        families = [family for family in FAMILIES if self.can(family)]
         rest = BUDGET - self.spent - self._price_of_choices(self.settings.target[0])
         for groups in range(GROUPS, 0, -1):
-            found = probes(self.references, self.windows, groups)
+            found = probes(families, self.windows, groups)
             if groups == 1 or sum(map(self._price, found)) <= rest:
                 break
         return found
@@ -272,7 +269,7 @@ class PlanRunner(PlannedRunner):
         """
         if not self.can(SKIP) or any(one["power"] == ANCESTRAL for one in self.observed):
             return 0.0
-        skips = self.references[SKIP]
+        skips = BY_NAME[REFERENCES[SKIP]]
         moments = [
             predictor_moments(observation.record_of(observed), skips, self.windows) for observed in self.observed
         ]
@@ -280,7 +277,7 @@ class PlanRunner(PlannedRunner):
         return round(float(np.clip(-against / along, 0.0, 1.0)), 3) if along > 0 else 0.0
 
     def can(self, family: str) -> bool:
-        return family in self.references
+        return any(family in action.cycle for action in self.actions)
 
     # Results
 
