@@ -59,5 +59,6 @@ for _ in range(2):
     latents = pipeline(num_inference_steps=6)
 print(f"rank {rank} sampled {latents.double().sum():.12f}, blocks {sum(pipeline.block_calls())}", flush=True)
 dist.barrier()
-# Without it gloo's threads may still hold tensors when Python ends, and abort the process.
+# Else gloo's threads may still hold tensors when Python ends, and abort the process. They go with the last reference.
+state.nccl_info.group = None
 dist.destroy_process_group()

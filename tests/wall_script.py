@@ -109,6 +109,8 @@ def main():
         check_different_latents(dist.group.WORLD)
         check_failure(dist.group.WORLD)
     print(f"rank {dist.get_rank()} done", file=sys.stderr)
+    # Else gloo's threads may still hold tensors when Python ends, and abort it. They go with the last reference.
+    groups.clear()
     dist.destroy_process_group()
 
 
