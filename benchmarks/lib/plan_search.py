@@ -112,12 +112,17 @@ def _fed(bench: Bench, cases: Sequence[Case], settings: Settings) -> PlanRunner:
     return runner
 
 
-def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
-    goals = tuple(Goal("speed", speed) for speed in speeds)
+def search_for(bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], output: str) -> PlanRunner:
+    """One search for all goals on these calls, which writes its files at `output` and beside it."""
     settings = Settings(
-        search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=goals
+        search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=tuple(goals)
     )
-    runner = _fed(bench, cases, settings)
+    return _fed(bench, cases, settings)
+
+
+def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
+    goals = [Goal("speed", speed) for speed in speeds]
+    runner = search_for(bench, cases, goals, output)
     paths = [path_of(output, goals, number) for number in range(len(goals))]
     plans = [formats.read_plan(path) for path in paths]
     reports = [formats.read_file(formats.report_path(path)) for path in paths]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One goal of a plan search: what is tried for it, in which order, and what is found."""
 
+import math
 from dataclasses import replace
 from typing import Any, List, Optional, Sequence
 
@@ -29,15 +30,19 @@ class Aim:
         self.runner, self.goal, self.behind, self.limit = runner, goal, behind, limit
         self.settled = runner.windows.settled
         self.tried: List[Found] = []
+        # Of choices that miss an error, the most work.
+        self.missed = 0.0
 
     def reach(self) -> None:
-        """Try what the knapsack chose, milder choices while an error is missed, and others for a speed-up."""
+        """Try what the knapsack chose; for a speed-up others, for an error what comes nearer to it from both sides."""
         choice, is_first = self._first(), True
         while choice is not None and (is_first or self._affords(self._plan(choice))):
+            if not is_first:
+                self.runner.expect([self._plan(choice)], self.behind)
             found = self._measure(choice, self._plan(choice))
             if found is not None:
                 self.runner.progress.line.best = f"{self.goal} with {said(self._best.evaluation)}"
-            choice, is_first = self.runner.team.share(self._milder(choice, found)), False
+            choice, is_first = self.runner.team.share(self._nearer(choice, found)), False
         if self.goal.kind == "speed":
             self._try_others()
         if not self.tried and not self._measured():
@@ -63,27 +68,41 @@ class Aim:
         if self.goal.kind == "speed":
             choice = self.runner.choice_at(1 / self.goal.value)
         else:
-            # What an error of the latents is in the frames is not known before one was decoded.
-            error = self.goal.value if self.goal.kind == "error" else 10 ** (-self.goal.value / 20)
-            choice = at_error(self.runner.choices(early=False), error)
+            choice = at_error(self.runner.choices(early=False), self._needed)
         return self.runner.team.share(choice)
 
-    def _milder(self, last: Choice, found: Optional[Found]) -> Optional[Choice]:
-        """What is to be tried next where an error was missed; None where that is not so, or nothing is milder.
+    def _nearer(self, last: Choice, found: Optional[Found]) -> Optional[Choice]:
+        """What comes nearer to an error that is to be kept: more work where it was missed, else less.
+
+        Every replay scales what is expected. None for a speed-up, and where nothing between the works that missed it
+        and that kept it is expected to keep it too; what saves less than one step's work is not worth a replay.
 
         found: what was measured of the last choice; None where its latents are not finite.
         """
-        if self.goal.kind == "speed" or (found is not None and found.keeps):
+        if self.goal.kind == "speed":
             return None
-        needed = self.goal.value
-        if found is None:
-            needed = last.error / TOLERANCE
-        elif self.goal.kind == "psnr":
-            # As the frames' error goes with that of the latents.
-            assert found.evaluation.psnr is not None
-            needed = found.error * 10 ** ((found.evaluation.psnr - self.goal.value) / 20)
-        milder = [choice for choice in self.runner.choices(early=False) if choice.work > last.work]
-        return at_error(milder, needed) or (milder[-1] if milder else None)
+        if found is None or not found.keeps:
+            self.missed = max(self.missed, last.work)
+        kept = min((one.choice.work for one in self.tried if one.keeps), default=math.inf)
+        between = [
+            choice
+            for choice in self.runner.choices(early=False)
+            if self.missed < choice.work <= kept - 1 / self.runner.steps
+        ]
+        nearest = at_error(between, self._needed if found is not None else last.error / TOLERANCE)
+        return between[-1] if nearest is None and between and kept == math.inf else nearest
+
+    @property
+    def _needed(self) -> float:
+        """The error of the latents that keeps the goal; for a PSNR by the replay that came nearest to it."""
+        if self.goal.kind == "error":
+            return self.goal.value
+        decoded = [one for one in self.runner.asked.values() if one.error and one.psnr is not None]
+        if not decoded:
+            return 10 ** (-self.goal.value / 20)
+        nearest = min(decoded, key=lambda one: abs(one.psnr - self.goal.value))
+        # As the frames' error goes with that of the latents.
+        return nearest.error * 10 ** ((nearest.psnr - self.goal.value) / 20)
 
     def _try_others(self) -> None:
         """What may be better than the first choice.
