@@ -124,6 +124,10 @@ HOW = {
     "python -m benchmarks.plans --prompts 24 --videos 96 --kept DIR [--model second]":
         Run("osaccel plan", (("--prompts 24 --kept DIR [--model second]",
             "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
+    "python -m benchmarks.plans --prompts 8 --only ours ...": RunBy("test_benchmarks_plans.py", '"ours"'),
+    "python -m benchmarks.goals --goals psnr:50,psnr:45,psnr:40,error:0.02 --prompts 24 --videos 96 --kept DIR":
+        Run("held out", (("psnr:50,psnr:45,psnr:40,error:0.02 --prompts 24 --videos 96 --kept DIR",
+            "psnr:40,error:0.1 --prompts 1 --videos 1 --steps 24 --kept kept"),)),
     "python -m benchmarks.corrections --work DIR --response 16 [--model second]":
         Run("the response foresees", (("DIR --response 16 [--model second]",
             "work --prompts 1 --batch 2 --computed --steps --samplers --response 1"),)),

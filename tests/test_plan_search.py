@@ -571,6 +571,21 @@ def test_where_nothing_that_saves_keeps_a_goal_that_is_said_with_one_that_is_kep
     assert plan.touches_network and report["keeps"] and f"found a plan for {report['goal']}" in caplog.text
 
 
+def test_a_psnr_is_kept_by_as_little_work_as_replays_within_the_budget_find(tmp_path):
+    pipeline, call = miniature("EulerAncestralDiscrete")
+    del call["output_type"]
+    _, plan, report = search(tmp_path, ("psnr:45",), steps=50, pipeline=pipeline, **call)
+    torch.manual_seed(5)
+    plain = frames_of(pipeline(num_inference_steps=50, **call)).astype(np.float64)
+    torch.manual_seed(5)
+    with Generation(pipeline, plan):
+        planned_frames = frames_of(pipeline(num_inference_steps=50, **call)).astype(np.float64)
+    kept = 10 * math.log10(255**2 / np.square(planned_frames - plain).mean())
+    # Nobody who asks for 45 dB wants to pay for 50.
+    assert 45 <= kept < 48 and report["psnr"] == pytest.approx(kept, abs=0.05) and report["work"] < 0.6
+    assert report["cost"]["plain_generations"] <= 6
+
+
 class SteadyBlock(tiny.CountingBlock):
     """Its delta is a line in the step; that of the others follows the noise."""
 
