@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks import plans  # noqa: E402
+from benchmarks import goals, plans  # noqa: E402
 from benchmarks.competitors import budcache  # noqa: E402
 from benchmarks.lib import compare, models, patterns, plan_search  # noqa: E402
 from benchmarks.lib.bench import Arm, Bench, NotKept  # noqa: E402
@@ -19,6 +19,7 @@ from benchmarks.reference.load import load_pipeline  # noqa: E402
 from osaccel import formats  # noqa: E402
 from osaccel.plan import Plan  # noqa: E402
 from osaccel.search.plan.actions import FORECAST, HALF, SKIP, Windows, actions_for, plan_of  # noqa: E402
+from osaccel.settings import Goal  # noqa: E402
 
 MODEL = models.model("miniature")
 STEPS, BLOCKS = 12, 12
@@ -168,6 +169,21 @@ def test_found_plans_of_a_family_alone_hold_nothing_else(pipeline):
         plan = formats.parse_plan(content, "skips")
         assert not plan.conditional_only and plan.skip and plan.work(BLOCKS) <= 1 / speed + 1e-9
     assert isinstance(formats.parse_plan(found.rivals[1][0][1], "rival"), Plan)
+
+
+def test_a_goal_s_line_says_what_its_plan_costs_and_leaves_on_other_videos(pipeline, tmp_path):
+    bench, goal = Bench(MODEL, pipeline, 24, batch=2, folder=tmp_path), Goal("error", 0.1)
+    calls, videos = MODEL.calibration_cases(1, 7), CASES[:2]
+    said = goals.line(bench, calls, videos, goal)
+    found = goals.searched(bench, calls, goal)
+    plan = formats.parse_plan(found["plan"], "a found plan")
+    name, work, error, psnr, generations, mean, *_ = said.split()
+    assert (name, psnr) == ("error:0.1", "-") and float(generations) <= 6
+    assert work == f"{plan.work(BLOCKS):.1%}" != "100.0%" and float(error) <= 0.1
+    errors = compare.measure(bench, planned(bench, plan), videos).errors
+    assert float(mean) == pytest.approx(np.mean(errors), abs=1e-4)
+    # What is finished is kept.
+    assert goals.line(Bench(MODEL, pipeline, 24, folder=tmp_path, only_kept=True), calls, videos, goal) == said
 
 
 def test_choices_from_few_calls_lose_nothing_where_all_calls_are_alike():
