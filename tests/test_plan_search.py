@@ -660,8 +660,8 @@ def test_replays_show_no_progress_bar_of_the_pipeline_s(tmp_path, capfd):
     assert len(report["evaluations"]) > 3 and capfd.readouterr().err.count("  0%|") == 1
 
 
-def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_again(tmp_path, monkeypatch):
-    goals = ("2x", "1.5x", "2.5x")
+@pytest.mark.parametrize("goals", [("2x", "1.5x", "2.5x"), ("error:0.05", "error:0.02", "error:0.1")])
+def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_again(tmp_path, monkeypatch, goals):
     _, whole, expected = search(tmp_path / "whole", goals, prompts=2)
 
     def killed(*_):
@@ -676,7 +676,8 @@ def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_ag
     _, resumed, report = search(tmp_path / "killed", goals, prompts=2, pipeline=pipeline)
     assert before > 0 and sum(pipeline.block_calls()) == before
     assert resumed == whole and report["cost"]["plain_generations"] == expected["cost"]["plain_generations"]
-    for name in ("plan.1.5x.json", "plan.2.5x.json"):
+    for goal in goals[1:]:
+        name = f"plan.{goal.replace(':', '')}.json"
         assert read_plan(str(tmp_path / "killed" / name)) == read_plan(str(tmp_path / "whole" / name))
 
 
