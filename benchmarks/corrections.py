@@ -9,7 +9,9 @@
    calls, each with the spacing that does best at the fewest steps: energy distance and bands against fresh data of the
    same prompts (two videos each).
 
-3. With --response N: how much of the moves of D over two steps the response foresees, in N plain generations.
+3. With --response N: how much of the moves of D over two steps the response foresees, in N plain generations; and how
+   much of D half way between two computed steps the straight line between them says, which is what the corrector takes
+   it for, and the best weights of this move and the one before.
 
 Every batch is kept in DIR: after --seconds what is there is measured, and the same command goes on.
 """
@@ -139,6 +141,29 @@ def foreseen_shares(bench: Bench, cases: Sequence[Case], steps: Sequence[int]) -
     return {name: (1 - left[name] / left["moved"]).tolist() for name in ("places", "videos")}
 
 
+def between_shares(generations: Sequence[Sequence[torch.Tensor]], steps: Sequence[int]) -> Dict[str, List[float]]:
+    """R^2 of what D_step and D_(step+2) say of D_(step+1): the line between them; the best weights of both moves.
+
+    generations: of each, D at every step.
+    """
+    products = torch.zeros(len(steps), 3, 3, dtype=torch.float64)
+    for rows in generations:
+        for place, step in enumerate(steps):
+            moves = [rows[step] - rows[step - 2], rows[step + 2] - rows[step], rows[step + 1] - rows[step]]
+            shown = torch.stack([move.flatten() for move in moves]).double()
+            products[place] += shown @ shown.T
+    squares, along = products[:, 2, 2], products[:, :2, 2]
+    line = (products[:, 1, 2] - products[:, 1, 1] / 4) / squares
+    best = (torch.linalg.solve(products[:, :2, :2], along) * along).sum(1) / squares
+    return {"line": line.tolist(), "best weights": best.tolist()}
+
+
+def _predictions(bench: Bench, case: Case) -> List[torch.Tensor]:
+    log = DenoisedLog()
+    bench.run(_watched(log), [case])
+    return log.rows
+
+
 def _watched(log: DenoisedLog) -> Arm:
     return Arm(lambda pipeline: along(pipeline, None, log), alone=True)
 
@@ -177,6 +202,10 @@ def text(rows: Dict[str, Dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _rows(shares: Dict[str, List[float]]) -> str:
+    return "\n".join(f"{name:<13}" + " ".join(f"{value:6.3f}" for value in found) for name, found in shares.items())
+
+
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", required=True, help="directory for what is finished")
@@ -209,10 +238,15 @@ def main() -> None:
     print(text(report["same videos"]), flush=True)
     if options.response:
         steps = [round(part * bench.steps) for part in (0.4, 0.6, 0.7, 0.8, 0.88, 0.94)]
-        shares = foreseen_shares(bench, model.calibration_cases(options.response, 10**6), steps)
+        cases = model.calibration_cases(options.response, 10**6)
+        shares = foreseen_shares(bench, cases, steps)
         report["response"] = {"steps": steps, **shares}
         print(f"of D's moves over two steps from {steps} the response foresees, R^2:")
-        print("\n".join(f"{name:<8}" + " ".join(f"{value:6.3f}" for value in found) for name, found in shares.items()))
+        print(_rows(shares))
+        between = between_shares([_predictions(bench, case) for case in cases], steps)
+        report["between"] = {"steps": steps, **between}
+        print("of its moves over one step, once the second is known, R^2:")
+        print(_rows(between))
     # Fresh data can be drawn for the miniature only.
     if options.model == "miniature" and (options.steps or options.samplers):
         real = [fresh_data(pipeline, prompts, options.data, 1), fresh_data(pipeline, prompts, SEEDS_PER_PROMPT, 2)]

@@ -4,6 +4,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,21 @@ def test_the_best_spacing_is_that_of_the_least_distance():
     arms["UniPC, karras 25"] = {"energy distance": [-1.0]}
     found = corrections.best_spacings({"arms": arms}, 25)
     assert found["UniPC"] == "karras" and found["SASolver"] == "linspace"
+
+
+def test_what_lies_between_two_steps_is_fitted_as_least_squares_does():
+    generator = torch.Generator().manual_seed(0)
+    walks = [torch.randn(8, 500, generator=generator).cumsum(0) for _ in range(3)]
+    found = corrections.between_shares(walks, [2, 4])
+    for place, step in enumerate((2, 4)):
+        moves = np.hstack([np.stack([w[step] - w[step - 2], w[step + 2] - w[step]]) for w in walks])
+        wanted = np.hstack([w[step + 1] - w[step] for w in walks])
+        (_, left, *_), whole = np.linalg.lstsq(moves.T, wanted, rcond=None), float(wanted @ wanted)
+        line, best = found["line"][place], found["best weights"][place]
+        assert best == pytest.approx(1 - left[0] / whole, abs=1e-4)
+        assert line == pytest.approx(1 - np.square(wanted - moves[1] / 2).sum() / whole, abs=1e-4)
+        # Of a random walk half is known, and nothing says more than the line.
+        assert line == pytest.approx(0.5, abs=0.05) and best - line < 0.01
 
 
 def test_a_line_per_arm():
