@@ -125,12 +125,10 @@ def distributions(sampled: Sampled, counts: Sequence[int], others: Sequence[int]
     return measures.compare(results, real, sorted({*counts, *others}, reverse=True), groups)
 
 
-def foreseen_shares(bench: Bench, cases: Sequence[Case], steps: Sequence[int]) -> Dict[str, List[float]]:
+def foreseen_shares(logs: Sequence[DenoisedLog], steps: Sequence[int]) -> Dict[str, List[float]]:
     """R^2 of what the response foresees of D's move over two steps, place by place and with one slope for a video."""
     left: Dict[str, torch.Tensor] = {name: torch.zeros(len(steps)) for name in ("places", "videos", "moved")}
-    for case in cases:
-        log = DenoisedLog()
-        bench.run(_watched(log), [case])
+    for log in logs:
         denoised, noise = torch.stack(log.rows), torch.stack(log.noise)
         for place, step in enumerate(steps):
             left["moved"][place] += (denoised[step + 2] - denoised[step]).square().sum()
@@ -158,14 +156,11 @@ def between_shares(generations: Sequence[Sequence[torch.Tensor]], steps: Sequenc
     return {"line": line.tolist(), "best weights": best.tolist()}
 
 
-def _predictions(bench: Bench, case: Case) -> List[torch.Tensor]:
+def watched(bench: Bench, case: Case) -> DenoisedLog:
+    """What a plain generation predicted, and the noise that it drew."""
     log = DenoisedLog()
-    bench.run(_watched(log), [case])
-    return log.rows
-
-
-def _watched(log: DenoisedLog) -> Arm:
-    return Arm(lambda pipeline: along(pipeline, None, log), alone=True)
+    bench.run(Arm(lambda pipeline: along(pipeline, None, log), alone=True), [case])
+    return log
 
 
 def _foreseen(sigmas: Sequence[float], denoised: torch.Tensor, noise: torch.Tensor, step: int) -> torch.Tensor:
@@ -238,12 +233,12 @@ def main() -> None:
     print(text(report["same videos"]), flush=True)
     if options.response:
         steps = [round(part * bench.steps) for part in (0.4, 0.6, 0.7, 0.8, 0.88, 0.94)]
-        cases = model.calibration_cases(options.response, 10**6)
-        shares = foreseen_shares(bench, cases, steps)
+        logs = [watched(bench, case) for case in model.calibration_cases(options.response, 10**6)]
+        shares = foreseen_shares(logs, steps)
         report["response"] = {"steps": steps, **shares}
         print(f"of D's moves over two steps from {steps} the response foresees, R^2:")
         print(_rows(shares))
-        between = between_shares([_predictions(bench, case) for case in cases], steps)
+        between = between_shares([log.rows for log in logs], steps)
         report["between"] = {"steps": steps, **between}
         print("of its moves over one step, once the second is known, R^2:")
         print(_rows(between))

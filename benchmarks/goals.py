@@ -10,9 +10,8 @@ goes on.
 """
 
 import argparse
-import tempfile
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import List
 
 import numpy as np
 import torch
@@ -20,36 +19,20 @@ import torch
 from benchmarks.lib import compare, models, plan_search
 from benchmarks.lib.bench import Bench
 from benchmarks.lib.calibration import SEED
-from benchmarks.lib.kept import digest_of, made_by
+from benchmarks.lib.kept import made_by
 from benchmarks.lib.models import Case
-from benchmarks.lib.own import code, planned
+from benchmarks.lib.own import planned
 from benchmarks.lib.quality import interval
 from osaccel import formats, settings
 from osaccel.search.frames import mean_psnr
 from osaccel.settings import Goal
 
-# Videos of a row that are kept at a time.
-PART = 16
-
-
-def searched(bench: Bench, calls: List[Case], goal: Goal) -> Dict[str, Any]:
-    """The plan that is found for a goal on these calls, a script's first ones, and its report; kept."""
-    asked = [list(map(list, calls)), str(goal), code("network", "sampling", "search", "plan.py")]
-
-    def run() -> Dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            output = str(Path(folder) / "plan.json")
-            plan_search.search_for(bench, calls, [goal], output)
-            return {"plan": formats.read_file(output), "report": formats.read_file(formats.report_path(output))}
-
-    return bench.kept.value(f"goal-{digest_of(asked)}", run)
-
 
 def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal) -> str:
     """What a goal costs and what is kept of it."""
-    found = searched(bench, calls, goal)
+    found = plan_search.reached(bench, calls, goal)
     report = found["report"]
-    row = compare.in_parts(bench, planned(bench, formats.parse_plan(found["plan"], "a found plan")), videos, PART)
+    row = compare.in_parts(bench, planned(bench, formats.parse_plan(found["plan"], "a found plan")), videos)
     error = "{:.4f} [{:.4f}, {:.4f}]".format(*interval(row.errors))
     psnr = "-" if report["psnr"] is None else f"{report['psnr']:.1f}"
     return (

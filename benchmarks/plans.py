@@ -50,8 +50,6 @@ from osaccel import formats
 WORKS = (1.3, 1.6, 2.0, 3.0, 4.0)
 SAMPLERS = ("EulerAncestralDiscrete", "EulerDiscrete", "DDIM")
 OURS = "osaccel plan"
-# Videos of a row that are kept at a time.
-PART = 16
 # What is said of errors where the best row is named.
 JUDGED = ("mean", "typical", "worst tenth", "turned")
 
@@ -157,7 +155,7 @@ class Comparison:
             except ValueError as error:
                 self.left_out[speed][name] = str(error)
                 continue
-            row = compare.in_parts(self.bench, arm, self.cases, PART)
+            row = compare.in_parts(self.bench, arm, self.cases)
             self.rows[speed].append(row)
             mean, typical = (STATISTICS[name](row.errors, axis=0) for name in ("mean", "typical"))
             yield f"{speed:g}x, {row.name}: work {row.work:.1%}, mean {mean:.4f}, typical {typical:.4f}"

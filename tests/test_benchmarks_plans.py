@@ -175,7 +175,7 @@ def test_a_goal_s_line_says_what_its_plan_costs_and_leaves_on_other_videos(pipel
     bench, goal = Bench(MODEL, pipeline, 24, batch=2, folder=tmp_path), Goal("error", 0.1)
     calls, videos = MODEL.calibration_cases(1, 7), CASES[:2]
     said = goals.line(bench, calls, videos, goal)
-    found = goals.searched(bench, calls, goal)
+    found = plan_search.reached(bench, calls, goal)
     plan = formats.parse_plan(found["plan"], "a found plan")
     name, work, error, psnr, generations, mean, *_ = said.split()
     assert (name, psnr) == ("error:0.1", "-") and float(generations) <= 6

@@ -12,6 +12,8 @@ from benchmarks.lib.models import Case
 from benchmarks.lib.quality import STATISTICS, errors, interval, over, psnr, summary
 
 FORM, FORMS = "{:.4f} [{:.4f}, {:.4f}]", {"turned": "{:.1%} [{:.1%}, {:.1%}]"}
+# Videos of a row that are kept at a time.
+PART = 16
 # A line's points: work, value.
 Points = List[Tuple[float, float]]
 
@@ -35,7 +37,7 @@ def measure(bench: Bench, arm: Arm, cases: Sequence[Case]) -> Row:
     return Row(**bench.kept.value(name, lambda: _measure(bench, arm, cases)._asdict()))
 
 
-def in_parts(bench: Bench, arm: Arm, cases: Sequence[Case], size: int) -> Row:
+def in_parts(bench: Bench, arm: Arm, cases: Sequence[Case], size: int = PART) -> Row:
     """`measure` of `size` videos at a time, each part kept, so that more videos can be added later."""
     rows = [measure(bench, arm, cases[start : start + size]) for start in range(0, len(cases), size)]
     videos = [len(row.errors) for row in rows]

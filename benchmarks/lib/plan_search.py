@@ -6,7 +6,7 @@ Everything found is a plan's content, so that nothing behind this file knows how
 
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterable, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -53,19 +53,39 @@ class Searched(NamedTuple):
 
 def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float]) -> Searched:
     """One search for all speed-ups on these calls, a script's first ones; kept, and resumed where it stopped."""
-    asked = [list(map(list, cases)), list(speeds), code("network", "sampling", "search", "plan.py")]
-    name = f"search-{digest_of(asked)}"
+    return Searched(
+        **_kept(bench, cases, list(speeds), lambda output: _farthest(bench, cases, speeds, output)._asdict())
+    )
+
+
+def reached(bench: Bench, cases: Sequence[Case], goal: Goal) -> Dict[str, Any]:
+    """The plan that a search finds for a goal on these calls, and its report, as its files hold them; kept alike."""
+
+    def run(output: str) -> Dict[str, Any]:
+        _search_for(bench, cases, [goal], output)
+        return {"plan": formats.read_file(output), "report": formats.read_file(formats.report_path(output))}
+
+    return _kept(bench, cases, str(goal), run)
+
+
+def _kept(bench: Bench, cases: Sequence[Case], asked: Any, make: Callable[[str], Dict[str, Any]]) -> Dict[str, Any]:
+    """What `make(output)` gives after a search for what is asked on these calls, with osaccel's code as it is.
+
+    A folder that is kept keeps the search's journal too, so that the search goes on where it stopped.
+    """
+    content = [list(map(list, cases)), asked, code("network", "sampling", "search", "plan.py")]
+    name = f"search-{digest_of(content)}"
 
     def run() -> Dict[str, Any]:
         if bench.only_kept:
             raise NotKept("the plan search")
         if bench.kept.folder is not None:
             (bench.kept.folder / name).mkdir(exist_ok=True)
-            return _farthest(bench, cases, speeds, str(bench.kept.folder / name / "plan.json"))._asdict()
+            return make(str(bench.kept.folder / name / "plan.json"))
         with tempfile.TemporaryDirectory() as folder:
-            return _farthest(bench, cases, speeds, str(Path(folder) / "plan.json"))._asdict()
+            return make(str(Path(folder) / "plan.json"))
 
-    return Searched(**bench.kept.value(name, run))
+    return bench.kept.value(name, run)
 
 
 def _farthest(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
@@ -112,7 +132,7 @@ def _fed(bench: Bench, cases: Sequence[Case], settings: Settings) -> PlanRunner:
     return runner
 
 
-def search_for(bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], output: str) -> PlanRunner:
+def _search_for(bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], output: str) -> PlanRunner:
     """One search for all goals on these calls, which writes its files at `output` and beside it."""
     settings = Settings(
         search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=tuple(goals)
@@ -122,7 +142,7 @@ def search_for(bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], outpu
 
 def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
     goals = [Goal("speed", speed) for speed in speeds]
-    runner = search_for(bench, cases, goals, output)
+    runner = _search_for(bench, cases, goals, output)
     paths = [path_of(output, goals, number) for number in range(len(goals))]
     plans = [formats.read_plan(path) for path in paths]
     reports = [formats.read_file(formats.report_path(path)) for path in paths]
