@@ -100,7 +100,8 @@ class Comparison:
     Args:
         bench: with the folder where everything is kept.
         speeds: 1 / network work; one search serves them all.
-        videos: held-out ones; prompts: calibration calls of searches.
+        videos: held-out ones; prompts: calibration calls of searches, `first` the number of the first of them.
+        probed: how many of them our search probes; None for osaccel's default.
         targets: the speed-ups that the one search serves, `speeds` among them.
         absent: of competitors' packages, those that are missing.
     """
@@ -115,22 +116,24 @@ class Comparison:
         only: Sequence[str] = ONLY,
         rivals: Tuple[int, int] = (24, 8),
         targets: Optional[Sequence[float]] = None,
+        first: int = 0,
+        probed: Optional[int] = None,
     ):
         self.bench, self.speeds, self.absent, self.only, self.rival_count = bench, list(speeds), absent, only, rivals
         self.cases = bench.model.heldout_cases(videos)
-        self.calls: List[Case] = bench.model.calibration_cases(prompts, SEED)
+        self.calls: List[Case] = bench.model.calibration_cases(first + prompts, SEED)[first:]
         self.tuning, self.searches = Calibration(bench), Calibration(bench, prompts=prompts)
         self.rows: Dict[float, List[Row]] = {speed: [] for speed in speeds}
         self.left_out: Dict[float, Dict[str, str]] = {speed: {} for speed in speeds}
         self.among: Dict[float, List[Rivals]] = {}
         self.not_run: List[str] = []
-        self.targets = list(targets or speeds)
+        self.targets, self.probed = list(targets or speeds), probed
         self._searched: Optional[Searched] = None
 
     @property
     def searched(self) -> Searched:
         if self._searched is None:
-            self._searched = plan_search.search(self.bench, self.calls, self.targets)
+            self._searched = plan_search.search(self.bench, self.calls, self.targets, self.probed)
         return self._searched
 
     def run(self) -> Iterator[str]:
@@ -288,6 +291,8 @@ def main() -> None:
     parser.add_argument("--targets", type=_numbers, help="that the one search serves (those of --work)")
     parser.add_argument("--videos", type=int, default=48, help="held-out videos (48)")
     parser.add_argument("--prompts", type=int, default=4, help="calibration calls of searches (4)")
+    parser.add_argument("--first", type=int, default=0, help="number of the first calibration call of our search (0)")
+    parser.add_argument("--probed", type=int, help="OSACCEL_SEARCH_PROBED of our search (osaccel's default)")
     parser.add_argument("--kept", type=Path, required=True, help="folder for everything that is finished")
     parser.add_argument("--only", type=_groups, default=ONLY, help=f"of {','.join(ONLY)}")
     parser.add_argument("--rivals", type=int, default=24, help="plans of equal work to rank the found one among (24)")
@@ -304,8 +309,9 @@ def main() -> None:
     bench = Bench(model, pipeline, options.steps, options.batch, options.kept, only_kept=options.table)
     rivals = (options.rivals, options.rival_videos)
     comparison = Comparison(
-        bench, options.work, options.videos, options.prompts, absent, options.only, rivals, options.targets
-    )
+        bench, options.work, options.videos, options.prompts, absent, options.only, rivals, options.targets,
+        options.first, options.probed,
+    )  # fmt: skip
     made = {**made_by(), "sampler": options.sampler, **({"note": options.note} if options.note else {})}
     print("\n".join(f"{name}: {value}" for name, value in made.items()), flush=True)
     for line in comparison.run():

@@ -302,6 +302,13 @@ TABLE: Tuple[Setting, ...] = (
     Setting(
         "search_prompts", ("search", "prompts"), _whole, "pipeline calls recorded as calibration (default 1)", "NUMBER"
     ),
+    Setting(
+        "search_probed",
+        ("search", "probed"),
+        _whole,
+        "plan search: how many of these calls are probed, and stand for the others (default 8)",
+        "NUMBER",
+    ),
     Setting("search_then", ("search", "then"), _search_then, "after the search: exit (default) or continue", "WHAT"),
     Setting(
         "cache_ratio",
@@ -371,6 +378,7 @@ class Settings:
     parallel_vae: Optional[bool] = None
     attention: str = "keep"
     search_prompts: int = 1
+    search_probed: int = 8
     search_then: str = "exit"
     cache_ratio: float = 1.3
     min_psnr: Optional[float] = None

@@ -5,8 +5,9 @@ Everything found is a plan's content, so that nothing behind this file knows how
 """
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 import torch
@@ -51,10 +52,15 @@ class Searched(NamedTuple):
     measured: List[Any]
 
 
-def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float]) -> Searched:
-    """One search for all speed-ups on these calls, a script's first ones; kept, and resumed where it stopped."""
+def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: Optional[int] = None) -> Searched:
+    """One search for all speed-ups on these calls, a script's first ones; kept, and resumed where it stopped.
+
+    Args:
+        probed: OSACCEL_SEARCH_PROBED, by default osaccel's own.
+    """
+    asked = [list(speeds), probed]
     return Searched(
-        **_kept(bench, cases, list(speeds), lambda output: _farthest(bench, cases, speeds, output)._asdict())
+        **_kept(bench, cases, asked, lambda output: _farthest(bench, cases, speeds, probed, output)._asdict())
     )
 
 
@@ -62,7 +68,7 @@ def reached(bench: Bench, cases: Sequence[Case], goal: Goal) -> Dict[str, Any]:
     """The plan that a search finds for a goal on these calls, and its report, as its files hold them; kept alike."""
 
     def run(output: str) -> Dict[str, Any]:
-        _search_for(bench, cases, [goal], output)
+        _search_for(bench, cases, [goal], None, output)
         return {"plan": formats.read_file(output), "report": formats.read_file(formats.report_path(output))}
 
     return _kept(bench, cases, str(goal), run)
@@ -88,12 +94,14 @@ def _kept(bench: Bench, cases: Sequence[Case], asked: Any, make: Callable[[str],
     return bench.kept.value(name, run)
 
 
-def _farthest(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
+def _farthest(
+    bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: Optional[int], output: str
+) -> Searched:
     """The search for those speed-ups that it can reach; it goes on where it stopped at one that it cannot."""
     reached = list(speeds)
     while True:
         try:
-            found = _search(bench, cases, reached, output)
+            found = _search(bench, cases, reached, probed, output)
             break
         except SearchError as error:
             if not str(error).startswith("No plan reaches") or len(reached) == 1:
@@ -132,17 +140,21 @@ def _fed(bench: Bench, cases: Sequence[Case], settings: Settings) -> PlanRunner:
     return runner
 
 
-def _search_for(bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], output: str) -> PlanRunner:
+def _search_for(
+    bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], probed: Optional[int], output: str
+) -> PlanRunner:
     """One search for all goals on these calls, which writes its files at `output` and beside it."""
     settings = Settings(
         search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=tuple(goals)
     )
-    return _fed(bench, cases, settings)
+    return _fed(bench, cases, settings if probed is None else replace(settings, search_probed=probed))
 
 
-def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], output: str) -> Searched:
+def _search(
+    bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: Optional[int], output: str
+) -> Searched:
     goals = [Goal("speed", speed) for speed in speeds]
-    runner = _search_for(bench, cases, goals, output)
+    runner = _search_for(bench, cases, goals, probed, output)
     paths = [path_of(output, goals, number) for number in range(len(goals))]
     plans = [formats.read_plan(path) for path in paths]
     reports = [formats.read_file(formats.report_path(path)) for path in paths]

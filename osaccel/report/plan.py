@@ -35,6 +35,7 @@ class Run(NamedTuple):
     Attributes:
         work: of the whole generation, plain = 1.
         first: the step it began at, those before being the plain ones; seconds: it took from there, None where unknown.
+        calls: how many of the recorded ones it was run on, None for all.
     """
 
     plan: Plan
@@ -43,6 +44,7 @@ class Run(NamedTuple):
     psnr: Optional[float]
     first: int
     seconds: Optional[float]
+    calls: Optional[int]
     is_chosen: bool
 
 
@@ -63,7 +65,9 @@ class Shown:
         plan = formats.parse_plan(dict(evaluation["config"]), "a plan of the report")
         work = plan.work(self.blocks, self.steps, self.is_guided)
         first, seconds = evaluation.get("resumed_at", 0), evaluation.get("seconds") or None
-        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, seconds, plan == self.plan)
+        calls = len(evaluation["calls"]) if "calls" in evaluation else None
+        is_chosen = plan == self.plan and calls is None
+        return Run(plan, work, evaluation["error"], evaluation.get("psnr"), first, seconds, calls, is_chosen)
 
     @property
     def chosen(self) -> Optional[Run]:
@@ -187,7 +191,7 @@ def _runs(shown: Shown) -> Table:
     runs = sorted(shown.runs, key=lambda run: (run.work, run.error is None, run.error))
     rows = [
         (
-            said(run.plan),
+            said(run.plan) + (f" (on {words.times(run.calls, 'call')})" if run.calls else ""),
             words.share(run.work),
             f"{1 / run.work:.2f}x",
             str(run.first),
@@ -199,8 +203,8 @@ def _runs(shown: Shown) -> Table:
     ]
     columns = ("what it was", "network work", "ideal", "run from step", "time", "error", "PSNR in dB")
     text = (
-        "Every plan that this search ran, all measured, from the first step that the plan changes; the chosen one is "
-        "marked."
+        "Every plan that this search ran, all measured, on all recorded calls where no number is named, from the first "
+        "step that the plan changes; the chosen one is marked."
     )
     marked = [number for number, run in enumerate(runs) if run.is_chosen]
     return without_empty_columns(Table("What was run", text, columns, rows, marked))

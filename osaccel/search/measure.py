@@ -17,6 +17,9 @@ from osaccel.search.recording.replay import Abandoned, Replay
 from osaccel.search.reference import Reference
 from osaccel.search.team import Team
 
+# Of a job: the numbers of the calls that its plan is run on.
+CALLS = "calls"
+
 
 class Measure:
     """Evaluates plans on recorded calls.
@@ -41,12 +44,13 @@ class Measure:
         self.reference = Reference(self.replays, team)
 
     def __call__(self, job: Mapping[str, Any], shared: Any = None) -> Evaluation:
-        """Evaluate a job, see `plan_of_job`; `details` holds the relative error of every call."""
+        """Evaluate a job, see `plan_of_job` and `calls_of_job`; `details` holds the relative error of every call."""
         started = time.perf_counter()
         plan = plan_of_job(job, self.replays[0].recording.steps)
         resume = first_change(plan)
         squares, work, psnrs, curves = [], 0.0, [], []
-        for number, replay in enumerate(self.replays):
+        for number in calls_of_job(job, len(self.replays)):
+            replay = self.replays[number]
             run = _Run(replay, self.team, self.on_step)
             output = run.go(plan, resume, self.decode)
             squares.append(run.square)
@@ -70,8 +74,9 @@ class Measure:
     def _evaluation(
         self, job: Any, squares: Any, work: float, psnrs: Any, curves: Any, resume: int, seconds: float
     ) -> Evaluation:
-        is_finite = len(squares) == len(self.replays) and None not in squares
-        references = self.reference.squares()
+        numbers = calls_of_job(job, len(self.replays))
+        is_finite = len(squares) == len(numbers) and None not in squares
+        references = [self.reference.squares()[number] for number in numbers]
         errors = [(s / r) ** 0.5 if r > 0 else 0.0 for s, r in zip(squares, references)] if is_finite else []
         return Evaluation(
             config=job,
@@ -87,7 +92,13 @@ class Measure:
 
 def plan_of_job(job: Mapping[str, Any], steps: int) -> Plan:
     """The plan whose content `job` is, or whose four keys; every step named."""
-    return for_steps(formats.parse_plan(dict(job), "the plan under test"), steps)
+    content = {key: value for key, value in job.items() if key != CALLS}
+    return for_steps(formats.parse_plan(content, "the plan under test"), steps)
+
+
+def calls_of_job(job: Mapping[str, Any], count: int) -> Sequence[int]:
+    """The numbers of the calls that the plan is run on; all `count` where the job names none."""
+    return job.get(CALLS, range(count))
 
 
 def first_change(plan: Plan) -> int:

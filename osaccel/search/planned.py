@@ -6,14 +6,13 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import numpy as np
 
-from osaccel.plan import Plan
 from osaccel.search import recordings
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation, key_of
 from osaccel.search.frames import frames
 from osaccel.search.journal import Journal
 from osaccel.search.journalled import JournalledRunner
-from osaccel.search.measure import Measure, first_change, plan_of_job, price_of
+from osaccel.search.measure import Measure, calls_of_job, first_change, plan_of_job, price_of
 from osaccel.search.progress import Progress
 from osaccel.search.recording.replay import Call
 from osaccel.search.workers import Evaluate, Helper, Job, Workers
@@ -65,25 +64,33 @@ class PlannedRunner(JournalledRunner):
         self.crew.publish(recordings.shared(self.replays))
         self.known = {evaluation.key: evaluation for evaluation in self.team.share(self.journal.evaluations())}
         self.asked: Dict[str, Evaluation] = {}
-        self.progress = ReplayProgress(name, self.num_blocks, len(self.replays), self.team.is_first)
+        self.progress = ReplayProgress(name, self.team.is_first)
         self.measure = Measure(self.replays, self.team, self.journal, self.decodes, self.progress.step)
 
     def price(self, job: Job) -> float:
-        """Plain generations' worth of running a job."""
-        return price_of(plan_of_job(job, self.steps), self.num_blocks)
+        """Plain generations of the recorded calls that running a job is worth."""
+        share = len(calls_of_job(job, len(self.replays))) / len(self.replays)
+        return share * price_of(plan_of_job(job, self.steps), self.num_blocks)
+
+    def is_known(self, job: Job) -> bool:
+        return key_of(job) in self.known
 
     def evaluated(self, jobs: Sequence[Job]) -> List[Evaluation]:
         """The jobs' evaluations; what the journal knows is not run again."""
-        missing = [job for job in jobs if key_of(job) not in self.known]
+        missing = [job for job in jobs if not self.is_known(job)]
         for start in range(0, len(missing), self.team.workers):
             now = missing[start : start + self.team.workers]
-            self.progress.begin([plan_of_job(job, self.steps) for job in now])
+            self.progress.begin(sum(map(self.price, now)), self._steps_of(now[0]))
             round_ = self.crew.run_round(now, self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
             self.progress.end()
         found = [self.known[key_of(job)] for job in jobs]
         self.asked.update((evaluation.key, evaluation) for evaluation in found)
         return found
+
+    def _steps_of(self, job: Job) -> int:
+        """Steps that running a job computes."""
+        return len(calls_of_job(job, len(self.replays))) * (self.steps - first_change(plan_of_job(job, self.steps)))
 
     def frames(
         self, evaluation: Evaluation, label: str, plain: Optional[np.ndarray] = None
@@ -143,18 +150,17 @@ class ReplayProgress:
     """A search's progress in network work of its replays.
 
     Attributes:
-        expected: the replays' work as far as is known now, see `price_of`; done: of the rounds that are over.
+        expected: the replays' work as far as is known now, in plain generations; done: of the rounds that are over.
     """
 
-    def __init__(self, name: str, num_blocks: int, calls: int, shown: bool):
-        self.line, self.num_blocks, self.calls = Progress(name, shown), num_blocks, calls
+    def __init__(self, name: str, shown: bool):
+        self.line = Progress(name, shown)
         self.expected = self.done = self._round = 0.0
         self._steps, self._of = 0, 1
 
-    def begin(self, plans: Sequence[Plan]) -> None:
-        """A round begins: this process runs the first of these plans, other workers the others meanwhile."""
-        self._round = sum(price_of(plan, self.num_blocks) for plan in plans)
-        self._steps, self._of = 0, self.calls * ((plans[0].steps or 1) - first_change(plans[0])) or 1
+    def begin(self, work: float, steps: int) -> None:
+        """A round of this work begins, of which this process computes so many steps, other workers others meanwhile."""
+        self._round, self._steps, self._of = work, 0, steps or 1
 
     def step(self) -> None:
         """A step of one call was replayed."""

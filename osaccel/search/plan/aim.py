@@ -9,7 +9,7 @@ from osaccel import formats
 from osaccel.plan import Plan
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
-from osaccel.search.measure import plan_of_job, price_of
+from osaccel.search.measure import CALLS, plan_of_job, price_of
 from osaccel.search.plan.actions import SKIP, even_plan, plan_of
 from osaccel.search.plan.choice import Choice, at_error
 from osaccel.search.plan.judge import Found, best, is_far_less, nearest_kept, saves_early
@@ -38,7 +38,7 @@ class Aim:
         choice, is_first = self._first(), True
         while choice is not None and (is_first or self._affords(self._plan(choice))):
             if not is_first:
-                self.runner.expect([self._plan(choice)], self.behind)
+                self._expect(self._plan(choice))
             found = self._measure(choice, self._plan(choice))
             if found is not None:
                 self.runner.progress.line.best = f"{self.goal} with {said(self._best.evaluation)}"
@@ -121,7 +121,7 @@ class Aim:
         self._try(least(work, early=False))
         even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
-            self.runner.expect([even], self.behind)
+            self._expect(even)
             self._measure(self._unpredicted(even), even)
 
     def _try(self, choice: Optional[Choice]) -> None:
@@ -131,7 +131,7 @@ class Aim:
             return
         plan = self._plan(choice)
         if self._affords(plan, self._reserve):
-            self.runner.expect([plan], self.behind)
+            self._expect(plan)
             self._measure(choice, plan)
 
     def _try_predictor(self) -> None:
@@ -152,6 +152,9 @@ class Aim:
         """What is kept free for the predictor's replay."""
         return 1 / self.goal.value - 1 / self.runner.steps if self.runner.fitted else 0.0
 
+    def _expect(self, plan: Plan) -> None:
+        self.runner.expect([formats.plan_content(plan)], self.behind)
+
     def _affords(self, plan: Plan, reserve: float = 0.0) -> bool:
         return self.runner.spent + price_of(plan, self.runner.num_blocks) <= self.limit - reserve
 
@@ -166,9 +169,11 @@ class Aim:
         return self.tried[-1]
 
     def _measured(self) -> List[Found]:
-        """All that was measured and saves enough; for an error to keep, what leaves the early windows alone."""
+        """What was measured on all calls and saves enough; for an error what leaves the early windows alone."""
         most, found = (1 / self.goal.value if self.goal.kind == "speed" else 1.0), []
         for evaluation in self.runner.asked.values():
+            if CALLS in evaluation.config:
+                continue
             plan = plan_of_job(evaluation.config, self.runner.steps)
             choice = self._unpredicted(plan)
             is_allowed = self.goal.kind == "speed" or not saves_early(plan, self.settled)

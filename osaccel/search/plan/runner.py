@@ -22,8 +22,7 @@ from osaccel.schedule import ANCESTRAL, refusal
 from osaccel.search import frames as pictures
 from osaccel.search import limits, outputs
 from osaccel.search.errors import SearchError
-from osaccel.search.evaluation import key_of
-from osaccel.search.measure import price_of
+from osaccel.search.measure import CALLS
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
     BY_NAME,
@@ -44,12 +43,14 @@ from osaccel.search.plan.actions import (
 )
 from osaccel.search.plan.aim import Aim, said
 from osaccel.search.plan.choice import Choice, curve, least
-from osaccel.search.plan.gains import GROUPS, Expectation, Probe, gains, probes
+from osaccel.search.plan.gains import GROUPS, Expectation, Probe, Sizes, gains, probes
 from osaccel.search.plan.judge import Found
 from osaccel.search.plan.local import predictor_moments, squared_sizes
+from osaccel.search.plan.sample import sample
 from osaccel.search.planned import BUDGET, PlannedRunner
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
+from osaccel.search.workers import Job
 from osaccel.settings import Goal
 
 logger = logging.getLogger("osaccel")
@@ -109,7 +110,7 @@ class PlanRunner(PlannedRunner):
         started = time.time()
         self.begin("plan search")
         self.prepare()
-        self.expectation = self._measured_gains()
+        self.expectation = self._measured_gains(self._sizes())
         goals = self.settings.target
         aims = [Aim(self, goal, goals[n + 1 :], BUDGET + FURTHER * n) for n, goal in enumerate(goals)]
         for aim in aims:
@@ -167,16 +168,19 @@ class PlanRunner(PlannedRunner):
         forecast, reuse = self.team.sum(local).tolist()
         return FORECAST if forecast <= reuse else REUSE
 
-    def _measured_gains(self) -> Expectation:
-        sizes = self._sizes()
+    def _measured_gains(self, sizes: Sizes) -> Expectation:
         self.fitted = self._fitted_predictor()
+        # One decision: the ranks' machines may round differently.
+        self.sample = self.team.share(sample(sizes, self.settings.search_probed))
         probes = self._probes()
-        plans = [self._plan_of(probe) for probe in probes]
-        self.expect(plans, self.settings.target)
-        evaluations = self.evaluated([formats.plan_content(plan) for plan in plans])
-        never = [math.inf] * len(self.replays)
+        jobs = [self._job_of(probe) for probe in probes]
+        self.expect(jobs, self.settings.target)
+        evaluations = self.evaluated(jobs)
+        calls, standing = map(list, self.sample)
+        never = [math.inf] * len(calls)
         measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
-        return Expectation(sizes, gains(measured, sizes, self.windows))
+        found = gains(measured, {name: values[calls] for name, values in sizes.items()}, self.windows)
+        return Expectation(sizes, {family: values[standing] for family, values in found.items()})
 
     def choices(self, places: Optional[Sequence[int]] = None, early: bool = True) -> List[Choice]:
         """The curve of best choices as far as is known, among all actions or those at some places.
@@ -222,7 +226,7 @@ class PlanRunner(PlannedRunner):
         rest = BUDGET - self.spent - self._price_of_choices(self.settings.target[0])
         for groups in range(GROUPS, 0, -1):
             found = probes(families, self.windows, groups)
-            if groups == 1 or sum(map(self._price, found)) <= rest:
+            if groups == 1 or sum(self.price(self._job_of(probe)) for probe in found) <= rest:
                 break
         return found
 
@@ -232,17 +236,14 @@ class PlanRunner(PlannedRunner):
             return 2 * (1 - self.windows.settled / self.steps)
         return sum(max(0.0, 1 / goal.value - first / self.steps) for first in (self.windows.settled, 1))
 
-    def _plan_of(self, probe: Probe) -> Plan:
-        return plan_of(probe.chosen(self.windows.count), self.windows)
+    def _job_of(self, probe: Probe) -> Job:
+        """A probe's plan, to be run on the sampled calls; where they are all, it is a plan like any other."""
+        job = formats.plan_content(plan_of(probe.chosen(self.windows.count), self.windows))
+        return job if len(self.sample.calls) == len(self.replays) else {**job, CALLS: list(self.sample.calls)}
 
-    def _price(self, probe: Probe) -> float:
-        """Plain generations' worth of replaying a probe."""
-        return price_of(self._plan_of(probe), self.num_blocks)
-
-    def expect(self, plans: Sequence[Plan], goals: Sequence[Goal]) -> None:
-        """Tell the progress: these plans are to be run, and what is usual for goals whose plans are not known yet."""
-        missing = [plan for plan in plans if key_of(formats.plan_content(plan)) not in self.known]
-        ahead = sum(price_of(plan, self.num_blocks) for plan in missing)
+    def expect(self, jobs: Sequence[Job], goals: Sequence[Goal]) -> None:
+        """Tell the progress: these jobs are to be run, and what is usual for goals whose plans are not known yet."""
+        ahead = sum(self.price(job) for job in jobs if not self.is_known(job))
         for goal in goals:
             ahead += self._price_of_choices(goal)
             if goal.kind == "speed":

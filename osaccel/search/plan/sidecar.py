@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence
 import numpy as np
 
 from osaccel import binding, formats
+from osaccel.search.measure import CALLS
 from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, alone
 from osaccel.search.plan.choice import Choice
 from osaccel.settings import Goal
@@ -58,9 +59,12 @@ def predicted(found: Any) -> Optional[float]:
 
 
 def _row(evaluation: Any) -> Dict[str, Any]:
+    """What was measured; with the numbers of the calls where these are not all that were recorded."""
     content = evaluation.to_json()
     del content["curves"]
-    return content
+    plan = dict(content["config"])
+    calls = {CALLS: plan.pop(CALLS)} if CALLS in plan else {}
+    return {**content, "config": plan, **calls}
 
 
 def curves(runner: Any) -> Curves:

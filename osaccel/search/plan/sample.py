@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which of the recorded calls are probed, and which of these stands for each; pure, no torch.
+
+What an action does within a window is known of every recorded call, and a recording is a video that the user's command
+makes anyway. What is left of it in the end must be measured by replays, and differs less from call to call. So some
+calls are probed, and each of the others is taken to have the gains of the one that stands for it.
+"""
+
+from typing import NamedTuple, Sequence
+
+import numpy as np
+
+from osaccel.search.plan.actions import FAMILIES, REFERENCES
+from osaccel.search.plan.gains import Sizes
+
+
+class Sample(NamedTuple):
+    """Calls that are probed.
+
+    Attributes:
+        calls: their numbers, ascending.
+        standing: for every recorded call the place in `calls` of the one that stands for it.
+    """
+
+    calls: Sequence[int]
+    standing: Sequence[int]
+
+
+def sample(sizes: Sizes, count: int) -> Sample:
+    """The calls in the order of their local changes are cut into `count` parts; the middle one stands for its part.
+
+    Args:
+        sizes: at least those of the families' reference actions.
+        count: of more than there are, all are taken.
+    """
+    order = np.argsort(_logs(sizes), kind="stable")
+    parts = [part.tolist() for part in np.array_split(order, min(count, len(order)))]
+    middles = [part[len(part) // 2] for part in parts]
+    calls = sorted(middles)
+    stands = {call: calls.index(middle) for part, middle in zip(parts, middles) for call in part}
+    return Sample(calls, [stands[call] for call in range(len(order))])
+
+
+def _logs(sizes: Sizes) -> np.ndarray:
+    """How large each call's changes are under the reference actions: the mean logarithm over families and windows."""
+    families = [family for family in FAMILIES if REFERENCES[family] in sizes]
+    changes = np.stack([sizes[REFERENCES[family]][:, :, FAMILIES.index(family)] for family in families])
+    return np.log(np.maximum(changes, np.finfo(float).tiny)).mean(axis=(0, 2))
