@@ -26,6 +26,7 @@ from osaccel.search import planned
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.frames import frames_of, thinned
+from osaccel.search.measure import price_of
 from osaccel.search.plan import judge, observation, runner
 from osaccel.search.plan.actions import (
     ACTIONS,
@@ -48,6 +49,7 @@ from osaccel.search.plan.deltas import DeltaLog
 from osaccel.search.plan.gains import Expectation, gains, probes
 from osaccel.search.plan.local import Record, predictor_moments, squared_sizes
 from osaccel.search.plan.observation import DenoisedLog
+from osaccel.search.plan.sample import sample
 from osaccel.search.recording.replay import Call, Replay
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -65,11 +67,14 @@ class Pipeline(tiny.UnseededPipeline):
         return 0.2 * super().predict(latents, t, scale) + latents
 
 
-def search(tmp_path, goals=("2x",), steps=STEPS, prompts=1, pipeline=None, **arguments):
+def search(tmp_path, goals=("2x",), steps=STEPS, prompts=1, pipeline=None, probed=8, **arguments):
     """Search on `prompts` calls as OSACCEL_SEARCH_THEN=continue does; the pipeline, the plan, the report."""
     pipeline, output = pipeline or Pipeline(), str(tmp_path / "plan.json")
     targets = settings.load({"OSACCEL_TARGET": ",".join(goals)}).target
-    asked = Settings(search="plan", plan_output=output, search_prompts=prompts, search_then="continue", target=targets)
+    asked = Settings(
+        search="plan", plan_output=output, search_prompts=prompts, search_then="continue", target=targets,
+        search_probed=probed,
+    )  # fmt: skip
     known = target_of(pipeline)
     session = Session(asked, known if known.guidance else tiny.TARGET)
     torch.manual_seed(5)
@@ -444,11 +449,22 @@ def test_every_call_has_the_gain_that_was_measured_of_it():
     assert found[2].tolist() == [1.0] * 4
 
 
+def test_a_probed_call_stands_for_those_whose_changes_are_most_like_its_own():
+    sizes = np.zeros((7, 2, len(FAMILIES)))
+    sizes[:, :, FAMILIES.index(SKIP)] = [[5, 1], [1, 1], [7, 7], [3, 1], [2, 1], [6, 6], [0, 4]]
+    found = sample({"s2": sizes, "c2": sizes}, 3)
+    assert found.calls == [0, 1, 2]
+    assert [found.calls[place] for place in found.standing] == [0, 1, 2, 0, 1, 2, 1]
+    for count in (7, 100):
+        assert sample({"s2": sizes}, count) == (list(range(7)), list(range(7)))
+
+
 # The whole search ---------------------------------------------------------------------------------------------------
 
 
-def test_a_search_finds_a_plan_of_the_asked_work_within_its_budget_and_measures_it_truly(tmp_path):
-    pipeline, plan, report = search(tmp_path, prompts=2)
+@pytest.mark.parametrize("probed", [1, 8])
+def test_a_search_finds_a_plan_of_the_asked_work_within_its_budget_and_measures_it_truly(tmp_path, probed):
+    pipeline, plan, report = search(tmp_path, prompts=2, probed=probed)
     assert 0.4 < plan.work(6) <= 0.5 + 1e-9 and report["cost"]["plain_generations"] <= 6.0
     # The report's error is what sampling with the file gives, on the calls that were recorded.
     errors = []
@@ -464,6 +480,53 @@ def test_a_search_finds_a_plan_of_the_asked_work_within_its_budget_and_measures_
     assert report["plan"]["measured"] == {} and plan.measured["errors_of_calls"] == pytest.approx(errors, rel=1e-3)
     assert plan.measured["error"] == pytest.approx(np.mean(errors), rel=1e-3)
     assert plan.made_for["steps"] == STEPS and plan.made_for["sampler"] == "EulerAncestralDiscreteScheduler"
+
+
+def test_probes_run_on_some_calls_and_plans_on_all(tmp_path):
+    _, plan, report = search(tmp_path, prompts=5, probed=2)
+    probes = [row for row in report["evaluations"] if "calls" in row]
+    plans = [row for row in report["evaluations"] if "calls" not in row]
+    assert len(probes) > 3 and len({tuple(row["calls"]) for row in probes}) == 1
+    assert {len(row["details"]["errors"]) for row in probes} == {2} == {len(row["calls"]) for row in probes}
+    assert {len(row["details"]["errors"]) for row in plans} == {5} == {len(plan.measured["errors_of_calls"])}
+    for row in report["evaluations"]:
+        run = parse_plan(row["config"], "a plan of the report")
+        assert row["block_forwards"] == pytest.approx(price_of(run, 6) * len(row["details"]["errors"]) * STEPS * 6)
+    # Less than if all of them were probed.
+    whole = search(tmp_path / "whole", prompts=5)[2]
+    assert report["cost"]["plain_generations"] < whole["cost"]["plain_generations"] <= 6
+    shown = page.content_of(page.load(str(tmp_path / "plan.json")))
+    assert "Measured on 5 calls" in " ".join(shown.found)
+    assert sum("(on 2 calls)" in row[0] for row in shown.tables[0].rows) == len(probes)
+
+
+class Odd(Pipeline):
+    """What its blocks add jumps to and fro at some steps, for one prompt."""
+
+    @torch.no_grad()
+    def __call__(self, prompt="", **arguments):
+        self.is_odd = prompt == "prompt 4"
+        return super().__call__(prompt, **arguments)
+
+    def predict(self, latents, t, scale):
+        step = round((999 - float(t)) / 999 * (STEPS - 1))
+        jump = 2.5 * (-1) ** step if self.is_odd and 12 <= step < 28 else 0.0
+        return super().predict(latents + jump, t, scale)
+
+
+def test_what_a_call_shows_that_was_not_probed_counts(tmp_path):
+    pipeline = Odd()
+    _, aware, report = search(tmp_path / "aware", ("1.3x",), prompts=5, pipeline=pipeline, probed=1)
+    assert all(row["calls"] != [4] for row in report["evaluations"] if "calls" in row)
+    _, unaware, _ = search(tmp_path / "unaware", ("1.3x",), prompts=4, pipeline=pipeline, probed=1)
+    errors = []
+    for plan in (aware, unaware):
+        torch.manual_seed(7)
+        plain = pipeline("prompt 4", num_inference_steps=STEPS, guidance_scale=4.0)
+        torch.manual_seed(7)
+        with Generation(pipeline, plan, tiny.TARGET):
+            errors.append(relative(pipeline("prompt 4", num_inference_steps=STEPS, guidance_scale=4.0), plain))
+    assert abs(aware.work(6) - unaware.work(6)) < 0.02 and 1.5 * errors[0] < errors[1]
 
 
 def test_the_plan_is_better_than_even_patterns_of_the_same_work(tmp_path):

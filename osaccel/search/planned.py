@@ -17,7 +17,7 @@ from osaccel.search.progress import Progress
 from osaccel.search.recording.replay import Call
 from osaccel.search.workers import Evaluate, Helper, Job, Workers
 
-# Network work a search may take, in plain generations of the recorded calls, which are counted in.
+# Network work a search may take of each recorded call, in its plain generations; the recorded one is counted in.
 BUDGET = 6.0
 # Errors of calls to come are known within about a quarter: what is less likely to be right must be so much better.
 TOLERANCE = 1.25
@@ -68,9 +68,12 @@ class PlannedRunner(JournalledRunner):
         self.measure = Measure(self.replays, self.team, self.journal, self.decodes, self.progress.step)
 
     def price(self, job: Job) -> float:
-        """Plain generations of the recorded calls that running a job is worth."""
-        share = len(calls_of_job(job, len(self.replays))) / len(self.replays)
-        return share * price_of(plan_of_job(job, self.steps), self.num_blocks)
+        """Plain generations' worth of running a job, of each call that it is run on."""
+        return price_of(plan_of_job(job, self.steps), self.num_blocks)
+
+    def share(self, job: Job) -> float:
+        """The part of the recorded calls that a job is run on."""
+        return len(calls_of_job(job, len(self.replays))) / len(self.replays)
 
     def is_known(self, job: Job) -> bool:
         return key_of(job) in self.known
@@ -80,7 +83,7 @@ class PlannedRunner(JournalledRunner):
         missing = [job for job in jobs if not self.is_known(job)]
         for start in range(0, len(missing), self.team.workers):
             now = missing[start : start + self.team.workers]
-            self.progress.begin(sum(map(self.price, now)), self._steps_of(now[0]))
+            self.progress.begin(sum(self.share(job) * self.price(job) for job in now), self._steps_of(now[0]))
             round_ = self.crew.run_round(now, self.measure, None)
             self.known.update((evaluation.key, evaluation) for evaluation in round_)
             self.progress.end()
@@ -90,7 +93,7 @@ class PlannedRunner(JournalledRunner):
 
     def _steps_of(self, job: Job) -> int:
         """Steps that running a job computes."""
-        return len(calls_of_job(job, len(self.replays))) * (self.steps - first_change(plan_of_job(job, self.steps)))
+        return round(self.share(job) * len(self.replays)) * (self.steps - first_change(plan_of_job(job, self.steps)))
 
     def frames(
         self, evaluation: Evaluation, label: str, plain: Optional[np.ndarray] = None
@@ -109,6 +112,11 @@ class PlannedRunner(JournalledRunner):
         return self.plain + self.beside + sum(evaluation.block_forwards for evaluation in self.asked.values())
 
     @property
+    def plain_generations(self) -> float:
+        """The same in plain generations of all recorded calls."""
+        return self.block_forwards / self.plain
+
+    @property
     def plain(self) -> int:
         """The same of the plain generations."""
         return self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
@@ -120,14 +128,15 @@ class PlannedRunner(JournalledRunner):
 
     @property
     def spent(self) -> float:
-        """The network work so far in plain generations of the recorded calls."""
-        return self.block_forwards / self.plain
+        """The network work so far of a call that everything was run on, in its plain generations."""
+        of_each = (one.block_forwards / self.share(one.config) for one in self.asked.values())
+        return (self.plain + self.beside + sum(of_each)) / self.plain
 
     def cost(self, seconds: float) -> Dict[str, Any]:
         """Of a report; `seconds` are those of the search, without the plain generations."""
         plain_seconds = sum(replay.recording.seconds for replay in self.replays)
         return {
-            "plain_generations": self.spent,
+            "plain_generations": self.plain_generations,
             "seconds": seconds + plain_seconds,
             "plain_seconds": plain_seconds,
             "recording_bytes": sum(replay.recording.nbytes() for replay in self.replays),

@@ -137,7 +137,7 @@ class CacheRunner(PlannedRunner):
             logger.info(
                 "found %s: speed-up %.3f in blocks, error %.4g, %d candidates measured, cost %.2f plain generations; "
                 "written to %s", best.config.to_dict(), report["speed_up"], report["error"], len(search.done),
-                self.spent, self.output if self.session.is_delivered else "no file",
+                self.plain_generations, self.output if self.session.is_delivered else "no file",
             )  # fmt: skip
         self.team.barrier()
         return best.config

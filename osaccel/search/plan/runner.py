@@ -243,7 +243,7 @@ class PlanRunner(PlannedRunner):
 
     def expect(self, jobs: Sequence[Job], goals: Sequence[Goal]) -> None:
         """Tell the progress: these jobs are to be run, and what is usual for goals whose plans are not known yet."""
-        ahead = sum(self.price(job) for job in jobs if not self.is_known(job))
+        ahead = sum(self.share(job) * self.price(job) for job in jobs if not self.is_known(job))
         for goal in goals:
             ahead += self._price_of_choices(goal)
             if goal.kind == "speed":
@@ -295,7 +295,7 @@ class PlanRunner(PlannedRunner):
                 self._deliver(path, plan, sidecar.report(self, one, milder, curves, seconds))
                 self.say(
                     "%s; %d replays, %.2f plain generations; written to %s", _outcome(one, milder), len(self.asked),
-                    self.spent, path if self.session.is_delivered else "no file",
+                    self.plain_generations, path if self.session.is_delivered else "no file",
                 )  # fmt: skip
         self._write_frames(found, paths)
         self.team.barrier()
@@ -319,7 +319,7 @@ class PlanRunner(PlannedRunner):
             "predicted_error": sidecar.predicted(found),
             "psnr": evaluation.psnr,
             "errors_of_calls": list(evaluation.details["errors"]),
-            "plain_generations": self.spent,
+            "plain_generations": self.plain_generations,
         }
         return replace(found.plan, made_for=bound, measured=measured)
 
