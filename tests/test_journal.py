@@ -367,7 +367,7 @@ def script(folder, kind, said):
     outputs = {name: str(folder / f"{name}.json") for name in ("cache_output", "plan_output", "timesteps_output")}
     goals = settings.load({"OSACCEL_TARGET": "1.5x,psnr:30"}).target
     session = Session(
-        Settings(search=kind, search_prompts=2, search_then="continue", cache_ratio=1.3, target=goals,
+        Settings(search=kind, search_prompts=2, search_probed=1, search_then="continue", cache_ratio=1.3, target=goals,
                  target_steps=(8, 6), **outputs),
         tiny.TARGET,
     )  # fmt: skip

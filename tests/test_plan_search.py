@@ -450,13 +450,15 @@ def test_every_call_has_the_gain_that_was_measured_of_it():
 
 
 def test_a_probed_call_stands_for_those_whose_changes_are_most_like_its_own():
-    sizes = np.zeros((7, 2, len(FAMILIES)))
-    sizes[:, :, FAMILIES.index(SKIP)] = [[5, 1], [1, 1], [7, 7], [3, 1], [2, 1], [6, 6], [0, 4]]
-    found = sample({"s2": sizes, "c2": sizes}, 3)
+    # The first window is early: nothing is probed there.
+    windows, sizes = Windows(4, 6, 3, 6, 1), np.zeros((7, 3, len(FAMILIES)))
+    sizes[:, 0, FAMILIES.index(SKIP)] = [1, 99, 1, 1, 1, 1, 1]
+    sizes[:, 1:, FAMILIES.index(SKIP)] = [[5, 1], [1, 1], [7, 7], [3, 1], [2, 1], [6, 6], [0, 4]]
+    found = sample({"s2": sizes, "c2": sizes}, windows, 3)
     assert found.calls == [0, 1, 2]
     assert [found.calls[place] for place in found.standing] == [0, 1, 2, 0, 1, 2, 1]
     for count in (7, 100):
-        assert sample({"s2": sizes}, count) == (list(range(7)), list(range(7)))
+        assert sample({"s2": sizes}, windows, count) == (list(range(7)), list(range(7)))
 
 
 # The whole search ---------------------------------------------------------------------------------------------------
@@ -492,16 +494,17 @@ def test_probes_run_on_some_calls_and_plans_on_all(tmp_path):
     for row in report["evaluations"]:
         run = parse_plan(row["config"], "a plan of the report")
         assert row["block_forwards"] == pytest.approx(price_of(run, 6) * len(row["details"]["errors"]) * STEPS * 6)
-    # Less than if all of them were probed.
+    # It takes much less than probing all of them and hardly loses by it.
     whole = search(tmp_path / "whole", prompts=5)[2]
-    assert report["cost"]["plain_generations"] < whole["cost"]["plain_generations"] <= 6
+    assert report["cost"]["plain_generations"] < 0.75 * whole["cost"]["plain_generations"] <= 4.5
+    assert report["error"] < 1.25 * whole["error"]
     shown = page.content_of(page.load(str(tmp_path / "plan.json")))
     assert "Measured on 5 calls" in " ".join(shown.found)
     assert sum("(on 2 calls)" in row[0] for row in shown.tables[0].rows) == len(probes)
 
 
 class Odd(Pipeline):
-    """What its blocks add jumps to and fro at some steps, for one prompt."""
+    """Its branches are alike, so that conditional-only steps lose nothing; for one prompt they jump to and fro."""
 
     @torch.no_grad()
     def __call__(self, prompt="", **arguments):
@@ -509,24 +512,20 @@ class Odd(Pipeline):
         return super().__call__(prompt, **arguments)
 
     def predict(self, latents, t, scale):
-        step = round((999 - float(t)) / 999 * (STEPS - 1))
-        jump = 2.5 * (-1) ** step if self.is_odd and 12 <= step < 28 else 0.0
-        return super().predict(latents + jump, t, scale)
+        jump = (-1) ** round((999 - float(t)) / 999 * (STEPS - 1)) if self.is_odd else 0.0
+        low, high = self.transformer(torch.cat([latents + jump, latents]), timestep=t).chunk(2)
+        return 0.2 * (low + scale * (high - low)) + latents
 
 
 def test_what_a_call_shows_that_was_not_probed_counts(tmp_path):
     pipeline = Odd()
-    _, aware, report = search(tmp_path / "aware", ("1.3x",), prompts=5, pipeline=pipeline, probed=1)
+    _, unaware, report = search(tmp_path / "unaware", ("1.2x",), prompts=4, pipeline=pipeline, probed=1)
+    assert report["error"] < 1e-5 and unaware.conditional_only
+    _, aware, report = search(tmp_path / "aware", ("1.2x",), prompts=5, pipeline=pipeline, probed=1)
     assert all(row["calls"] != [4] for row in report["evaluations"] if "calls" in row)
-    _, unaware, _ = search(tmp_path / "unaware", ("1.3x",), prompts=4, pipeline=pipeline, probed=1)
-    errors = []
-    for plan in (aware, unaware):
-        torch.manual_seed(7)
-        plain = pipeline("prompt 4", num_inference_steps=STEPS, guidance_scale=4.0)
-        torch.manual_seed(7)
-        with Generation(pipeline, plan, tiny.TARGET):
-            errors.append(relative(pipeline("prompt 4", num_inference_steps=STEPS, guidance_scale=4.0), plain))
-    assert abs(aware.work(6) - unaware.work(6)) < 0.02 and 1.5 * errors[0] < errors[1]
+    # Nothing of that kind was even tried: what would be lost is known from the recording.
+    tried = [parse_plan(row["config"], "a plan") for row in report["evaluations"] if "calls" not in row]
+    assert tried and not any(plan.conditional_only for plan in (aware, *tried))
 
 
 def test_the_plan_is_better_than_even_patterns_of_the_same_work(tmp_path):

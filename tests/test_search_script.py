@@ -22,7 +22,8 @@ def start(tmp_path, mode="one", prompts=3, steps=10, slow=0.0, ranks=1, **enviro
         command += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     path = os.pathsep.join([os.path.dirname(HERE), os.environ.get("PYTHONPATH", "")])
     full = dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=path, OSACCEL_SEARCH="1")
-    full.update(environ, OSACCEL_CACHE_CONFIG=str(tmp_path / "found.json"))
+    output = "OSACCEL_PLAN" if environ.get("OSACCEL_SEARCH") == "plan" else "OSACCEL_CACHE_CONFIG"
+    full.update({output: str(tmp_path / "found.json")}, **environ)
     return subprocess.Popen(
         [*command, SCRIPT, mode, str(prompts), str(steps), str(slow)],
         env=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
@@ -157,6 +158,22 @@ def test_ranks_that_split_prompts_share_the_work_whatever_their_number_of_prompt
     found = report(tmp_path)
     assert {evaluation["worker"] for evaluation in found["evaluations"]} == {0, 1}
     assert found["cost"]["plain_generations"] <= 6
+
+
+def test_ranks_that_split_prompts_probe_the_same_call_and_find_the_plan_of_one_rank(tmp_path):
+    found = {}
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        environ = {"OSACCEL_SEARCH": "plan", "OSACCEL_SEARCH_PROMPTS": "3", "OSACCEL_SEARCH_PROBED": "1"}
+        finish(start(folder, mode="dp", ranks=ranks, prompts=3 * ranks, steps=20, slow=0.01, **environ))
+        found[ranks] = report(folder)
+    alone, together = found[1], found[2]
+    assert {row["worker"] for row in together["evaluations"]} == {0, 1}
+    assert together["plan"] == alone["plan"] and together["error"] == alone["error"]
+    for row in together["evaluations"]:
+        assert len(row["details"]["errors"]) == len(row.get("calls", range(3)))
+    assert any("calls" in row for row in together["evaluations"])
 
 
 def start_without_torchrun(tmp_path, rank, port, **environ):

@@ -171,7 +171,7 @@ class PlanRunner(PlannedRunner):
     def _measured_gains(self, sizes: Sizes) -> Expectation:
         self.fitted = self._fitted_predictor()
         # One decision: the ranks' machines may round differently.
-        self.sample = self.team.share(sample(sizes, self.settings.search_probed))
+        self.sample = self.team.share(sample(sizes, self.windows, self.settings.search_probed))
         probes = self._probes()
         jobs = [self._job_of(probe) for probe in probes]
         self.expect(jobs, self.settings.target)

@@ -10,7 +10,7 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from osaccel.search.plan.actions import FAMILIES, REFERENCES
+from osaccel.search.plan.actions import FAMILIES, REFERENCES, Windows
 from osaccel.search.plan.gains import Sizes
 
 
@@ -26,14 +26,14 @@ class Sample(NamedTuple):
     standing: Sequence[int]
 
 
-def sample(sizes: Sizes, count: int) -> Sample:
+def sample(sizes: Sizes, windows: Windows, count: int) -> Sample:
     """The calls in the order of their local changes are cut into `count` parts; the middle one stands for its part.
 
     Args:
         sizes: at least those of the families' reference actions.
         count: of more than there are, all are taken.
     """
-    order = np.argsort(_logs(sizes), kind="stable")
+    order = np.argsort(_logs(sizes, windows), kind="stable")
     parts = [part.tolist() for part in np.array_split(order, min(count, len(order)))]
     middles = [part[len(part) // 2] for part in parts]
     calls = sorted(middles)
@@ -41,8 +41,8 @@ def sample(sizes: Sizes, count: int) -> Sample:
     return Sample(calls, [stands[call] for call in range(len(order))])
 
 
-def _logs(sizes: Sizes) -> np.ndarray:
-    """How large each call's changes are under the reference actions: the mean logarithm over families and windows."""
+def _logs(sizes: Sizes, windows: Windows) -> np.ndarray:
+    """How large each call's changes are where probes make them: the mean logarithm over families and windows."""
     families = [family for family in FAMILIES if REFERENCES[family] in sizes]
-    changes = np.stack([sizes[REFERENCES[family]][:, :, FAMILIES.index(family)] for family in families])
+    changes = np.stack([sizes[REFERENCES[family]][:, windows.early :, FAMILIES.index(family)] for family in families])
     return np.log(np.maximum(changes, np.finfo(float).tiny)).mean(axis=(0, 2))
