@@ -131,8 +131,8 @@ class CachePipeline(tiny.UnseededPipeline):
         super().__init__(block=Rows)
 
 
-def plan_search(path, *goals, calls=1):
-    test_plan_search.search(path, goals, 60, calls, PlanPipeline())
+def plan_search(path, *goals, calls=1, probed=8):
+    test_plan_search.search(path, goals, 60, calls, PlanPipeline(), probed)
 
 
 def cache_search(path, calls, ratio):
@@ -141,6 +141,7 @@ def cache_search(path, calls, ratio):
 
 SEARCHES = {
     "one target": (partial(plan_search, calls=2), ("2x",)),
+    "one of three calls probed": (partial(plan_search, calls=3, probed=1), ("2x",)),
     "three targets": (plan_search, ("1.5x", "2x", "2.5x")),
     "four keys": (cache_search, (1, 1.3)),
     "four keys, two calls": (cache_search, (2, 1.5)),

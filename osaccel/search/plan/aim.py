@@ -113,25 +113,28 @@ class Aim:
         work, skips, least = 1 / self.goal.value, self.runner.can(SKIP), self.runner.least
         early, late = least(work, early=True), least(work, early=False)
         is_likely = early is not None and (late is None or is_far_less(early.error, late.error))
-        self._try(early if is_likely else None)
+        self._try(early if is_likely else None, 4)
         if skips:
             is_early = not self.tried or saves_early(self._best.plan, self.settled)
-            self._try(least(work, early=is_early, places=self.runner.alone(SKIP)))
-        self._try(least(work, early=True))
-        self._try(least(work, early=False))
+            self._try(least(work, early=is_early, places=self.runner.alone(SKIP)), 3)
+        self._try(least(work, early=True), 2)
+        self._try(least(work, early=False), 1)
         even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self._expect(even)
             self._measure(self._unpredicted(even), even)
 
-    def _try(self, choice: Optional[Choice]) -> None:
-        """Measure a choice where it is a new one and the budget allows it; the first rank's counts, so all must ask."""
+    def _try(self, choice: Optional[Choice], following: int) -> None:
+        """Measure a choice where it is a new one and the budget allows it; the first rank's counts, so all must ask.
+
+        following: how many others may be tried behind it.
+        """
         choice = self.runner.team.share(choice)
         if choice is None or any(choice.actions == one.choice.actions for one in self.tried):
             return
         plan = self._plan(choice)
         if self._affords(plan, self._reserve):
-            self._expect(plan)
+            self._expect(plan, following)
             self._measure(choice, plan)
 
     def _try_predictor(self) -> None:
@@ -152,8 +155,11 @@ class Aim:
         """What is kept free for the predictor's replay."""
         return 1 / self.goal.value - 1 / self.runner.steps if self.runner.fitted else 0.0
 
-    def _expect(self, plan: Plan) -> None:
-        self.runner.expect([formats.plan_content(plan)], self.behind)
+    def _expect(self, plan: Plan, following: int = 0) -> None:
+        """Tell the progress that a plan is to be run, and that others may be; of those about half are."""
+        price = price_of(plan, self.runner.num_blocks)
+        left = max(0.0, self.limit - self._reserve - self.runner.spent - price)
+        self.runner.expect([formats.plan_content(plan)], self.behind, min(left, following * price) / 2)
 
     def _affords(self, plan: Plan, reserve: float = 0.0) -> bool:
         return self.runner.spent + price_of(plan, self.runner.num_blocks) <= self.limit - reserve

@@ -241,9 +241,9 @@ class PlanRunner(PlannedRunner):
         job = formats.plan_content(plan_of(probe.chosen(self.windows.count), self.windows))
         return job if len(self.sample.calls) == len(self.replays) else {**job, CALLS: list(self.sample.calls)}
 
-    def expect(self, jobs: Sequence[Job], goals: Sequence[Goal]) -> None:
-        """Tell the progress: these jobs are to be run, and what is usual for goals whose plans are not known yet."""
-        ahead = sum(self.share(job) * self.price(job) for job in jobs if not self.is_known(job))
+    def expect(self, jobs: Sequence[Job], goals: Sequence[Goal], more: float = 0.0) -> None:
+        """Tell the progress: these jobs are to be run, `more` of whatever follows, and what is usual for further goals."""
+        ahead = more + sum(self.share(job) * self.price(job) for job in jobs if not self.is_known(job))
         for goal in goals:
             ahead += self._price_of_choices(goal)
             if goal.kind == "speed":
