@@ -35,6 +35,10 @@ class Probe(NamedTuple):
         """An action for every window."""
         return [BY_NAME[REFERENCES[self.family]] if window in self.windows else PLAIN for window in range(count)]
 
+    def changes(self, sizes: Sizes) -> np.ndarray:
+        """The squared local change that it makes, by call."""
+        return sizes[REFERENCES[self.family]][:, list(self.windows), FAMILIES.index(self.family)].sum(axis=1)
+
 
 def probes(families: Sequence[str], windows: Windows, count: int) -> List[Probe]:
     """What to replay, the windows in `count` groups, the groups in the generation's order.

@@ -22,7 +22,7 @@ from osaccel.schedule import ANCESTRAL, refusal
 from osaccel.search import frames as pictures
 from osaccel.search import limits, outputs
 from osaccel.search.errors import SearchError
-from osaccel.search.measure import CALLS
+from osaccel.search.measure import CALLS, calls_of_job
 from osaccel.search.plan import observation, sidecar
 from osaccel.search.plan.actions import (
     BY_NAME,
@@ -175,12 +175,11 @@ class PlanRunner(PlannedRunner):
         probes = self._probes()
         jobs = [self._job_of(probe) for probe in probes]
         self.expect(jobs, self.settings.target)
-        evaluations = self.evaluated(jobs)
-        calls, standing = map(list, self.sample)
-        never = [math.inf] * len(calls)
-        measured = {probe: one.details["errors"] or never for probe, one in zip(probes, evaluations)}
-        found = gains(measured, {name: values[calls] for name, values in sizes.items()}, self.windows)
-        return Expectation(sizes, {family: values[standing] for family, values in found.items()})
+        measured = {}
+        for probe, job, evaluation in zip(probes, jobs, self.evaluated(jobs)):
+            errors = evaluation.details["errors"] or [math.inf] * len(calls_of_job(job, len(self.replays)))
+            measured[probe] = self.sample.of_all(errors, probe.changes(sizes)) if CALLS in job else errors
+        return Expectation(sizes, gains(measured, sizes, self.windows))
 
     def choices(self, places: Optional[Sequence[int]] = None, early: bool = True) -> List[Choice]:
         """The curve of best choices as far as is known, among all actions or those at some places.
@@ -237,12 +236,13 @@ class PlanRunner(PlannedRunner):
         return sum(max(0.0, 1 / goal.value - first / self.steps) for first in (self.windows.settled, 1))
 
     def _job_of(self, probe: Probe) -> Job:
-        """A probe's plan, to be run on the sampled calls; where they are all, it is a plan like any other."""
+        """A probe's plan, to be run on the sampled calls; of the last window, where it costs least, on all."""
         job = formats.plan_content(plan_of(probe.chosen(self.windows.count), self.windows))
-        return job if len(self.sample.calls) == len(self.replays) else {**job, CALLS: list(self.sample.calls)}
+        is_whole = len(self.sample.calls) == len(self.replays) or probe.windows[0] == self.windows.count - 1
+        return job if is_whole else {**job, CALLS: list(self.sample.calls)}
 
     def expect(self, jobs: Sequence[Job], goals: Sequence[Goal], more: float = 0.0) -> None:
-        """Tell the progress: these jobs are to be run, `more` of whatever follows, and what is usual for further goals."""
+        """Tell the progress: these jobs are to be run, `more` work behind them, and what is usual for further goals."""
         ahead = more + sum(self.share(job) * self.price(job) for job in jobs if not self.is_known(job))
         for goal in goals:
             ahead += self._price_of_choices(goal)

@@ -3,10 +3,11 @@
 
 What an action does within a window is known of every recorded call, and a recording is a video that the user's command
 makes anyway. What is left of it in the end must be measured by replays, and differs less from call to call. So some
-calls are probed, and each of the others is taken to have the gains of the one that stands for it.
+calls are probed, and each of the others is taken to have the gain of the one that stands for it.
 """
 
-from typing import NamedTuple, Sequence
+import math
+from typing import List, NamedTuple, Sequence
 
 import numpy as np
 
@@ -24,6 +25,19 @@ class Sample(NamedTuple):
 
     calls: Sequence[int]
     standing: Sequence[int]
+
+    def of_all(self, errors: Sequence[float], changes: np.ndarray) -> List[float]:
+        """The errors that a probe would make of all recorded calls.
+
+        Args:
+            errors: of those that are probed; changes: what the probe changes locally, squared, of all.
+        """
+        own = changes[list(self.calls)]
+        # Where the one that stands for others changes nothing, nothing is known of them.
+        gains = [error / math.sqrt(change) if change > 0 else 0.0 for error, change in zip(errors, own)]
+        return [
+            gains[place] * math.sqrt(change) if change > 0 else 0.0 for place, change in zip(self.standing, changes)
+        ]
 
 
 def sample(sizes: Sizes, windows: Windows, count: int) -> Sample:
