@@ -11,7 +11,7 @@ goes on.
 
 import argparse
 from pathlib import Path
-from typing import List
+from typing import List, Optional
 
 import numpy as np
 import torch
@@ -28,9 +28,9 @@ from osaccel.search.frames import mean_psnr
 from osaccel.settings import Goal
 
 
-def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal) -> str:
+def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal, probed: Optional[int]) -> str:
     """What a goal costs and what is kept of it."""
-    found = plan_search.reached(bench, calls, goal)
+    found = plan_search.reached(bench, calls, goal, probed)
     report = found["report"]
     row = compare.in_parts(bench, planned(bench, formats.parse_plan(found["plan"], "a found plan")), videos)
     error = "{:.4f} [{:.4f}, {:.4f}]".format(*interval(row.errors))
@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--goals", required=True, help="psnr:DB and error:E, with commas between")
     parser.add_argument("--videos", type=int, default=48, help="held-out videos (48)")
     parser.add_argument("--prompts", type=int, default=8, help="calibration calls of searches (8)")
+    parser.add_argument("--probed", type=int, help="OSACCEL_SEARCH_PROBED of the searches (osaccel's default)")
     parser.add_argument("--kept", type=Path, required=True, help="folder for everything that is finished")
     parser.add_argument("--batch", type=int, default=4, help="videos sampled at a time (4)")
     parser.add_argument("--steps", type=int, help="of the plain run (the model's)")
@@ -64,7 +65,7 @@ def main() -> None:
         flush=True,
     )
     for goal in goals:
-        print(line(bench, calls, videos, goal), flush=True)
+        print(line(bench, calls, videos, goal, options.probed), flush=True)
 
 
 if __name__ == "__main__":

@@ -71,11 +71,11 @@ SAMPLES, BLOCKS = "save path videos", "blocks computed"
 INSTALLS = NotHere("installs from the index; .ci/run does so in a fresh environment")
 ALONE = NotHere("a name in a sentence, not a whole command")
 SEARCH = (
-    "OSACCEL_SEARCH=plan OSACCEL_TARGET=2x OSACCEL_SEARCH_PROMPTS=8 OSACCEL_PLAN=plan.json python -m osaccel.run "
+    "OSACCEL_SEARCH=plan OSACCEL_TARGET=2x OSACCEL_SEARCH_PROMPTS=24 OSACCEL_PLAN=plan.json python -m osaccel.run "
     "torchrun --nproc_per_node 8 -m opensora.sample.sample_t2v_sp ..."
 )
 HOW = {
-    SEARCH: Run("found a plan for 2x", (("PROMPTS=8", "PROMPTS=4"),), quick=True),
+    SEARCH: Run("found a plan for 2x", (("PROMPTS=24", "PROMPTS=4"),), quick=True),
     "OSACCEL_PLAN=plan.json python -m osaccel.run torchrun --nproc_per_node 8 -m opensora.sample.sample_t2v_sp ...":
         Run(BLOCKS, quick=True),
     "python -m osaccel.report plan.json": Run("plan.json.report.html", quick=True),
@@ -121,12 +121,14 @@ HOW = {
     "pip install -c constraints.txt -e \".[demo]\" && python -m osaccel.demo": RunBy("test_demo.py", '"osaccel.demo"'),
     "python -m osaccel.demo --search": RunBy("test_demo.py", '"--search"'),
     "pip install -c constraints.txt -e \".[test]\" && python -m pytest": RunBy("../.ci/run", "python -m pytest"),
-    "python -m benchmarks.plans --prompts 24 --videos 96 --kept DIR [--model second]":
-        Run("osaccel plan", (("--prompts 24 --kept DIR [--model second]",
+    "python -m benchmarks.plans --prompts 48 --targets 2,1.6,3,1.3,4 --videos 96 --kept DIR [--model second]":
+        Run("osaccel plan", (("--prompts 48 --targets 2,1.6,3,1.3,4 --videos 96 --kept DIR [--model second]",
             "--kept kept --videos 2 --prompts 1 --steps 24 --targets 2 --work 2 --only ours"),)),
-    "python -m benchmarks.plans --prompts 8 --only ours ...": RunBy("test_benchmarks_plans.py", '"ours"'),
-    "python -m benchmarks.goals --goals psnr:50,psnr:45,psnr:40,error:0.02 --prompts 24 --videos 96 --kept DIR":
-        Run("held out", (("psnr:50,psnr:45,psnr:40,error:0.02 --prompts 24 --videos 96 --kept DIR",
+    "python -m benchmarks.plans --prompts 24 --first 24 --probed 24 --only ours ...":
+        RunBy("test_benchmarks_plans.py", '"ours"'),
+    "python -m benchmarks.goals --goals psnr:50,psnr:45,psnr:40,error:0.02 --prompts 24 --probed 24 --videos 96 "
+    "--kept DIR":
+        Run("held out", (("psnr:50,psnr:45,psnr:40,error:0.02 --prompts 24 --probed 24 --videos 96 --kept DIR",
             "psnr:40,error:0.1 --prompts 1 --videos 1 --steps 24 --kept kept"),)),
     "python -m benchmarks.corrections --work DIR --response 16 [--model second]":
         Run("the response foresees", (("DIR --response 16 [--model second]",

@@ -64,14 +64,14 @@ def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed:
     )
 
 
-def reached(bench: Bench, cases: Sequence[Case], goal: Goal) -> Dict[str, Any]:
+def reached(bench: Bench, cases: Sequence[Case], goal: Goal, probed: Optional[int] = None) -> Dict[str, Any]:
     """The plan that a search finds for a goal on these calls, and its report, as its files hold them; kept alike."""
 
     def run(output: str) -> Dict[str, Any]:
-        _search_for(bench, cases, [goal], None, output)
+        _search_for(bench, cases, [goal], probed, output)
         return {"plan": formats.read_file(output), "report": formats.read_file(formats.report_path(output))}
 
-    return _kept(bench, cases, str(goal), run)
+    return _kept(bench, cases, [str(goal), probed], run)
 
 
 def _kept(bench: Bench, cases: Sequence[Case], asked: Any, make: Callable[[str], Dict[str, Any]]) -> Dict[str, Any]:

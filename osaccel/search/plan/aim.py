@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, List, Optional, Sequence
+from typing import Any, Callable, List, Optional, Sequence
 
 from osaccel import formats
 from osaccel.plan import Plan
@@ -113,16 +113,24 @@ class Aim:
         work, skips, least = 1 / self.goal.value, self.runner.can(SKIP), self.runner.least
         early, late = least(work, early=True), least(work, early=False)
         is_likely = early is not None and (late is None or is_far_less(early.error, late.error))
-        self._try(early if is_likely else None, 4)
-        if skips:
-            is_early = not self.tried or saves_early(self._best.plan, self.settled)
-            self._try(least(work, early=is_early, places=self.runner.alone(SKIP)), 3)
-        self._try(least(work, early=True), 2)
-        self._try(least(work, early=False), 1)
+        # Each is made when its turn has come, as every replay says more.
+        choices: List[Callable[[], Optional[Choice]]] = [
+            lambda: early if is_likely else None,
+            lambda: self._skipping(work) if skips else None,
+            lambda: least(work, early=True),
+            lambda: least(work, early=False),
+        ]
+        for place, choice in enumerate(choices):
+            self._try(choice(), len(choices) - place)
         even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self._expect(even)
             self._measure(self._unpredicted(even), even)
+
+    def _skipping(self, work: float) -> Optional[Choice]:
+        """The best that skips steps and does nothing else; early where what is best so far saves early."""
+        is_early = not self.tried or saves_early(self._best.plan, self.settled)
+        return self.runner.least(work, early=is_early, places=self.runner.alone(SKIP))
 
     def _try(self, choice: Optional[Choice], following: int) -> None:
         """Measure a choice where it is a new one and the budget allows it; the first rank's counts, so all must ask.
