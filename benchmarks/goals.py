@@ -28,7 +28,7 @@ from osaccel.search.frames import mean_psnr
 from osaccel.settings import Goal
 
 
-def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal, probed: Optional[int]) -> str:
+def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal, probed: Optional[int] = None) -> str:
     """What a goal costs and what is kept of it."""
     found = plan_search.reached(bench, calls, goal, probed)
     report = found["report"]

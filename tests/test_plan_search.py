@@ -749,6 +749,22 @@ def test_a_search_killed_before_its_last_file_finds_the_same_and_runs_nothing_ag
         assert read_plan(str(tmp_path / "killed" / name)) == read_plan(str(tmp_path / "whole" / name))
 
 
+def test_a_killed_search_goes_on_with_its_recordings_where_more_calls_are_probed(tmp_path, monkeypatch, caplog):
+    _, whole, _ = search(tmp_path / "whole", prompts=3, probed=2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runner.formats, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search(tmp_path / "killed", prompts=3, probed=1)
+    caplog.set_level("INFO", "osaccel")
+    _, resumed, report = search(tmp_path / "killed", prompts=3, probed=2)
+    assert caplog.text.count("was recorded before the search was interrupted") == 3
+    assert resumed == whole and {len(row["calls"]) for row in report["evaluations"] if "calls" in row} == {2}
+
+
 def test_what_cannot_be_reached_says_how_far_it_goes(tmp_path):
     pipeline = Pipeline()
     with pytest.raises(SearchError, match="No plan reaches 50x: at most 15.00x can be reached"):
