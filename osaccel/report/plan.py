@@ -232,8 +232,9 @@ def _windows(shown: Shown) -> Table:
     columns = ("steps", "the plan there", *(f"gain, {named.get(family, family)}" for family in gains))
     text = (
         "Gain: how much of the change that an action makes inside its window is left in the final latents, measured in "
-        "groups of windows and interpolated between them; early windows have that of the first group. Steps before "
-        "the first window have no action of their own: its cycle goes on backwards where it is early and only skips."
+        "groups of windows, on calls that stand for the others, and interpolated between groups; early windows have "
+        "that of the first one. Steps before the first window have no action of their own: its cycle goes on backwards "
+        "where it is early and only skips."
     )
     return Table("Windows of the search", text, columns, rows)
 

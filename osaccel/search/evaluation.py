@@ -19,7 +19,8 @@ class Evaluation:
     """One configuration, run on the recorded calls.
 
     Args:
-        config: what was run, JSON-able: msModelSlim's four keys, or a plan's content.
+        config: what was run, JSON-able: msModelSlim's four keys, or a plan's content, with the calls' numbers where it
+            was not run on all.
         error: relative L2 distance of the final latents from the plain ones, mean over the calls; None if not finite.
         block_forwards: network work it took: block calls x share of the batch.
         psnr: of the decoded frames in dB, where frames are judged.

@@ -91,7 +91,7 @@ class Measure:
 
 
 def plan_of_job(job: Mapping[str, Any], steps: int) -> Plan:
-    """The plan whose content `job` is, or whose four keys; every step named."""
+    """The plan whose content `job` is but for the calls it names, or whose four keys; every step named."""
     content = {key: value for key, value in job.items() if key != CALLS}
     return for_steps(formats.parse_plan(content, "the plan under test"), steps)
 

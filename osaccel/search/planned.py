@@ -93,7 +93,8 @@ class PlannedRunner(JournalledRunner):
 
     def _steps_of(self, job: Job) -> int:
         """Steps that running a job computes."""
-        return round(self.share(job) * len(self.replays)) * (self.steps - first_change(plan_of_job(job, self.steps)))
+        calls = len(calls_of_job(job, len(self.replays)))
+        return calls * (self.steps - first_change(plan_of_job(job, self.steps)))
 
     def frames(
         self, evaluation: Evaluation, label: str, plain: Optional[np.ndarray] = None
@@ -112,11 +113,6 @@ class PlannedRunner(JournalledRunner):
         return self.plain + self.beside + sum(evaluation.block_forwards for evaluation in self.asked.values())
 
     @property
-    def plain_generations(self) -> float:
-        """The same in plain generations of all recorded calls."""
-        return self.block_forwards / self.plain
-
-    @property
     def plain(self) -> int:
         """The same of the plain generations."""
         return self.num_blocks * sum(replay.recording.forwards for replay in self.replays)
@@ -125,6 +121,11 @@ class PlannedRunner(JournalledRunner):
     def beside(self) -> float:
         """The same of what was tried beside their steps."""
         return 0.0
+
+    @property
+    def plain_generations(self) -> float:
+        """The network work so far in plain generations of all recorded calls."""
+        return self.block_forwards / self.plain
 
     @property
     def spent(self) -> float:

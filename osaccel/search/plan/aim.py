@@ -97,7 +97,9 @@ class Aim:
         """The error of the latents that keeps the goal; for a PSNR by the replay that came nearest to it."""
         if self.goal.kind == "error":
             return self.goal.value
-        decoded = [one for one in self.runner.asked.values() if one.error and one.psnr is not None]
+        # Of all calls: a PSNR is made by the extremes, which are not probed.
+        whole = [one for one in self.runner.asked.values() if CALLS not in one.config]
+        decoded = [one for one in whole if one.error and one.psnr is not None]
         if not decoded:
             return 10 ** (-self.goal.value / 20)
         nearest = min(decoded, key=lambda one: abs(one.psnr - self.goal.value))
