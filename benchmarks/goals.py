@@ -11,7 +11,7 @@ goes on.
 
 import argparse
 from pathlib import Path
-from typing import List, Optional
+from typing import List
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from osaccel.search.frames import mean_psnr
 from osaccel.settings import Goal
 
 
-def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal, probed: Optional[int] = None) -> str:
+def line(bench: Bench, calls: List[Case], videos: List[Case], goal: Goal, probed: int = plan_search.PROBED) -> str:
     """What a goal costs and what is kept of it."""
     found = plan_search.reached(bench, calls, goal, probed)
     report = found["report"]
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--goals", required=True, help="psnr:DB and error:E, with commas between")
     parser.add_argument("--videos", type=int, default=48, help="held-out videos (48)")
     parser.add_argument("--prompts", type=int, default=8, help="calibration calls of searches (8)")
-    parser.add_argument("--probed", type=int, help="OSACCEL_SEARCH_PROBED of the searches (osaccel's default)")
+    parser.add_argument("--probed", type=int, default=plan_search.PROBED, help="OSACCEL_SEARCH_PROBED of the searches")
     parser.add_argument("--kept", type=Path, required=True, help="folder for everything that is finished")
     parser.add_argument("--batch", type=int, default=4, help="videos sampled at a time (4)")
     parser.add_argument("--steps", type=int, help="of the plain run (the model's)")

@@ -101,7 +101,7 @@ class Comparison:
         bench: with the folder where everything is kept.
         speeds: 1 / network work; one search serves them all.
         videos: held-out ones; prompts: calibration calls of searches, `first` the number of the first of them.
-        probed: how many of them our search probes; None for osaccel's default.
+        probed: how many of them our search probes.
         targets: the speed-ups that the one search serves, `speeds` among them.
         absent: of competitors' packages, those that are missing.
     """
@@ -117,7 +117,7 @@ class Comparison:
         rivals: Tuple[int, int] = (24, 8),
         targets: Optional[Sequence[float]] = None,
         first: int = 0,
-        probed: Optional[int] = None,
+        probed: int = plan_search.PROBED,
     ):
         self.bench, self.speeds, self.absent, self.only, self.rival_count = bench, list(speeds), absent, only, rivals
         self.cases = bench.model.heldout_cases(videos)
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=48, help="held-out videos (48)")
     parser.add_argument("--prompts", type=int, default=4, help="calibration calls of searches (4)")
     parser.add_argument("--first", type=int, default=0, help="number of the first calibration call of our search (0)")
-    parser.add_argument("--probed", type=int, help="OSACCEL_SEARCH_PROBED of our search (osaccel's default)")
+    parser.add_argument("--probed", type=int, default=plan_search.PROBED, help="OSACCEL_SEARCH_PROBED of our search")
     parser.add_argument("--kept", type=Path, required=True, help="folder for everything that is finished")
     parser.add_argument("--only", type=_groups, default=ONLY, help=f"of {','.join(ONLY)}")
     parser.add_argument("--rivals", type=int, default=24, help="plans of equal work to rank the found one among (24)")

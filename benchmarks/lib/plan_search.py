@@ -5,9 +5,8 @@ Everything found is a plan's content, so that nothing behind this file knows how
 """
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Sequence
 
 import numpy as np
 import torch
@@ -28,6 +27,8 @@ from osaccel.targets import target_of
 FAMILIES = {
     "conditional only": HALF, "skipped, corrected": SKIP, "blocks forecast": FORECAST, "blocks reused": REUSE
 }  # fmt: skip
+# OSACCEL_SEARCH_PROBED where nothing else is said: osaccel's own default.
+PROBED = Settings.search_probed
 # How far a rival's work may be from the found plan's, plain = 1.
 NEAR = 0.01
 # Rivals of every found plan that are drawn; how many of them run is the benchmark's option.
@@ -52,11 +53,11 @@ class Searched(NamedTuple):
     measured: List[Any]
 
 
-def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: Optional[int] = None) -> Searched:
+def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: int = PROBED) -> Searched:
     """One search for all speed-ups on these calls, a script's first ones; kept, and resumed where it stopped.
 
     Args:
-        probed: OSACCEL_SEARCH_PROBED, by default osaccel's own.
+        probed: OSACCEL_SEARCH_PROBED.
     """
     asked = [list(speeds), probed]
     return Searched(
@@ -64,7 +65,7 @@ def search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed:
     )
 
 
-def reached(bench: Bench, cases: Sequence[Case], goal: Goal, probed: Optional[int] = None) -> Dict[str, Any]:
+def reached(bench: Bench, cases: Sequence[Case], goal: Goal, probed: int = PROBED) -> Dict[str, Any]:
     """The plan that a search finds for a goal on these calls, and its report, as its files hold them; kept alike."""
 
     def run(output: str) -> Dict[str, Any]:
@@ -94,9 +95,7 @@ def _kept(bench: Bench, cases: Sequence[Case], asked: Any, make: Callable[[str],
     return bench.kept.value(name, run)
 
 
-def _farthest(
-    bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: Optional[int], output: str
-) -> Searched:
+def _farthest(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: int, output: str) -> Searched:
     """The search for those speed-ups that it can reach; it goes on where it stopped at one that it cannot."""
     reached = list(speeds)
     while True:
@@ -140,19 +139,16 @@ def _fed(bench: Bench, cases: Sequence[Case], settings: Settings) -> PlanRunner:
     return runner
 
 
-def _search_for(
-    bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], probed: Optional[int], output: str
-) -> PlanRunner:
+def _search_for(bench: Bench, cases: Sequence[Case], goals: Sequence[Goal], probed: int, output: str) -> PlanRunner:
     """One search for all goals on these calls, which writes its files at `output` and beside it."""
     settings = Settings(
-        search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=tuple(goals)
-    )
-    return _fed(bench, cases, settings if probed is None else replace(settings, search_probed=probed))
+        search="plan", plan_output=output, search_then="continue", search_prompts=len(cases), target=tuple(goals),
+        search_probed=probed,
+    )  # fmt: skip
+    return _fed(bench, cases, settings)
 
 
-def _search(
-    bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: Optional[int], output: str
-) -> Searched:
+def _search(bench: Bench, cases: Sequence[Case], speeds: Sequence[float], probed: int, output: str) -> Searched:
     goals = [Goal("speed", speed) for speed in speeds]
     runner = _search_for(bench, cases, goals, probed, output)
     paths = [path_of(output, goals, number) for number in range(len(goals))]

@@ -3,7 +3,7 @@
 
 import math
 from dataclasses import replace
-from typing import Any, Callable, List, Optional, Sequence
+from typing import Any, Iterator, List, Optional, Sequence
 
 from osaccel import formats
 from osaccel.plan import Plan
@@ -112,27 +112,24 @@ class Aim:
         Steps skipped and nothing else; the choice that saves in early windows, sooner where it is likely to be taken;
         the choice anew; steps skipped evenly.
         """
-        work, skips, least = 1 / self.goal.value, self.runner.can(SKIP), self.runner.least
-        early, late = least(work, early=True), least(work, early=False)
-        is_likely = early is not None and (late is None or is_far_less(early.error, late.error))
-        # Each is made when its turn has come, as every replay says more.
-        choices: List[Callable[[], Optional[Choice]]] = [
-            lambda: early if is_likely else None,
-            lambda: self._skipping(work) if skips else None,
-            lambda: least(work, early=True),
-            lambda: least(work, early=False),
-        ]
-        for place, choice in enumerate(choices):
-            self._try(choice(), len(choices) - place)
+        work, skips = 1 / self.goal.value, self.runner.can(SKIP)
+        for following, choice in zip((4, 3, 2, 1), self._others(work, skips)):
+            self._try(choice, following)
         even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self._expect(even)
             self._measure(self._unpredicted(even), even)
 
-    def _skipping(self, work: float) -> Optional[Choice]:
-        """The best that skips steps and does nothing else; early where what is best so far saves early."""
+    def _others(self, work: float, skips: bool) -> Iterator[Optional[Choice]]:
+        """The choices among them; each is made when its turn has come, as every replay says more."""
+        least = self.runner.least
+        early, late = least(work, early=True), least(work, early=False)
+        is_likely = early is not None and (late is None or is_far_less(early.error, late.error))
+        yield early if is_likely else None
         is_early = not self.tried or saves_early(self._best.plan, self.settled)
-        return self.runner.least(work, early=is_early, places=self.runner.alone(SKIP))
+        yield least(work, early=is_early, places=self.runner.alone(SKIP)) if skips else None
+        yield least(work, early=True)
+        yield least(work, early=False)
 
     def _try(self, choice: Optional[Choice], following: int) -> None:
         """Measure a choice where it is a new one and the budget allows it; the first rank's counts, so all must ask.

@@ -7,7 +7,7 @@ groups' middles gains are interpolated in the logarithm, beyond them they stay.
 """
 
 import math
-from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -63,24 +63,26 @@ def gains(measured: Mapping[Probe, Sequence[float]], sizes: Sizes, windows: Wind
     """
     found: Dict[str, np.ndarray] = {}
     for family in dict.fromkeys(probe.family for probe in measured):
-        local = sizes[REFERENCES[family]][:, :, FAMILIES.index(family)]
-        own = {probe: errors for probe, errors in measured.items() if probe.family == family}
-        by_call = [{probe: errors[call] for probe, errors in own.items()} for call in range(len(local))]
-        found[family] = np.array([_gains(errors, changes) for errors, changes in zip(by_call, local)])
+        own = {probe: (errors, probe.changes(sizes)) for probe, errors in measured.items() if probe.family == family}
+        by_call = [
+            {probe: (errors[call], changes[call]) for probe, (errors, changes) in own.items()}
+            for call in range(len(sizes[REFERENCES[family]]))
+        ]
+        found[family] = np.array([_gains(shown, windows.count) for shown in by_call])
     return found
 
 
-def _gains(measured: Mapping[Probe, float], local: np.ndarray) -> np.ndarray:
-    """One family's gain for one call, by window."""
+def _gains(shown: Mapping[Probe, Tuple[float, float]], count: int) -> np.ndarray:
+    """One family's gain for one call in `count` windows, of the error and the squared local change of each probe."""
     middles, logs = [], []
-    for probe in sorted(measured, key=lambda probe: probe.windows[0]):
-        square = measured[probe] ** 2
-        changed = local[list(probe.windows)].sum()
+    for probe in sorted(shown, key=lambda probe: probe.windows[0]):
+        error, changed = shown[probe]
+        square = error**2
         if changed > 0 and square > 0:
             middles.append(float(np.mean(probe.windows)))
             logs.append(min(math.log(square / changed), _NEVER))
     # Where the reference changes nothing at all, nothing is known; then nothing is taken to be lost.
-    return np.exp(np.interp(np.arange(len(local)), middles, logs)) if logs else np.ones(len(local))
+    return np.exp(np.interp(np.arange(count), middles, logs)) if logs else np.ones(count)
 
 
 class Expectation(NamedTuple):
