@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("diffusers")
 pytest.importorskip("scipy")
 
-from benchmarks import goals, plans  # noqa: E402
+from benchmarks import goals, placement, plans  # noqa: E402
 from benchmarks.competitors import budcache  # noqa: E402
 from benchmarks.lib import compare, models, patterns, plan_search  # noqa: E402
 from benchmarks.lib.bench import Arm, Bench, NotKept  # noqa: E402
@@ -17,7 +17,7 @@ from benchmarks.lib.calibration import Calibration  # noqa: E402
 from benchmarks.lib.own import planned  # noqa: E402
 from benchmarks.reference.load import load_pipeline  # noqa: E402
 from osaccel import formats  # noqa: E402
-from osaccel.plan import Plan  # noqa: E402
+from osaccel.plan import Plan, Region  # noqa: E402
 from osaccel.search.plan.actions import FORECAST, HALF, SKIP, Windows, actions_for, plan_of  # noqa: E402
 from osaccel.settings import Goal  # noqa: E402
 
@@ -184,6 +184,24 @@ def test_a_goal_s_line_says_what_its_plan_costs_and_leaves_on_other_videos(pipel
     assert float(mean) == pytest.approx(np.mean(errors), abs=1e-4)
     # What is finished is kept.
     assert goals.line(Bench(MODEL, pipeline, 24, folder=tmp_path, only_kept=True), calls, videos, goal) == said
+
+
+def test_moved_steps_take_the_same_work_and_err_less_on_the_calls_that_decide(bench, tmp_path):
+    plan = Plan(STEPS, skip=(5, 7, 9), conditional_only=(3, 6), regions=(Region(1, BLOCKS, (10,), order=1),))
+    swapped = placement.exchanged(plan, 6, 7)
+    assert (swapped.skip, swapped.conditional_only, swapped.regions) == ((5, 6, 9), (3, 7), plan.regions)
+    assert placement.exchanged(plan, 10, 2).regions[0].reuse == (2,) and placement.exchanged(plan, 1, 2) == plan
+    bench.kept, generator = Bench(MODEL, bench.pipeline, STEPS, folder=tmp_path).kept, np.random.default_rng(1)
+    for _ in range(50):
+        other = placement.moved(plan, generator)
+        assert other != plan and other.work(BLOCKS) == plan.work(BLOCKS) and other.work_of(0, BLOCKS) == BLOCKS
+    lines = list(placement.lines(bench, plan, CASES[:1], CASES[1:2], 12))
+    tried, kept, on_calls = zip(*(line.split()[:3] for line in lines))
+    assert tried == ("0", "4", "8", "12") and int(kept[-1]) > 0 == int(kept[0])
+    assert list(map(float, on_calls)) == sorted(map(float, on_calls), reverse=True) and on_calls[-1] < on_calls[0]
+    # What is finished is kept.
+    again = Bench(MODEL, bench.pipeline, STEPS, folder=tmp_path, only_kept=True)
+    assert list(placement.lines(again, plan, CASES[:1], CASES[1:2], 12)) == lines
 
 
 def test_choices_from_few_calls_lose_nothing_where_all_calls_are_alike():
