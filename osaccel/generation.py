@@ -23,6 +23,7 @@ from osaccel.network.forwards import HiddenStates, ReplacedForward
 from osaccel.network.halves import ConditionalOnly
 from osaccel.network.regions import BlockCache
 from osaccel.plan import Plan
+from osaccel.sampling.branches import CorrectedBranches
 from osaccel.sampling.standin import Corrected, StandIn
 from osaccel.targets import Target, target_of
 
@@ -103,6 +104,8 @@ class Generation:
     def _of_plan(self) -> List[Interceptor]:
         plan = self.plan
         found: List[Interceptor] = []
+        if plan.conditional_only:
+            found.append(CorrectedBranches(plan, self.clock))
         if plan.skip or plan.correction.is_used:
             # Without skipped steps the network is left alone.
             found.append((StandIn if plan.skip else Corrected)(plan, self.clock))

@@ -1,27 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditional-only steps: half of the batch enters the network, the unconditional output is forecast.
 
-unconditional = conditional - difference, the difference of the two being extrapolated in the step index along the last
-two steps that computed both, or that of the last where there is only one.
+unconditional = conditional - difference, and the difference is forecast from the last steps that computed both: it goes
+on from the newest one in the step index, as far as its last two moves agree. Predictions of ancestral samplers are a
+martingale, whose moves say nothing of the next; those of the probability flow go straight on. What a forecast was wrong
+by is made good at the next full step (`osaccel.sampling.branches`).
 """
 
 import inspect
 import logging
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
 from osaccel.network.forwards import prediction_of, rows_of, with_prediction
-from osaccel.plan import Plan, forecast, reached_back
+from osaccel.plan import Plan, reached_back
 from osaccel.targets import Guidance
 
 logger = logging.getLogger("osaccel")
 
 
+# Differences: two moves of them say whether these agree.
+KEPT = 3
+
+
 class ConditionalOnly(Interceptor):
-    """Runs a plan's conditional-only steps; keeps at most two differences of the size of half of an output, float32.
+    """Runs a plan's conditional-only steps; keeps at most three differences of the size of half of an output, float32.
 
     Args:
         plan: with the steps.
@@ -33,7 +39,7 @@ class ConditionalOnly(Interceptor):
         self.plan, self.guidance, self.clock = plan, guidance, clock
         self.differences: List[Tuple[int, torch.Tensor]] = []
         called = [step for step in range(plan.steps or 0) if step not in plan.skip + plan.conditional_only]
-        self._stores = reached_back(called, plan.conditional_only, 2)
+        self._stores = reached_back(called, plan.conditional_only, KEPT)
         self._batch = 0
         self._rows: Optional[int] = None
 
@@ -55,7 +61,7 @@ class ConditionalOnly(Interceptor):
             self._batch, self._rows = len(prediction), rows_of(args, kwargs)
         if step in self._stores and len(prediction) == self._batch and self._batch % 2 == 0:
             unconditional, conditional = prediction.detach().float().chunk(2)
-            self.differences = [(step, conditional - unconditional), *self.differences[:1]]
+            self.differences = [(step, conditional - unconditional), *self.differences[: KEPT - 1]]
         return output
 
     def step(self, proceed: Callable, call: StepCall) -> Any:
@@ -79,12 +85,9 @@ class ConditionalOnly(Interceptor):
         return with_prediction(output, torch.cat([unconditional, conditional]))
 
     def _difference(self) -> torch.Tensor:
-        (newest, difference), *earlier = self.differences
-        if not earlier:
-            return difference
-        before, older = earlier[0]
-        ahead = forecast(self.clock.step, newest, before)
-        return difference + ahead * (difference - older)
+        if len(self.differences) < KEPT:
+            return self.differences[0][1]
+        return ahead_of(self.differences, self.clock.step)
 
     def _halved(self, proceed: Callable, args: tuple, kwargs: dict) -> Tuple[tuple, Dict[str, Any]]:
         """The arguments with the conditional half of everything batch-first."""
@@ -108,3 +111,16 @@ class ConditionalOnly(Interceptor):
                 "arguments with one row per half of every video can be halved for a conditional-only step."
             )
         return value[self._batch // 2 :]
+
+
+def ahead_of(known: Sequence[Tuple[int, torch.Tensor]], step: int) -> torch.Tensor:
+    """What a value is taken to be at a later step that was known at three, newest first; (N, ...) each.
+
+    It goes on by its last move times the slope of that on the one before, both per step, within [0, 1]: not at all
+    where moves are independent, straight on along a line. Each of N has its own slope; no synchronisation.
+    """
+    (newest, value), (before, older), (first, oldest) = known
+    move, earlier = (value - older) / (newest - before), (older - oldest) / (before - first)
+    axes = tuple(range(1, move.dim()))
+    slope = (move * earlier).sum(axes, keepdim=True) / earlier.square().sum(axes, keepdim=True).clamp_min(1e-30)
+    return value + (step - newest) * slope.clamp(0.0, 1.0) * move

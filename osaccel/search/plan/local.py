@@ -11,9 +11,10 @@ from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
+from osaccel.network.halves import KEPT, ahead_of
 from osaccel.plan import forecast
 from osaccel.sampling.response import answer, slope_behind
-from osaccel.sampling.standin import followed
+from osaccel.sampling.standin import followed, persistence
 from osaccel.schedule import FLOW
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
@@ -32,6 +33,7 @@ class Record(NamedTuple):
         slopes: how far D moves with the network's output, (steps,).
         power: q of the sampler's step.
         noise: what an ancestral sampler added behind every step, in units of x / s^2, as `denoised`; else empty.
+        is_corrected: whether a step of the sampler freezes D, so that conditional-only steps can be put right.
     """
 
     denoised: torch.Tensor
@@ -42,6 +44,11 @@ class Record(NamedTuple):
     power: float = FLOW
     forecast: Sequence[float] = ()
     noise: torch.Tensor = torch.zeros(0)
+    is_corrected: bool = True
+
+    def guided(self, step: int) -> torch.Tensor:
+        """What guidance adds to the model's output at a step, (N, C, ...)."""
+        return self.guidance[step].view_as(self.denoised[step]) / self.slopes[step]
 
 
 def squared_sizes(record: Record, action: Action, windows: Windows) -> List[Dict[str, float]]:
@@ -121,22 +128,34 @@ def _weights(record: Record, by_step: Dict[int, str]) -> Dict[int, float]:
 
 
 def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:
-    """Of forecasting the difference of the branches at conditional-only steps."""
+    """Of what is not known of what guidance adds at conditional-only steps, when they are put right."""
+    full = [step for step, kind in by_step.items() if kind == FULL] + [max(by_step) + 1]
     errors = {}
     for step, kind in by_step.items():
         if kind == HALF:
-            newest, before = full_before(step, by_step)
-            values = record.guidance
-            guess = values[newest] + forecast(step, newest, before) * (values[newest] - values[before])
-            errors[step] = weights[step] * (guess - values[step])
+            after = min(later for later in full if later > step)
+            guess = _guidance(record, full_before(step, by_step, KEPT), step, after)
+            errors[step] = (weights[step] * record.slopes[step] * (guess - record.guided(step))).flatten()
     return _square(errors)
 
 
-def full_before(step: int, by_step: Dict[int, str]) -> List[int]:
-    """The two newest full steps before `step`; before the window every step is taken for one."""
+def _guidance(record: Record, known: List[int], step: int, after: int) -> torch.Tensor:
+    """What guidance is taken to add in the end: forecast from the full steps `known`, put right at the one `after`."""
+    newest, before, _ = known
+    forecast = ahead_of([(earlier, record.guided(earlier)) for earlier in known], step)
+    if not record.is_corrected:
+        return forecast
+    evenly = torch.lerp(record.guided(newest), record.guided(after), _share(record, newest, step, after))
+    denoised = record.denoised
+    persists = persistence(denoised[after] - denoised[newest], denoised[newest] - denoised[before])
+    return forecast + persists * (evenly - forecast)
+
+
+def full_before(step: int, by_step: Dict[int, str], count: int = 2) -> List[int]:
+    """The newest full steps before `step`, at most so many; before the window every step is taken for one."""
     begin = min(by_step)
     inside = [earlier for earlier in range(step - 1, begin - 1, -1) if by_step[earlier] == FULL]
-    return [*inside, begin - 1][:2]
+    return [*inside, *range(begin - 1, begin - count, -1)][:count]
 
 
 def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:

@@ -42,8 +42,8 @@ def record(replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict
 
 def record_of(observed: Dict[str, Any]) -> Record:
     """What a recorded call showed."""
-    shown = {name: observed[name] for name in Record._fields}
-    return Record(**{**shown, "power": observed["power"] or FLOW})
+    shown = {name: observed[name] for name in Record._fields if name in observed}
+    return Record(**{**shown, "power": observed["power"] or FLOW, "is_corrected": observed["power"] > 0})
 
 
 class DenoisedLog(Interceptor):

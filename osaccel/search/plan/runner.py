@@ -72,7 +72,12 @@ class PlanRunner(PlannedRunner):
     def record(self, call: Call) -> Any:
         blocks = list(find_blocks(call.pipeline, call.target.block_path))
         self.num_blocks = len(blocks)
-        self.open_journal(call, self.decodes, search="plan", observed="forecasts aside from the first steps on, noise")
+        self.open_journal(
+            call,
+            self.decodes,
+            search="plan",
+            observed="forecasts aside from the first steps on, noise; conditional-only steps put right",
+        )
         output, observed = self.recorded(call, lambda replay: self._record_anew(replay, blocks))
         self.observed.append(observed)
         if len(self.observed) == 1:
