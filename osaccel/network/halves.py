@@ -81,13 +81,8 @@ class ConditionalOnly(Interceptor):
         finally:
             self.clock.is_half = False
         conditional = prediction_of(output)
-        unconditional = (conditional.float() - self._difference()).to(conditional.dtype)
+        unconditional = (conditional.float() - ahead_of(self.differences, self.clock.step)).to(conditional.dtype)
         return with_prediction(output, torch.cat([unconditional, conditional]))
-
-    def _difference(self) -> torch.Tensor:
-        if len(self.differences) < KEPT:
-            return self.differences[0][1]
-        return ahead_of(self.differences, self.clock.step)
 
     def _halved(self, proceed: Callable, args: tuple, kwargs: dict) -> Tuple[tuple, Dict[str, Any]]:
         """The arguments with the conditional half of everything batch-first."""
@@ -114,12 +109,16 @@ class ConditionalOnly(Interceptor):
 
 
 def ahead_of(known: Sequence[Tuple[int, torch.Tensor]], step: int) -> torch.Tensor:
-    """What a value is taken to be at a later step that was known at three, newest first; (N, ...) each.
+    """What a value is taken to be at a later step that was known at these, newest first; (N, ...) each.
 
-    It goes on by its last move times the slope of that on the one before, both per step, within [0, 1]: not at all
-    where moves are independent, straight on along a line. Each of N has its own slope; no synchronisation.
+    It stays where fewer than three are known. Else it goes on by its last move times the slope of that on the one
+    before, both per step, within [0, 1]: not at all where moves are independent, straight on along a line. Each of N
+    has its own slope; no synchronisation.
     """
-    (newest, value), (before, older), (first, oldest) = known
+    newest, value = known[0]
+    if len(known) < KEPT:
+        return value
+    (before, older), (first, oldest) = known[1:]
     move, earlier = (value - older) / (newest - before), (older - oldest) / (before - first)
     axes = tuple(range(1, move.dim()))
     slope = (move * earlier).sum(axes, keepdim=True) / earlier.square().sum(axes, keepdim=True).clamp_min(1e-30)

@@ -141,21 +141,22 @@ def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int
 
 def _guidance(record: Record, known: List[int], step: int, after: int) -> torch.Tensor:
     """What guidance is taken to add in the end: forecast from the full steps `known`, put right at the one `after`."""
-    newest, before, _ = known
     forecast = ahead_of([(earlier, record.guided(earlier)) for earlier in known], step)
     if not record.is_corrected:
         return forecast
+    newest, *earlier = known
     evenly = torch.lerp(record.guided(newest), record.guided(after), _share(record, newest, step, after))
     denoised = record.denoised
-    persists = persistence(denoised[after] - denoised[newest], denoised[newest] - denoised[before])
+    change = denoised[newest] - denoised[earlier[0]] if earlier else None
+    persists = persistence(denoised[after] - denoised[newest], change)
     return forecast + persists * (evenly - forecast)
 
 
 def full_before(step: int, by_step: Dict[int, str], count: int = 2) -> List[int]:
-    """The newest full steps before `step`, at most so many; before the window every step is taken for one."""
+    """The newest full steps before `step`, as many or as there are; before the window every step is taken for one."""
     begin = min(by_step)
     inside = [earlier for earlier in range(step - 1, begin - 1, -1) if by_step[earlier] == FULL]
-    return [*inside, *range(begin - 1, begin - count, -1)][:count]
+    return [*inside, *range(begin - 1, -1, -1)][:count]
 
 
 def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
