@@ -65,6 +65,7 @@ class WrittenOut:
     def __init__(self, plan, scheduler=None, guidance_scale=7.5):
         self.plan, self.pipeline, self.guidance_scale = plan, Pipeline(scheduler=scheduler), guidance_scale
         self.deltas, self.outputs, self.block_calls = {}, {"unconditional": {}, "conditional": {}}, 0.0
+        self.taken, self.full = {}, []
 
     @torch.no_grad()
     def run(self, seed=1, batch=1):
@@ -78,8 +79,9 @@ class WrittenOut:
                 used[k] = self.stand_in(k, computed, sigmas)
                 noise = (latents - used[k]) / sigmas[k]
             else:
-                noise = self.guided(k, scheduler.scale_model_input(latents, t), t)
+                noise, conditional = self.guided(k, scheduler.scale_model_input(latents, t), t)
                 denoised = latents - sigmas[k] * noise
+                latents = latents + self.put_right(k, noise - conditional, denoised, sigmas)
                 latents = latents + self.correction(k, denoised, computed, used, sigmas)
                 noise = (latents - denoised) / sigmas[k]
                 computed.append((k, denoised))
@@ -119,23 +121,49 @@ class WrittenOut:
             total += weight * ((1 - share) * start + share * denoised - used[k])
         return strength * self.persistence([*computed, (j, denoised)]) * sigmas[j] ** 2 * total
 
+    def put_right(self, e, added, denoised, sigmas):
+        """What x lacks at a full step as guidance added something else at the conditional-only steps before it."""
+        if e in self.plan.conditional_only:
+            self.taken[e] = added
+            return 0.0
+        taken, self.taken = self.taken, {}
+        self.full.append((e, added, denoised))
+        if not taken:
+            return 0.0
+        (p, first, _), called = self.full[-2], [k for k in range(e + 1) if k not in self.plan.skip]
+        lost = dict.fromkeys(called, 0.0)
+        for k, forecast in taken.items():
+            share = math.log(sigmas[p] / sigmas[k]) / math.log(sigmas[p] / sigmas[e])
+            lost[k] = -sigmas[k] * ((1 - share) * first + share * added - forecast)
+        total = 0.0
+        for k in range(p, e):
+            i, j = max(step for step in called if step <= k), min(step for step in called if step > k)
+            moved = self.plan.correction.at(j)[1] * math.log(sigmas[i] / sigmas[k]) / math.log(sigmas[i] / sigmas[j])
+            total = total + (1 / sigmas[k + 1] ** 2 - 1 / sigmas[k] ** 2) * ((1 - moved) * lost[i] + moved * lost[j])
+        return self.persistence([(step, d) for step, _, d in self.full]) * sigmas[e] ** 2 * total
+
     def guided(self, k, latents, t):
         conditional = self.branch("conditional", k, latents, t)
         if k in self.plan.conditional_only:
-            unconditional = conditional - self.line(k, self.outputs["conditional"], self.outputs["unconditional"])
+            unconditional = conditional - self.ahead(k, self.outputs["conditional"], self.outputs["unconditional"])
         else:
             unconditional = self.branch("unconditional", k, -latents, t)
             self.outputs["unconditional"][k], self.outputs["conditional"][k] = unconditional, conditional
-        return unconditional + self.guidance_scale * (conditional - unconditional)
+        return unconditional + self.guidance_scale * (conditional - unconditional), conditional
 
     @staticmethod
-    def line(k, ups, downs):
-        steps = sorted(ups)
-        newest = ups[steps[-1]] - downs[steps[-1]]
-        if len(steps) == 1:
-            return newest
-        before = ups[steps[-2]] - downs[steps[-2]]
-        return newest + (k - steps[-1]) / (steps[-1] - steps[-2]) * (newest - before)
+    def ahead(k, ups, downs):
+        """The difference of the branches, on by its last move as far as that agrees with the one before it."""
+        steps = sorted(ups)[-3:]
+        differences = [ups[step] - downs[step] for step in steps]
+        if len(steps) < 3:
+            return differences[-1]
+        found = []
+        for oldest, before, newest in zip(*differences):
+            earlier, move = (before - oldest) / (steps[1] - steps[0]), (newest - before) / (steps[2] - steps[1])
+            slope = float((earlier * move).sum()) / float((earlier * earlier).sum())
+            found.append(newest + (k - steps[2]) * min(1.0, max(0.0, slope)) * move)
+        return torch.stack(found)
 
     def branch(self, name, k, hidden, t):
         entered, index = {}, 0
@@ -379,9 +407,10 @@ def test_memory_is_one_tensor_per_order_and_branch_and_none_after():
                 tensors = [t for lane in cache.lanes.values() for _, delta in lane.deltas for t in delta]
                 held.append(sum(t.untyped_storage().nbytes() for t in tensors) / (cache.region.order + 1))
                 alive.extend(weakref.ref(tensor) for tensor in tensors)
-            halves = generation.interceptors[1]
-            assert len(halves.differences) <= 2
+            halves, branches = generation.interceptors[2], generation.interceptors[0]
+            assert len(halves.differences) <= 3
             alive.extend(weakref.ref(tensor) for _, tensor in halves.differences)
+            alive.extend(weakref.ref(tensor) for tensor in (branches._newest.added, branches._newest.denoised))
 
         pipeline(num_inference_steps=STEPS, callback=look)
     # The hidden states of both branches are (2, 5, 8) float32; a delta of each branch is as much.
