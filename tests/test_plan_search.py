@@ -20,7 +20,7 @@ from diffusers import (
 from osaccel import settings
 from osaccel.formats import SettingsError, parse_plan, read_file, read_plan, report_path
 from osaccel.generation import Generation
-from osaccel.plan import Plan
+from osaccel.plan import Correction, Plan
 from osaccel.report import page
 from osaccel.search import planned
 from osaccel.search.errors import SearchError
@@ -158,13 +158,14 @@ def test_what_a_run_cannot_do_is_not_among_its_actions():
 
 
 def test_local_errors_vanish_where_the_stand_ins_are_exact():
-    """D linear in log s between computed steps; differences of the branches and deltas of the blocks in the step."""
+    """D and the difference of the branches linear in log s between computed steps; deltas of the blocks in the step."""
     windows = Windows(2, 6, 2, 4)
     sigmas = [float(10 * 0.7**k) for k in range(14)] + [0.0]
     logs = torch.tensor(sigmas[:-1]).log()[:, None]
     steps, slopes = torch.arange(14.0)[:, None], [-sigma for sigma in sigmas[:-1]]
     shown = {"power": 2.0, "forecast": [0.0, 0.0]}
-    record = Record(logs * torch.ones(1, 5), steps * torch.ones(1, 5), sigmas, gram_of(steps), slopes, **shown)
+    denoised, guidance = logs[..., None] * torch.ones(1, 1, 5), logs * torch.tensor(slopes)[:, None] * torch.ones(1, 5)
+    record = Record(denoised, guidance, sigmas, gram_of(steps), slopes, **shown)
     for action in actions_for(6, MIXED):
         for sizes in squared_sizes(record, action, windows):
             assert max(sizes.values()) < 1e-8
@@ -174,7 +175,12 @@ def test_local_errors_vanish_where_the_stand_ins_are_exact():
         for one, is_still in ((record, False), (still, True)):
             sizes = squared_sizes(one, action, windows)
             assert (max(size[REUSE] for size in sizes) < 1e-8) == (is_still or REUSE not in action.cycle)
-    bent = record._replace(denoised=logs**2 * torch.ones(1, 5), guidance=record.guidance**2, gram=gram_of(steps**2))
+    # Where nothing is put right, the difference goes on along a line in the step.
+    never = record._replace(is_corrected=False)
+    for one, is_exact in ((never, True), (never._replace(guidance=guidance * logs), False)):
+        sizes = squared_sizes(one, BY_NAME["c3"], windows)
+        assert (max(size[HALF] for size in sizes) < 1e-6) == is_exact
+    bent = record._replace(denoised=denoised**2, guidance=record.guidance * logs, gram=gram_of(steps**2))
     by_name = {action.name: squared_sizes(bent, action, windows) for action in actions_for(6, FAMILIES)}
     for window in range(2):
         assert not any(by_name["full"][window].values())
@@ -302,6 +308,67 @@ def test_the_local_change_of_skipped_steps_is_that_of_a_network_that_does_not_an
         told(14)
     found = float((changed.calls[8].sample - plain.calls[8].sample).double().square().sum())
     assert found == pytest.approx(expected, rel=1e-2) and found > 0
+
+
+class Branches(torch.nn.Module):
+    """A transformer whose predictions of both branches are told beforehand, whatever its latents are."""
+
+    def __init__(self, told):
+        super().__init__()
+        self.transformer_blocks, self.told, self.step = Pipeline(1).transformer.transformer_blocks, told, 0
+
+    def forward(self, hidden_states, timestep=None):
+        sigma, denoised = self.sigmas[self.step], self.told[self.step]
+        parts = hidden_states.split(SHAPE[0])
+        return torch.cat([(x - d) / sigma for x, d in zip(parts, denoised[-len(parts) :])])
+
+
+class Guided(Told):
+    """Guides a transformer of two branches."""
+
+    scale = 5.0
+
+    def __call__(self, steps):
+        self.transformer.sigmas = [float(sigma) for sigma in self.sigmas(steps)]
+        return super().__call__(steps)
+
+    def sigmas(self, steps):
+        self.scheduler.set_timesteps(steps)
+        return self.scheduler.sigmas
+
+    def predict(self, step, x, sigma):
+        self.transformer.step = step
+        unconditional, conditional = self.transformer(hidden_states=torch.cat([x, x])).chunk(2)
+        return x - sigma * (unconditional + self.scale * (conditional - unconditional))
+
+
+@pytest.mark.parametrize("action", ["c2", "c3", "s2c2"])
+@pytest.mark.parametrize("sampler", [EulerAncestralDiscreteScheduler, EulerDiscreteScheduler])
+def test_the_local_change_of_conditional_only_steps_is_that_of_a_network_that_does_not_answer_to_it(sampler, action):
+    """Against a generation with the very same predictions of both branches in which one window leaves halves out."""
+    moves = torch.randn(14, 2, *SHAPE, generator=torch.Generator().manual_seed(2))
+    told, windows = moves.cumsum(0) / 10, Windows(2, 6, 2, 1)
+    runs, log = [tiny.Watch(), tiny.Watch()], DenoisedLog()
+    plan = plan_of([BY_NAME[action], PLAIN], windows)
+    # Not along the cycle that goes on before the window, and without a response.
+    skip = tuple(step for step in plan.skip if step >= windows.first)
+    plan = replace(plan, skip=skip, correction=Correction(corrector=1.0 if skip else 0.0))
+    for watch, interceptors, own in zip(runs, ([log], []), (Plan(), plan)):
+        pipeline = Guided(sampler(), None)
+        pipeline.transformer, pipeline.predictions = Branches(told), pipeline.predict
+        with Generation(pipeline, own, tiny.TARGET, [*interceptors, watch]):
+            pipeline(14)
+    unconditional, conditional = told.unbind(1)
+    guidance = (Guided.scale - 1) * (conditional - unconditional).flatten(1)
+    slopes = [-sigma for sigma in log.sigmas[:-1]]
+    record = Record(torch.stack(log.rows), guidance, log.sigmas, torch.zeros(0), slopes, log.power)
+    sizes = squared_sizes(record, BY_NAME[action], windows)[0]
+    found = float((runs[1].calls[8].sample - runs[0].calls[8].sample).double().square().sum())
+    if action == "s2c2":
+        # Both families at once; their squares add up as far as they have nothing in common.
+        assert found == pytest.approx(sizes[HALF] + sizes[SKIP], rel=0.35)
+    else:
+        assert found == pytest.approx(sizes[HALF], rel=1e-3) and found > 0
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])

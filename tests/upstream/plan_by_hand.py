@@ -75,6 +75,7 @@ class ByHand:
         self.forward, self.scheduler_step = pipeline.transformer.forward, pipeline.scheduler.step
         self.stored, self.differences, self.denoised = {}, [], None
         self.left, self.slope, self.drift, self.change = None, None, 0.0, None
+        self.full, self.taken = [], {}
         pipeline.transformer.forward = self.network
 
         def step(model_output, timestep, sample, generator=None, return_dict=True):
@@ -112,8 +113,9 @@ class ByHand:
         if self.step in self.plan.get("skip", []):
             return (torch.zeros_like(hidden_states),)
         conditional = self.half(1, hidden_states, others)
+        self.conditional = conditional.float()
         if self.step in self.plan.get("conditional_only", []):
-            return (torch.cat([(conditional.float() - self.line()).to(conditional.dtype), conditional]),)
+            return (torch.cat([(conditional.float() - self.ahead()).to(conditional.dtype), conditional]),)
         unconditional = self.half(0, hidden_states, others)
         self.differences.append((self.step, conditional.float() - unconditional.float()))
         return (torch.cat([unconditional, conditional]),)
@@ -123,15 +125,49 @@ class ByHand:
         mine = {name: value.chunk(2)[number] if name in BATCH_FIRST else value for name, value in others.items()}
         return self.forward(hidden_states.chunk(2)[number], **mine)[0]
 
-    def line(self):
-        newest, difference = self.differences[-1]
-        if len(self.differences) < 2:
-            return difference
-        before, older = self.differences[-2]
-        return difference + (self.step - newest) / (newest - before) * (difference - older)
+    def ahead(self):
+        """On by its last move as far as that agrees with the one before it; one video."""
+        if len(self.differences) < 3:
+            return self.differences[-1][1]
+        (first, oldest), (before, older), (newest, difference) = self.differences[-3:]
+        earlier, move = (older - oldest) / (before - first), (difference - older) / (newest - before)
+        slope = min(1.0, max(0.0, float((earlier * move).sum() / (earlier * earlier).sum())))
+        return difference + (self.step - newest) * slope * move
+
+    def put_right(self, output, x):
+        """What x lacks at a full step as guidance added something else at the conditional-only steps before it."""
+        sigmas, e = self.pipeline.scheduler.sigmas.double().tolist(), self.step
+        added, denoised = output - self.conditional[:, : output.shape[1]], x - sigmas[e] * output
+        if e in self.plan.get("conditional_only", []):
+            self.taken[e] = added
+            return 0.0
+        taken, self.taken = self.taken, {}
+        self.full.append((e, added, denoised))
+        if not taken:
+            return 0.0
+        (p, first, last), called = self.full[-2], [k for k in range(e + 1) if k not in self.plan.get("skip", [])]
+        lost = dict.fromkeys(called, 0.0)
+        for k, forecast in taken.items():
+            share = math.log(sigmas[p] / sigmas[k]) / math.log(sigmas[p] / sigmas[e])
+            lost[k] = -sigmas[k] * ((1 - share) * first + share * added - forecast)
+        total, strength = 0.0, self.plan.get("correction", {}).get("corrector", 0.0)
+        for k in range(p, e):
+            i, j = max(step for step in called if step <= k), min(step for step in called if step > k)
+            moved = strength * math.log(sigmas[i] / sigmas[k]) / math.log(sigmas[i] / sigmas[j])
+            total = total + (sigmas[k + 1] ** -2 - sigmas[k] ** -2) * ((1 - moved) * lost[i] + moved * lost[j])
+        r = 0.0
+        if len(self.full) > 2:
+            change, before = denoised - last, last - self.full[-3][2]
+            r = float((change * before).sum() / (change.norm() * before.norm()))
+        return min(1.0, max(0.0, 2 + 4 * r)) * sigmas[e] ** 2 * total
 
     def sampled(self, model_output, timestep, sample, **others):
         sigma = self.pipeline.scheduler.sigmas[self.step].item()
+        if self.step not in self.plan.get("skip", []):
+            denoised = sample.float() - sigma * model_output.float()
+            moved = (sample.float() + self.put_right(model_output.float(), sample.float())).to(sample.dtype)
+            model_output = ((moved.float() - denoised) / sigma).to(model_output.dtype)
+            sample = moved
         if "correction" in self.plan:
             output, x = self.corrected(model_output.float(), sample.float())
             model_output, sample = output.to(model_output.dtype), x.to(sample.dtype)

@@ -12,7 +12,7 @@ from osaccel.search.evaluation import Evaluation
 from osaccel.search.measure import CALLS, plan_of_job, price_of
 from osaccel.search.plan.actions import SKIP, even_plan, plan_of
 from osaccel.search.plan.choice import Choice, at_error
-from osaccel.search.plan.judge import Found, best, is_far_less, nearest_kept, saves_early
+from osaccel.search.plan.judge import Found, best, nearest_kept, saves_early
 from osaccel.search.planned import TOLERANCE
 from osaccel.settings import Goal
 
@@ -107,13 +107,12 @@ class Aim:
         return nearest.error * 10 ** ((nearest.psnr - self.goal.value) / 20)
 
     def _try_others(self) -> None:
-        """What may be better than the first choice.
+        """What may be better than the first choice, the least expected error first.
 
-        Steps skipped and nothing else; the choice that saves in early windows, sooner where it is likely to be taken;
-        the choice anew; steps skipped evenly.
+        What may save in early windows too; steps skipped and nothing else; the choice anew; steps skipped evenly.
         """
         work, skips = 1 / self.goal.value, self.runner.can(SKIP)
-        for following, choice in zip((4, 3, 2, 1), self._others(work, skips)):
+        for following, choice in zip((3, 2, 1), self._others(work, skips)):
             self._try(choice, following)
         even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
@@ -123,12 +122,9 @@ class Aim:
     def _others(self, work: float, skips: bool) -> Iterator[Optional[Choice]]:
         """The choices among them; each is made when its turn has come, as every replay says more."""
         least = self.runner.least
-        early, late = least(work, early=True), least(work, early=False)
-        is_likely = early is not None and (late is None or is_far_less(early.error, late.error))
-        yield early if is_likely else None
+        yield least(work, early=True)
         is_early = not self.tried or saves_early(self._best.plan, self.settled)
         yield least(work, early=is_early, places=self.runner.alone(SKIP)) if skips else None
-        yield least(work, early=True)
         yield least(work, early=False)
 
     def _try(self, choice: Optional[Choice], following: int) -> None:
