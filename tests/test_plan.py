@@ -228,9 +228,13 @@ def test_four_keys_and_the_plan_that_says_the_same_are_bit_identical(interval):
     assert named.work(6) == rule.work(6, STEPS)
 
 
-def test_a_conditional_only_step_is_the_full_one_where_the_branches_do_not_differ():
+@pytest.mark.parametrize("scheduler", [EulerAncestralDiscreteScheduler, DDPMScheduler, DPMSolverMultistepScheduler])
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_a_conditional_only_step_is_the_full_one_where_the_branches_do_not_differ(scheduler, zero_snr):
     """Then the difference is zero at every step, and halving the batch must change nothing but rounding."""
-    pipeline = Pipeline()
+    options = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    clip = {"clip_sample": False} if scheduler is DDPMScheduler else {}
+    pipeline = Pipeline(scheduler=scheduler(**clip, **(options if zero_snr else {})))
     pipeline.predict = lambda latents, t, scale: pipeline.transformer(torch.cat([latents] * 2), timestep=t).chunk(2)[0]
     expected = pipeline(num_inference_steps=STEPS)
     output, _, _ = accelerated(PLANS["conditional only"], pipeline=pipeline)

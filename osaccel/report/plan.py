@@ -16,7 +16,7 @@ from osaccel.settings import Goal
 # What a cell of the picture is, by its colour.
 KINDS = {
     "computed": BLUE,
-    "conditional only: guidance is extrapolated": ORANGE,
+    "conditional only: guidance is forecast": ORANGE,
     "reused": YELLOW,
     "forecast": PURPLE,
     "skipped": GREY,

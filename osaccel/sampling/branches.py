@@ -23,7 +23,8 @@ from osaccel.network.forwards import prediction_of
 from osaccel.plan import Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import check_scheduler, persistence, power_of
+from osaccel.sampling.standin import persistence, power_of
+from osaccel.schedule import refusal
 
 
 class _Full(NamedTuple):
@@ -69,8 +70,10 @@ class CorrectedBranches(Interceptor):
 
     def begin(self, scheduler: Any) -> None:
         self.close()
-        self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
-        self.sigmas = self.levels.of_steps()
+        self.scheduler, self._is_able = scheduler, refusal(scheduler) is None
+        if self._is_able:
+            self.levels = NoiseLevels(scheduler)
+            self.sigmas = self.levels.of_steps()
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         output = proceed(*args, **kwargs)
@@ -80,11 +83,11 @@ class CorrectedBranches(Interceptor):
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step = self.clock.step
-        if step in self._skip:
+        if step in self._skip or not self._is_able:
             return proceed(call)
         power, added = self._power(call), self._added(call)
         self._conditional = None
-        if power is None or added is None:
+        if power is None or added is None or not math.isfinite(self.sigmas[step]):
             self._newest, self._taken = None, _Taken()
         elif step in self._half:
             self._take(step, added, power)
@@ -94,7 +97,6 @@ class CorrectedBranches(Interceptor):
 
     def _power(self, call: StepCall) -> Optional[float]:
         try:
-            check_scheduler(self.scheduler)
             return power_of(self.scheduler, call)
         except UnsupportedScheduler:
             return None

@@ -41,7 +41,7 @@ def test_half_precision_and_image_mode(by_hand, name, options):
     for found in by_hand(PLANS[name], **options):
         assert found["empty"] == found["again"] == 0.0
         # bfloat16 kernels round one branch differently from both, and guidance multiplies that.
-        assert found["off"] < (0.6 * found["changed"] if "dtype" in options else 1e-4)
+        assert found["off"] < (0.7 * found["changed"] if "dtype" in options else 1e-4)
         assert found["work"] == pytest.approx(found["by hand"])
 
 

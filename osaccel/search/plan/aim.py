@@ -107,12 +107,12 @@ class Aim:
         return nearest.error * 10 ** ((nearest.psnr - self.goal.value) / 20)
 
     def _try_others(self) -> None:
-        """What may be better than the first choice, the least expected error first.
+        """What may be better than the first choice.
 
-        What may save in early windows too; steps skipped and nothing else; the choice anew; steps skipped evenly.
+        What may save in early windows too; steps skipped and nothing else; both choices anew; steps skipped evenly.
         """
         work, skips = 1 / self.goal.value, self.runner.can(SKIP)
-        for following, choice in zip((3, 2, 1), self._others(work, skips)):
+        for following, choice in zip((4, 3, 2, 1), self._others(work, skips)):
             self._try(choice, following)
         even = even_plan(self.runner.steps, work)
         if skips and (self._affords(even, self._reserve) or not self.tried):
@@ -125,6 +125,7 @@ class Aim:
         yield least(work, early=True)
         is_early = not self.tried or saves_early(self._best.plan, self.settled)
         yield least(work, early=is_early, places=self.runner.alone(SKIP)) if skips else None
+        yield least(work, early=True)
         yield least(work, early=False)
 
     def _try(self, choice: Optional[Choice], following: int) -> None:
