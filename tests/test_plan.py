@@ -414,7 +414,7 @@ def test_memory_is_one_tensor_per_order_and_branch_and_none_after():
             halves, branches = generation.interceptors[2], generation.interceptors[0]
             assert len(halves.differences) <= 3
             alive.extend(weakref.ref(tensor) for _, tensor in halves.differences)
-            alive.extend(weakref.ref(tensor) for tensor in (branches._newest.added, branches._newest.denoised))
+            alive.extend(weakref.ref(tensor) for tensor in (branches._newest.difference, branches._newest.denoised))
 
         pipeline(num_inference_steps=STEPS, callback=look)
     # The hidden states of both branches are (2, 5, 8) float32; a delta of each branch is as much.

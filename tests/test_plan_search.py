@@ -867,9 +867,10 @@ def test_the_early_windows_save_where_that_was_measured_to_be_better_by_a_quarte
             first_saved = min(step for _, steps in one.named_steps() for step in steps)
             if one.work(6) <= 1 / float(goal[:-1]) + 1e-9:
                 kinds[first_saved < windows.settled].append(error)
-        early, late = min(kinds[True]), min(kinds[False], default=math.inf)
-        is_taken.add(1.25 * early < late)
-        assert plan.measured["error"] == (early if 1.25 * early < late else late)
+        # On one call whatever is tried later must be better by a quarter, what saves early than what was taken else.
+        early, late, taken = min(kinds[True]), min(kinds[False], default=math.inf), plan.measured["error"]
+        is_taken.add(taken in kinds[True])
+        assert taken <= 1.25 * min(early, late) and (taken < late if taken in kinds[True] else taken in kinds[False])
     assert is_taken == {True, False}
 
 
@@ -957,8 +958,8 @@ def test_a_first_choice_that_is_not_finite_leaves_the_others(tmp_path, monkeypat
 
     def spoiled(self, jobs):
         found = evaluated(self, jobs)
-        if len(jobs) == 1 and not first:
-            first.append(found[0].config)
+        if len(jobs) == 1 and (not first or jobs == first):
+            first[:] = jobs
             found = [replace(found[0], error=None)]
             self.asked.update((one.key, one) for one in found)
         return found

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Conditional-only steps are put right at the next full one: by then what guidance added there is known better.
 
-Let g_k be what guidance adds to the model's output, the guided one less the conditional branch's. A conditional-only
-step was told a forecast f_k of it. Once a full step e knows g again, as the full step p before did, g is taken to have
-moved evenly in log s between the two, and in the notation of `osaccel.sampling.standin` x at e is moved by
+Let d_k be the difference of the branches, the conditional output less the unconditional one; guidance of scale w adds
+(w - 1) d_k to the conditional output. A conditional-only step was told a forecast f_k of d_k. Once a full step e knows d
+again, as the full step p before did, d is taken to have moved evenly in log s between the two, and in the notation of
+`osaccel.sampling.standin` x at e is moved by
 
-    s_e^q sum of (g_k - f_k) dD_k/doutput w_k,        w_k = s_(k+1)^-q - s_k^-q,
+    s_e^q (w - 1) sum of (d_k - f_k) dD_k/doutput w_k,        w_k = s_(k+1)^-q - s_k^-q,
 
 over the conditional-only steps between them, damped as the corrector is (`osaccel.sampling.standin.persistence`). What
 D_k stands for at skipped steps beside k is part of w_k.
@@ -28,29 +29,29 @@ from osaccel.schedule import refusal
 
 
 class _Full(NamedTuple):
-    """A full step: what guidance adds there, D, and the change of D since the full step before it; (N, C, ...)."""
+    """A full step: the difference of the branches there, D, and its change since the full step before; (N, C, ...)."""
 
     step: int
-    added: torch.Tensor
+    difference: torch.Tensor
     denoised: torch.Tensor
     change: Optional[torch.Tensor]
 
 
 class _Taken(NamedTuple):
-    """What guidance was taken to add since the newest full step.
+    """What the difference of the branches was taken to be since the newest full step.
 
     Attributes:
-        added: its sum by weight.
+        difference: its sum by weight.
         begun, ended: how much of the weight is the earlier full step's, and the later one's.
     """
 
-    added: Union[float, torch.Tensor] = 0.0
+    difference: Union[float, torch.Tensor] = 0.0
     begun: float = 0.0
     ended: float = 0.0
 
 
 class CorrectedBranches(Interceptor):
-    """Follows what guidance adds; outside of all that replaces predictions. Keeps four latents, float32.
+    """Follows the difference of the branches; outside of all that replaces predictions. Keeps four latents, float32.
 
     Does nothing where a step of the sampler does not freeze D, or guidance does not run in one batch.
     """
@@ -63,7 +64,7 @@ class CorrectedBranches(Interceptor):
         self.close()
 
     def close(self) -> None:
-        self._conditional: Optional[torch.Tensor] = None
+        self._output: Optional[torch.Tensor] = None
         self._newest: Optional[_Full] = None
         self._taken = _Taken()
         self._weights: Dict[int, float] = {}
@@ -77,23 +78,28 @@ class CorrectedBranches(Interceptor):
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         output = proceed(*args, **kwargs)
-        prediction = prediction_of(output)
-        self._conditional = prediction[len(prediction) // 2 :] if len(prediction) % 2 == 0 else None
+        self._output = prediction_of(output)
         return output
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step = self.clock.step
         if step in self._skip or not self._is_able:
             return proceed(call)
-        power, added = self._power(call), self._added(call)
-        self._conditional = None
-        if power is None or added is None or not math.isfinite(self.sigmas[step]):
+        power, output, self._output = self._power(call), self._output, None
+        if (
+            power is None
+            or output is None
+            or len(output) != 2 * len(call.model_output)
+            or not math.isfinite(self.sigmas[step])
+        ):
             self._newest, self._taken = None, _Taken()
-        elif step in self._half:
-            self._take(step, added, power)
-        else:
-            call = self._put_right(step, added, power, call)
-        return proceed(call)
+            return proceed(call)
+        # Behind a prediction's channels are learned variances, where there are any.
+        unconditional, conditional = output[:, : call.model_output.shape[1]].float().chunk(2)
+        if step in self._half:
+            self._take(step, conditional - unconditional, power)
+            return proceed(call)
+        return proceed(self._put_right(step, unconditional, conditional - unconditional, power, call))
 
     def _power(self, call: StepCall) -> Optional[float]:
         try:
@@ -101,15 +107,7 @@ class CorrectedBranches(Interceptor):
         except UnsupportedScheduler:
             return None
 
-    def _added(self, call: StepCall) -> Optional[torch.Tensor]:
-        """What guidance adds to the model's output, (N, C, ...), float32."""
-        conditional, output = self._conditional, call.model_output
-        if conditional is None or len(conditional) != len(output):
-            return None
-        # Behind a prediction's channels are learned variances, where there are any.
-        return output.float() - conditional[:, : output.shape[1]].float()
-
-    def _take(self, step: int, added: torch.Tensor, power: float) -> None:
+    def _take(self, step: int, difference: torch.Tensor, power: float) -> None:
         place = bisect.bisect(self._full, step)
         if self._newest is None or place == len(self._full):
             return  # nothing before it is known, or nothing will put it right
@@ -118,17 +116,20 @@ class CorrectedBranches(Interceptor):
         weight = self.levels.slope(self.sigmas[step]) * self._weights[step]
         share = self._share(self._newest.step, step, self._full[place])
         taken, begun, ended = self._taken
-        self._taken = _Taken(taken + weight * added, begun + weight * (1 - share), ended + weight * share)
+        self._taken = _Taken(taken + weight * difference, begun + weight * (1 - share), ended + weight * share)
 
-    def _put_right(self, step: int, added: torch.Tensor, power: float, call: StepCall) -> StepCall:
+    def _put_right(
+        self, step: int, unconditional: torch.Tensor, difference: torch.Tensor, power: float, call: StepCall
+    ) -> StepCall:
         """The call of a full step with the same D, at an x that has what it lacks."""
         sigma, sample, last, taken = self.sigmas[step], call.sample, self._newest, self._taken
         denoised = self.levels.denoised(call.model_output, sigma, sample)
         change = None if last is None else denoised - last.denoised
-        self._newest, self._taken = _Full(step, added, denoised, change), _Taken()
-        if last is None or change is None or not isinstance(taken.added, torch.Tensor):
+        self._newest, self._taken = _Full(step, difference, denoised, change), _Taken()
+        if last is None or change is None or not isinstance(taken.difference, torch.Tensor):
             return call
-        lost = persistence(change, last.change) * (taken.begun * last.added + taken.ended * added - taken.added)
+        strength = persistence(change, last.change) * (_scale(call.model_output, unconditional, difference) - 1)
+        lost = strength * (taken.begun * last.difference + taken.ended * difference - taken.difference)
         sample = (sample.float() + sigma**power / self.levels.scale(sigma) * lost).to(sample.dtype)
         return call.replaced(self.levels.model_output(denoised, sigma, sample).to(call.model_output.dtype), sample)
 
@@ -148,3 +149,10 @@ class CorrectedBranches(Interceptor):
         """How far something has moved at `step` that moves evenly in log s; behind an infinite s it stands still."""
         before, now, behind = (self.sigmas[place] for place in (start, step, end))
         return math.log(before / now) / math.log(before / behind) if math.isfinite(before) and step > start else 0.0
+
+
+def _scale(guided: torch.Tensor, unconditional: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
+    """w of guided = unconditional + w difference, (N, 1, ...), by least squares; no synchronisation."""
+    axes = tuple(range(1, difference.dim()))
+    along = ((guided.float() - unconditional) * difference).sum(axes, keepdim=True)
+    return along / difference.square().sum(axes, keepdim=True).clamp_min(1e-30)
