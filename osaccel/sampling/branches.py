@@ -2,9 +2,9 @@
 """Conditional-only steps are put right at the next full one: by then what guidance added there is known better.
 
 Let d_k be the difference of the branches, the conditional output less the unconditional one; guidance of scale w adds
-(w - 1) d_k to the conditional output. A conditional-only step was told a forecast f_k of d_k. Once a full step e knows d
-again, as the full step p before did, d is taken to have moved evenly in log s between the two, and in the notation of
-`osaccel.sampling.standin` x at e is moved by
+(w - 1) d_k to the conditional output. A conditional-only step was told a forecast f_k of d_k. Once a full step e knows
+d again, as the full step p before did, d is taken to have moved evenly in log s between the two, and in the notation
+of `osaccel.sampling.standin` x at e is moved by
 
     s_e^q (w - 1) sum of (d_k - f_k) dD_k/doutput w_k,        w_k = s_(k+1)^-q - s_k^-q,
 
