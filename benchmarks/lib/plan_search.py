@@ -17,7 +17,7 @@ from benchmarks.lib.models import Case
 from benchmarks.lib.own import code
 from osaccel import formats
 from osaccel.search.errors import SearchError
-from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, Action, Windows, alone, plan_of, units
+from osaccel.search.plan.actions import FORECAST, HALF, REUSE, SKIP, Action, Windows, alone, units
 from osaccel.search.plan.runner import PlanRunner, path_of
 from osaccel.search.session import Session
 from osaccel.settings import Goal, Settings
@@ -168,7 +168,7 @@ def _alone(runner: PlanRunner, family: str, speeds: Sequence[float]) -> List[Any
     """The same choice among the actions of one family, from the same measurements."""
     places = alone(runner.actions, family)
     found = [runner.choice_at(1 / speed, places) for speed in speeds]
-    return [None if one is None else formats.plan_content(plan_of(one.actions, runner.windows)) for one in found]
+    return [None if one is None else formats.plan_content(runner.plan(one.actions)) for one in found]
 
 
 # Rivals --------------------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def _rivals(runner: PlanRunner, work: float, generator: np.random.Generator) -> 
     random = draw.random(RIVALS - len(structured), generator)
     pairs = [pair for both in zip(structured, random) for pair in zip((STRUCTURED, RANDOM), both)]
     pairs += [(RANDOM, chosen) for chosen in random[len(structured) :]]
-    return [[kind, formats.plan_content(plan_of(chosen, runner.windows))] for kind, chosen in pairs]
+    return [[kind, formats.plan_content(runner.plan(chosen))] for kind, chosen in pairs]
 
 
 class Draw:

@@ -2,7 +2,6 @@
 """One goal of a plan search: what is tried for it, in which order, and what is found."""
 
 import math
-from dataclasses import replace
 from typing import Any, Iterator, List, Optional, Sequence
 
 from osaccel import formats
@@ -10,7 +9,7 @@ from osaccel.plan import Plan
 from osaccel.search.errors import SearchError
 from osaccel.search.evaluation import Evaluation
 from osaccel.search.measure import CALLS, plan_of_job, price_of
-from osaccel.search.plan.actions import SKIP, even_plan, plan_of
+from osaccel.search.plan.actions import SKIP, even_plan
 from osaccel.search.plan.choice import Choice, at_error
 from osaccel.search.plan.judge import Found, best, nearest_kept, saves_early
 from osaccel.search.planned import TOLERANCE
@@ -48,7 +47,7 @@ class Aim:
         if not self.tried and not self._measured():
             raise SearchError(f"Every plan tried for {self.goal} gave latents that are not finite.")
         if self.tried:
-            self._try_predictor()
+            self._try_without_predictor()
         self.runner.expect([], self.behind)
 
     def found(self) -> Found:
@@ -114,7 +113,7 @@ class Aim:
         work, skips = 1 / self.goal.value, self.runner.can(SKIP)
         for following, choice in zip((4, 3, 2, 1), self._others(work, skips)):
             self._try(choice, following)
-        even = even_plan(self.runner.steps, work)
+        even = self.runner.predicted(even_plan(self.runner.steps, work), self.runner.fitted)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self._expect(even)
             self._measure(self._unpredicted(even), even)
@@ -141,22 +140,21 @@ class Aim:
             self._expect(plan, following)
             self._measure(choice, plan)
 
-    def _try_predictor(self) -> None:
-        """The best so far with the predictor that fits the recorded predictions, where the budget allows it.
+    def _try_without_predictor(self) -> None:
+        """The best so far without the predictor that fits the recorded predictions, where the budget allows it.
 
         The fit is about what x lacks at computed steps; what the network makes of it can go either way.
         """
         found = self._best
         if not found.plan.skip or not self.runner.fitted:
             return
-        correction = replace(found.plan.correction, predictor=self.runner.fitted)
-        plan = replace(found.plan, correction=correction)
+        plan = self.runner.predicted(found.plan, 0.0)
         if self._affords(plan):
             self._measure(found.choice, plan)
 
     @property
     def _reserve(self) -> float:
-        """What is kept free for the predictor's replay."""
+        """What is kept free for the replay without the predictor."""
         return 1 / self.goal.value - 1 / self.runner.steps if self.runner.fitted else 0.0
 
     def _expect(self, plan: Plan, following: int = 0) -> None:
@@ -173,7 +171,7 @@ class Aim:
         (evaluation,) = self.runner.evaluated([formats.plan_content(plan)])
         if evaluation.error is None:
             return None
-        if choice.actions and not plan.correction.predictor:
+        if choice.actions and plan == self._plan(choice):
             self.runner.learn(choice.actions, evaluation.details["errors"])
         self.tried.append(Found(self.goal, choice, plan, evaluation))
         return self.tried[-1]
@@ -192,7 +190,7 @@ class Aim:
         return found
 
     def _plan(self, choice: Choice) -> Plan:
-        return plan_of(choice.actions, self.runner.windows)
+        return self.runner.plan(choice.actions)
 
     def _unpredicted(self, plan: Plan) -> Choice:
         return Choice((), plan.work(self.runner.num_blocks), ())

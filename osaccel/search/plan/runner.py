@@ -186,6 +186,14 @@ class PlanRunner(PlannedRunner):
             measured[probe] = self.sample.of_all(errors, probe.changes(sizes)) if CALLS in job else errors
         return Expectation(sizes, gains(measured, sizes, self.windows))
 
+    def plan(self, chosen: Sequence[Action]) -> Plan:
+        """The plan in which every window takes its action, and skipped steps have the predictor that was fitted."""
+        return self.predicted(plan_of(chosen, self.windows), self.fitted)
+
+    def predicted(self, plan: Plan, strength: float) -> Plan:
+        """The plan with a predictor of this strength; it is of use beside skipped steps."""
+        return replace(plan, correction=replace(plan.correction, predictor=strength)) if plan.skip else plan
+
     def choices(self, places: Optional[Sequence[int]] = None, early: bool = True) -> List[Choice]:
         """The curve of best choices as far as is known, among all actions or those at some places.
 
@@ -242,7 +250,7 @@ class PlanRunner(PlannedRunner):
 
     def _job_of(self, probe: Probe) -> Job:
         """A probe's plan, to be run on the sampled calls; of the last window, where it costs least, on all."""
-        job = formats.plan_content(plan_of(probe.chosen(self.windows.count), self.windows))
+        job = formats.plan_content(self.plan(probe.chosen(self.windows.count)))
         is_whole = len(self.sample.calls) == len(self.replays) or probe.windows[0] == self.windows.count - 1
         return job if is_whole else {**job, CALLS: list(self.sample.calls)}
 
