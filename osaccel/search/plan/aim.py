@@ -113,7 +113,7 @@ class Aim:
         work, skips = 1 / self.goal.value, self.runner.can(SKIP)
         for following, choice in zip((4, 3, 2, 1), self._others(work, skips)):
             self._try(choice, following)
-        even = self.runner.predicted(even_plan(self.runner.steps, work), self.runner.fitted)
+        even = self.runner.with_predictor(even_plan(self.runner.steps, work), self.runner.fitted)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self._expect(even)
             self._measure(self._unpredicted(even), even)
@@ -148,7 +148,7 @@ class Aim:
         found = self._best
         if not found.plan.skip or not self.runner.fitted:
             return
-        plan = self.runner.predicted(found.plan, 0.0)
+        plan = self.runner.with_predictor(found.plan, 0.0)
         if self._affords(plan):
             self._measure(found.choice, plan)
 

@@ -141,15 +141,15 @@ def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int
 
 def _guidance(record: Record, known: List[int], step: int, after: int) -> torch.Tensor:
     """What guidance is taken to add in the end: forecast from the full steps `known`, put right at the one `after`."""
-    forecast = ahead_of([(earlier, record.guided(earlier)) for earlier in known], step)
+    ahead = ahead_of([(earlier, record.guided(earlier)) for earlier in known], step)
     if not record.is_corrected:
-        return forecast
+        return ahead
     newest, *earlier = known
     evenly = torch.lerp(record.guided(newest), record.guided(after), _share(record, newest, step, after))
     denoised = record.denoised
     change = denoised[newest] - denoised[earlier[0]] if earlier else None
     persists = persistence(denoised[after] - denoised[newest], change)
-    return forecast + persists * (evenly - forecast)
+    return ahead + persists * (evenly - ahead)
 
 
 def full_before(step: int, by_step: Dict[int, str], count: int = 2) -> List[int]:

@@ -188,10 +188,10 @@ class PlanRunner(PlannedRunner):
 
     def plan(self, chosen: Sequence[Action]) -> Plan:
         """The plan in which every window takes its action, and skipped steps have the predictor that was fitted."""
-        return self.predicted(plan_of(chosen, self.windows), self.fitted)
+        return self.with_predictor(plan_of(chosen, self.windows), self.fitted)
 
-    def predicted(self, plan: Plan, strength: float) -> Plan:
-        """The plan with a predictor of this strength; it is of use beside skipped steps."""
+    def with_predictor(self, plan: Plan, strength: float) -> Plan:
+        """The plan with a predictor of this strength, where it skips steps."""
         return replace(plan, correction=replace(plan.correction, predictor=strength)) if plan.skip else plan
 
     def choices(self, places: Optional[Sequence[int]] = None, early: bool = True) -> List[Choice]:
