@@ -12,6 +12,7 @@ class Clock:
         forward: which of the step's forwards is running, from 0; guidance run as two forwards has a second one.
         has_branches: whether the batch is known to be [unconditional, conditional] and its halves may part.
         is_half: whether the running forward holds the conditional half only.
+        was_half: whether a forward of this step did.
         thread: whose calls it counts; None for every thread's.
     """
 
@@ -23,11 +24,11 @@ class Clock:
     def restart(self) -> None:
         """A generation begins."""
         self.step, self.forward = 0, -1
-        self.has_branches = self.is_half = False
+        self.has_branches = self.is_half = self.was_half = False
 
     def begin_forward(self) -> None:
         """The first block is called."""
         self.forward += 1
 
     def end_step(self) -> None:
-        self.step, self.forward = self.step + 1, -1
+        self.step, self.forward, self.was_half = self.step + 1, -1, False

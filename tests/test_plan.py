@@ -615,3 +615,12 @@ def test_where_guidance_pauses_steps_compute_what_they_can(guided):
     with Generation(pipeline, Plan(steps=10, skip=(7,), conditional_only=(4, 6, 8)), TARGET):
         latents = pipeline()
     assert torch.isfinite(latents).all() and pipeline.block_calls() == [9] * 6
+
+
+def test_conditional_only_steps_that_compute_both_branches_change_nothing():
+    """Guidance that begins late is not known to be guidance."""
+    plain, pipeline = Words(), Words()
+    plain.guided = pipeline.guided = range(1, 10)
+    expected = plain()
+    with Generation(pipeline, Plan(steps=10, conditional_only=(4, 6, 8)), TARGET):
+        assert torch.equal(pipeline(), expected)

@@ -75,7 +75,7 @@ class ConditionalOnly(Interceptor):
 
     def _half(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         args, kwargs = self._halved(proceed, args, kwargs)
-        self.clock.is_half = True
+        self.clock.is_half = self.clock.was_half = True
         try:
             output = proceed(*args, **kwargs)
         finally:

@@ -24,7 +24,7 @@ from osaccel.network.forwards import prediction_of
 from osaccel.plan import Plan
 from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import persistence, power_of
+from osaccel.sampling.standin import mean_share, persistence, power_of
 from osaccel.schedule import refusal
 
 
@@ -51,9 +51,10 @@ class _Taken(NamedTuple):
 
 
 class CorrectedBranches(Interceptor):
-    """Follows the difference of the branches; outside of all that replaces predictions. Keeps four latents, float32.
+    """Follows the difference of the branches; the outermost, as it must see the forecasts. Keeps four latents, float32.
 
-    Does nothing where a step of the sampler does not freeze D, or guidance does not run in one batch.
+    Does nothing where a step of the sampler does not freeze D or guidance does not run in one batch, nor at a step that
+    computed both branches though the plan did not ask for it.
     """
 
     def __init__(self, plan: Plan, clock: Clock):
@@ -72,13 +73,14 @@ class CorrectedBranches(Interceptor):
     def begin(self, scheduler: Any) -> None:
         self.close()
         self.scheduler, self._is_able = scheduler, refusal(scheduler) is None
+        self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
         if self._is_able:
             self.levels = NoiseLevels(scheduler)
             self.sigmas = self.levels.of_steps()
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         output = proceed(*args, **kwargs)
-        self._output = prediction_of(output)
+        self._output = prediction_of(output).detach() if self._is_able else None
         return output
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
@@ -86,20 +88,21 @@ class CorrectedBranches(Interceptor):
         if step in self._skip or not self._is_able:
             return proceed(call)
         power, output, self._output = self._power(call), self._output, None
-        if (
-            power is None
-            or output is None
-            or len(output) != 2 * len(call.model_output)
-            or not math.isfinite(self.sigmas[step])
-        ):
+        is_guided = output is not None and _holds_branches(output, call.model_output)
+        if output is None or power is None or not is_guided or not self._has_signal(step):
             self._newest, self._taken = None, _Taken()
             return proceed(call)
         # Behind a prediction's channels are learned variances, where there are any.
         unconditional, conditional = output[:, : call.model_output.shape[1]].float().chunk(2)
-        if step in self._half:
+        if self.clock.was_half:
             self._take(step, conditional - unconditional, power)
-            return proceed(call)
-        return proceed(self._put_right(step, unconditional, conditional - unconditional, power, call))
+        elif step not in self._half:
+            call = self._put_right(step, unconditional, conditional - unconditional, power, call)
+        return proceed(call)
+
+    def _has_signal(self, step: int) -> bool:
+        """Whether x holds more than noise; with zero terminal SNR the first one does not."""
+        return step > 0 or not self._starts_without_signal
 
     def _power(self, call: StepCall) -> Optional[float]:
         try:
@@ -139,16 +142,29 @@ class CorrectedBranches(Interceptor):
         for start, end in zip(self._called, self._called[1:]):
             strength = self.plan.correction.at(end).corrector
             for step in range(start, end):
-                share = strength * self._share(start, step, end)
+                share = strength * (
+                    self._share(start, step, end) if self._skip else self._mean_share(start, end, power)
+                )
                 weight = self.sigmas[step + 1] ** -power - self.sigmas[step] ** -power
                 weights[start] += (1 - share) * weight
                 weights[end] += share * weight
         return weights
 
     def _share(self, start: int, step: int, end: int) -> float:
-        """How far something has moved at `step` that moves evenly in log s; behind an infinite s it stands still."""
+        """How far something has moved at `step` that moves evenly in log s; without a signal it stands still."""
         before, now, behind = (self.sigmas[place] for place in (start, step, end))
-        return math.log(before / now) / math.log(before / behind) if math.isfinite(before) and step > start else 0.0
+        return math.log(before / now) / math.log(before / behind) if step > start and self._has_signal(start) else 0.0
+
+    def _mean_share(self, start: int, end: int, power: float) -> float:
+        """How much of a step the corrector takes to be the later D's where no step is skipped."""
+        if not self._has_signal(start):
+            return 0.0
+        return mean_share(math.log(self.sigmas[start] / self.sigmas[end]), power)
+
+
+def _holds_branches(output: torch.Tensor, guided: torch.Tensor) -> bool:
+    """Whether a network's output is [unconditional, conditional] of what the scheduler gets."""
+    return len(output) == 2 * len(guided) and output[:, : guided.shape[1]].shape[1:] == guided.shape[1:]
 
 
 def _scale(guided: torch.Tensor, unconditional: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:

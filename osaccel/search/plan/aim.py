@@ -116,7 +116,7 @@ class Aim:
         even = self.runner.with_predictor(even_plan(self.runner.steps, work), self.runner.fitted)
         if skips and (self._affords(even, self._reserve) or not self.tried):
             self._expect(even)
-            self._measure(self._unpredicted(even), even)
+            self._measure(self._choice_of(even), even)
 
     def _others(self, work: float, skips: bool) -> Iterator[Optional[Choice]]:
         """The choices among them; each is made when its turn has come, as every replay says more."""
@@ -183,7 +183,7 @@ class Aim:
             if CALLS in evaluation.config:
                 continue
             plan = plan_of_job(evaluation.config, self.runner.steps)
-            choice = self._unpredicted(plan)
+            choice = self._choice_of(plan)
             is_allowed = self.goal.kind == "speed" or not saves_early(plan, self.settled)
             if evaluation.error is not None and choice.work <= most + 1e-9 and is_allowed:
                 found.append(Found(self.goal, choice, plan, evaluation))
@@ -192,7 +192,7 @@ class Aim:
     def _plan(self, choice: Choice) -> Plan:
         return self.runner.plan(choice.actions)
 
-    def _unpredicted(self, plan: Plan) -> Choice:
+    def _choice_of(self, plan: Plan) -> Choice:
         return Choice((), plan.work(self.runner.num_blocks), ())
 
 

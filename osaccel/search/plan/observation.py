@@ -42,7 +42,7 @@ def record(replay: Replay, blocks: Sequence[torch.nn.Module]) -> Tuple[Any, Dict
 
 def record_of(observed: Dict[str, Any]) -> Record:
     """What a recorded call showed."""
-    shown = {name: observed[name] for name in Record._fields if name in observed}
+    shown = {name: observed[name] for name in Record._fields if name != "is_corrected"}
     return Record(**{**shown, "power": observed["power"] or FLOW, "is_corrected": observed["power"] > 0})
 
 
