@@ -31,11 +31,11 @@ from osaccel.plan import Plan
 def exchanged(plan: Plan, one: int, other: int) -> Plan:
     """The plan in which two steps do what the other one did."""
 
-    def moved(steps: Sequence[int]) -> Tuple[int, ...]:
+    def swapped(steps: Sequence[int]) -> Tuple[int, ...]:
         return tuple(sorted({one: other, other: one}.get(step, step) for step in steps))
 
-    regions = tuple(replace(region, reuse=moved(tuple(region.reuse))) for region in plan.regions)
-    return replace(plan, skip=moved(plan.skip), conditional_only=moved(plan.conditional_only), regions=regions)
+    regions = tuple(replace(region, reuse=swapped(tuple(region.reuse))) for region in plan.regions)
+    return replace(plan, skip=swapped(plan.skip), conditional_only=swapped(plan.conditional_only), regions=regions)
 
 
 def moved(plan: Plan, generator: np.random.Generator) -> Plan:

@@ -120,6 +120,10 @@ def ahead_of(known: Sequence[Tuple[int, torch.Tensor]], step: int) -> torch.Tens
         return value
     (before, older), (first, oldest) = known[1:]
     move, earlier = (value - older) / (newest - before), (older - oldest) / (before - first)
-    axes = tuple(range(1, move.dim()))
-    slope = (move * earlier).sum(axes, keepdim=True) / earlier.square().sum(axes, keepdim=True).clamp_min(1e-30)
-    return value + (step - newest) * slope.clamp(0.0, 1.0) * move
+    return value + (step - newest) * slope_on(earlier, move).clamp(0.0, 1.0) * move
+
+
+def slope_on(base: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """The slope of values on what they are measured by, both (N, ...), by least squares; (N, 1, ...)."""
+    axes = tuple(range(1, base.dim()))
+    return (values * base).sum(axes, keepdim=True) / base.square().sum(axes, keepdim=True).clamp_min(1e-30)

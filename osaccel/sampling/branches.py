@@ -14,17 +14,17 @@ D_k stands for at skipped steps beside k is part of w_k.
 
 import bisect
 import math
-from typing import Any, Callable, Dict, NamedTuple, Optional, Union
+from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
 from osaccel.network.forwards import prediction_of
+from osaccel.network.halves import slope_on
 from osaccel.plan import Plan
 from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import mean_share, persistence, power_of
+from osaccel.sampling.standin import evenly, known_power, leaning, mean_share, persistence
 from osaccel.schedule import refusal
 
 
@@ -87,28 +87,30 @@ class CorrectedBranches(Interceptor):
         step = self.clock.step
         if step in self._skip or not self._is_able:
             return proceed(call)
-        power, output, self._output = self._power(call), self._output, None
-        is_guided = output is not None and _holds_branches(output, call.model_output)
-        if output is None or power is None or not is_guided or not self._has_signal(step):
+        power, branches = known_power(self.scheduler, call), self._branches(call)
+        if power is None or branches is None or not self._has_signal(step):
             self._newest, self._taken = None, _Taken()
-            return proceed(call)
-        # Behind a prediction's channels are learned variances, where there are any.
-        unconditional, conditional = output[:, : call.model_output.shape[1]].float().chunk(2)
-        if self.clock.was_half:
-            self._take(step, conditional - unconditional, power)
+        elif self.clock.was_half:
+            self._take(step, branches[1], power)
         elif step not in self._half:
-            call = self._put_right(step, unconditional, conditional - unconditional, power, call)
+            call = self._put_right(step, *branches, power, call)
         return proceed(call)
+
+    def _branches(self, call: StepCall) -> Optional[Tuple[torch.Tensor, torch.Tensor]]:
+        """The unconditional output and the difference of the branches; None where the network gave no two halves."""
+        output, self._output, guided = self._output, None, call.model_output
+        if output is None or len(output) != 2 * len(guided):
+            return None
+        # Behind a prediction's channels are learned variances, where there are any.
+        output = output[:, : guided.shape[1]]
+        if output.shape[1:] != guided.shape[1:]:
+            return None
+        unconditional, conditional = output.float().chunk(2)
+        return unconditional, conditional - unconditional
 
     def _has_signal(self, step: int) -> bool:
         """Whether x holds more than noise; with zero terminal SNR the first one does not."""
         return step > 0 or not self._starts_without_signal
-
-    def _power(self, call: StepCall) -> Optional[float]:
-        try:
-            return power_of(self.scheduler, call)
-        except UnsupportedScheduler:
-            return None
 
     def _take(self, step: int, difference: torch.Tensor, power: float) -> None:
         place = bisect.bisect(self._full, step)
@@ -131,44 +133,28 @@ class CorrectedBranches(Interceptor):
         self._newest, self._taken = _Full(step, difference, denoised, change), _Taken()
         if last is None or change is None or not isinstance(taken.difference, torch.Tensor):
             return call
-        strength = persistence(change, last.change) * (_scale(call.model_output, unconditional, difference) - 1)
+        scale = slope_on(difference, call.model_output.float() - unconditional)
+        strength = persistence(change, last.change) * (scale - 1)
         lost = strength * (taken.begun * last.difference + taken.ended * difference - taken.difference)
         sample = (sample.float() + sigma**power / self.levels.scale(sigma) * lost).to(sample.dtype)
         return call.replaced(self.levels.model_output(denoised, sigma, sample).to(call.model_output.dtype), sample)
 
     def _leaning(self, power: float) -> Dict[int, float]:
-        """What an error of D at a called step makes of x / s^q: skipped steps beside it lean on it, if corrected."""
-        weights = dict.fromkeys(self._called, 0.0)
-        for start, end in zip(self._called, self._called[1:]):
-            strength = self.plan.correction.at(end).corrector
-            for step in range(start, end):
-                share = strength * (
-                    self._share(start, step, end) if self._skip else self._mean_share(start, end, power)
-                )
-                weight = self.sigmas[step + 1] ** -power - self.sigmas[step] ** -power
-                weights[start] += (1 - share) * weight
-                weights[end] += share * weight
-        return weights
+        """What an error of D at a called step makes of x / s^q."""
+
+        def share(start: int, step: int, end: int) -> float:
+            of = self._share(start, step, end) if self._skip else self._mean_share(start, end, power)
+            return self.plan.correction.at(end).corrector * of
+
+        return leaning(self._called, share, lambda k: self.sigmas[k + 1] ** -power - self.sigmas[k] ** -power)
 
     def _share(self, start: int, step: int, end: int) -> float:
         """How far something has moved at `step` that moves evenly in log s; without a signal it stands still."""
         before, now, behind = (self.sigmas[place] for place in (start, step, end))
-        return math.log(before / now) / math.log(before / behind) if step > start and self._has_signal(start) else 0.0
+        return evenly(before, now, behind) if self._has_signal(start) else 0.0
 
     def _mean_share(self, start: int, end: int, power: float) -> float:
         """How much of a step the corrector takes to be the later D's where no step is skipped."""
         if not self._has_signal(start):
             return 0.0
         return mean_share(math.log(self.sigmas[start] / self.sigmas[end]), power)
-
-
-def _holds_branches(output: torch.Tensor, guided: torch.Tensor) -> bool:
-    """Whether a network's output is [unconditional, conditional] of what the scheduler gets."""
-    return len(output) == 2 * len(guided) and output[:, : guided.shape[1]].shape[1:] == guided.shape[1:]
-
-
-def _scale(guided: torch.Tensor, unconditional: torch.Tensor, difference: torch.Tensor) -> torch.Tensor:
-    """w of guided = unconditional + w difference, (N, 1, ...), by least squares; no synchronisation."""
-    axes = tuple(range(1, difference.dim()))
-    along = ((guided.float() - unconditional) * difference).sum(axes, keepdim=True)
-    return along / difference.square().sum(axes, keepdim=True).clamp_min(1e-30)

@@ -12,7 +12,7 @@ noise; and whatever D should have been over steps that are past can be made good
 """
 
 import math
-from typing import Any, Callable, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 
@@ -167,13 +167,11 @@ class Corrected(Interceptor):
         last = sigmas[end]
         weights = [last**power * (sigmas[k + 1] ** -power - sigmas[k] ** -power) for k in range(start, end)]
         followed = sum(weight * share for weight, share in zip(weights, self._followed))
-        whole = math.log(sigmas[start] / last)
         if self._skip:
             # As the plain run would have: D at the left end of every native step.
-            return sum(
-                w * math.log(sigmas[start] / sigmas[k]) / whole for w, k in zip(weights, range(start, end))
-            ), followed
-        return sum(weights) * mean_share(whole, power), followed
+            shares = [evenly(sigmas[start], sigmas[k], last) for k in range(start, end)]
+            return sum(weight * share for weight, share in zip(weights, shares)), followed
+        return sum(weights) * mean_share(math.log(sigmas[start] / last), power), followed
 
 
 class StandIn(Corrected):
@@ -214,6 +212,29 @@ def persistence(change: torch.Tensor, before: Optional[torch.Tensor]) -> Union[f
         (a * b).sum(axes, keepdim=True) for a, b in ((change, before), (change, change), (before, before))
     )
     return (2.0 + 4.0 * product / (one * other).sqrt().clamp_min(1e-30)).clamp(0.0, 1.0)
+
+
+def evenly(start: float, sigma: float, end: float) -> float:
+    """How far something has moved at `sigma` that moves evenly in log s from `start` to `end`."""
+    return 0.0 if sigma == start else math.log(start / sigma) / math.log(start / end)
+
+
+def leaning(
+    called: Sequence[int], share: Callable[[int, int, int], float], weight: Callable[[int], float]
+) -> Dict[int, float]:
+    """By called step, what an error of D there makes of x: skipped steps behind it lean on it and on the next one.
+
+    Args:
+        share: of (start, step, end), how far D is taken to have moved at a step between two called ones.
+        weight: of a step, what an error of what stands for D there makes of x.
+    """
+    weights = dict.fromkeys(called, 0.0)
+    for start, end in zip(called, called[1:]):
+        for step in range(start, end):
+            moved = share(start, step, end)
+            weights[start] += (1 - moved) * weight(step)
+            weights[end] += moved * weight(step)
+    return weights
 
 
 def mean_share(whole: float, power: float) -> float:
@@ -262,6 +283,15 @@ def check_scheduler(scheduler: Any) -> None:
 def usual_power(scheduler: Any) -> float:
     """q of a scheduler's step with its usual options; that of the probability flow where nothing is known of it."""
     return next((POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in POWERS), FLOW)
+
+
+def known_power(scheduler: Any, call: StepCall) -> Optional[float]:
+    """q of a step that freezes D; None for others."""
+    try:
+        check_scheduler(scheduler)
+        return power_of(scheduler, call)
+    except UnsupportedScheduler:
+        return None
 
 
 def power_of(scheduler: Any, call: StepCall) -> float:

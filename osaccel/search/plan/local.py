@@ -6,6 +6,7 @@ x / s^q too large by e_k (s_(k+1)^-q - s_k^-q). Summed over a window these are t
 own answer to it left out; what becomes of it until the end of the generation is measured (`osaccel.search.plan.gains`).
 """
 
+import functools
 import math
 from typing import Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
@@ -14,7 +15,7 @@ import torch
 from osaccel.network.halves import KEPT, ahead_of
 from osaccel.plan import forecast
 from osaccel.sampling.response import answer, slope_behind
-from osaccel.sampling.standin import followed, persistence
+from osaccel.sampling.standin import evenly, followed, leaning, persistence
 from osaccel.schedule import FLOW
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
@@ -95,36 +96,28 @@ def _weight(record: Record, step: int, end: float) -> float:
     return (end / following) ** record.power - (end / now) ** record.power
 
 
-def _intervals(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int]]:
-    """The window's computed steps, each with the next one; behind the generation's last nothing is skipped."""
-    computed = [step for step, kind in by_step.items() if kind != SKIP] + [max(by_step) + 1]
-    return list(zip(computed, computed[1:]))
+def _called(by_step: Dict[int, str]) -> List[int]:
+    """The window's computed steps and the one behind it; behind the generation's last nothing is skipped."""
+    return [step for step, kind in by_step.items() if kind != SKIP] + [max(by_step) + 1]
 
 
 def _skipping(record: Record, by_step: Dict[int, str]) -> List[Tuple[int, int, int]]:
     """Where steps are skipped: the two computed steps before them, and the next one."""
-    intervals = _intervals(record, by_step)
-    before = [min(by_step) - 1, *(start for start, _ in intervals)]
-    return [(p, start, end) for p, (start, end) in zip(before, intervals) if end > start + 1]
+    called = _called(by_step)
+    before = [min(by_step) - 1, *called]
+    return [(p, start, end) for p, start, end in zip(before, called, called[1:]) if end > start + 1]
 
 
 def _share(record: Record, start: int, step: int, end: int) -> float:
     """How far D is taken to have moved at `step` on its way between two computed steps: evenly in log s."""
-    if step == start:
-        return 0.0
-    return math.log(record.sigmas[start] / record.sigmas[step]) / math.log(record.sigmas[start] / record.sigmas[end])
+    return evenly(record.sigmas[start], record.sigmas[step], record.sigmas[end])
 
 
 def _weights(record: Record, by_step: Dict[int, str]) -> Dict[int, float]:
     """What an error of D at a computed step makes of x at the window's end: skipped steps lean on it too."""
     end = record.sigmas[max(by_step) + 1]
-    weights = dict.fromkeys([*by_step, max(by_step) + 1], 0.0)
-    for start, following in _intervals(record, by_step):
-        for step in range(start, following):
-            share, weight = _share(record, start, step, following), _weight(record, step, end)
-            weights[start] += (1 - share) * weight
-            weights[following] += share * weight
-    return weights
+    share, weight = functools.partial(_share, record), functools.partial(_weight, record, end=end)
+    return leaning(_called(by_step), share, weight)
 
 
 def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:

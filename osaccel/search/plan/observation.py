@@ -11,8 +11,7 @@ from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, latents_of
 from osaccel.network.forwards import HiddenStates
 from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.lists import UnsupportedScheduler
-from osaccel.sampling.standin import check_scheduler, power_of
+from osaccel.sampling.standin import known_power
 from osaccel.schedule import ANCESTRAL, FLOW
 from osaccel.search.plan.aside import ForecastsAside
 from osaccel.search.plan.deltas import DeltaLog
@@ -60,7 +59,7 @@ class DenoisedLog(Interceptor):
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         if not self.rows:
-            self.power = _power(self.scheduler, call)
+            self.power = known_power(self.scheduler, call)
         step = len(self.rows)
         denoised = self.levels.denoised(call.model_output, self.sigmas[step], call.sample)
         self.rows.append(denoised.detach().cpu())
@@ -80,14 +79,6 @@ class DenoisedLog(Interceptor):
             for tensor, sigma in ((sample, now), (following, then))
         )
         return after - before - self.rows[step] * (then**-2 - now**-2)
-
-
-def _power(scheduler: Any, call: StepCall) -> Optional[float]:
-    try:
-        check_scheduler(scheduler)
-        return power_of(scheduler, call)
-    except UnsupportedScheduler:
-        return None
 
 
 def _observed(replay: Replay, log: DenoisedLog, deltas: DeltaLog, aside: ForecastsAside) -> Dict[str, Any]:
