@@ -42,7 +42,8 @@ from osaccel.dit_cache_config import DitCacheConfig
 from osaccel.generation import Generation
 from osaccel.interceptors import StepCall
 from osaccel.plan import UNDER_SKIP, Plan, Region, of_dit_cache
-from osaccel.sampling.standin import Corrected, StandIn
+from osaccel.sampling.corrected import Corrected
+from osaccel.sampling.standin import StandIn
 from osaccel.search.session import Session
 from osaccel.settings import DEFAULT_CORRECTION, Settings
 from osaccel.targets import Guidance, Target

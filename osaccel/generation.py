@@ -24,7 +24,8 @@ from osaccel.network.halves import ConditionalOnly
 from osaccel.network.regions import BlockCache
 from osaccel.plan import Plan
 from osaccel.sampling.branches import CorrectedBranches
-from osaccel.sampling.standin import Corrected, StandIn
+from osaccel.sampling.corrected import Corrected
+from osaccel.sampling.standin import StandIn
 from osaccel.targets import Target, target_of
 
 # The schedulers in use by a generation, by id.

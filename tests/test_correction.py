@@ -12,8 +12,8 @@ from tiny import TARGET, Pipeline, Watch
 from osaccel import settings
 from osaccel.generation import Generation
 from osaccel.plan import Correction, Plan
+from osaccel.sampling.corrected import mean_share, mean_sigma, persistence, reach
 from osaccel.sampling.response import gain, slope_of
-from osaccel.sampling.standin import mean_share, mean_sigma, persistence, reach
 
 BOTH = Correction(1.0, 1.0)
 

@@ -389,7 +389,7 @@ def test_samplers_that_cannot_skip_are_refused_before_the_first_forward(make, re
 
 def test_ddim_between_flow_and_ancestral_is_refused():
     from osaccel.interceptors import StepCall
-    from osaccel.sampling.standin import power_of
+    from osaccel.sampling.powers import power_of
 
     scheduler, tensor = DDIMScheduler(clip_sample=False), torch.zeros(1)
     call = {"model_output": tensor, "timestep": 1, "sample": tensor}

@@ -2,8 +2,9 @@
 """A module's forward replaced on the instance, and the tensors in what goes in and comes out of it."""
 
 import functools
+import inspect
 import threading
-from typing import Any, Callable, Dict, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 
@@ -142,3 +143,35 @@ def rows_of(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[int]:
     """
     hidden = kwargs.get("hidden_states", args[0] if args else None)
     return len(hidden) if isinstance(hidden, torch.Tensor) and hidden.dim() else None
+
+
+class Inputs(NamedTuple):
+    """The latents and the time in a transformer's call, by the names that diffusers' transformers give them."""
+
+    hidden_states: torch.Tensor
+    timestep: torch.Tensor
+
+
+def names_of(forward: Callable, args: Sequence[Any]) -> List[str]:
+    """What `forward` calls its positional arguments, as far as it names them."""
+    return list(inspect.signature(forward).parameters)[: len(args)]
+
+
+def inputs_of(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Optional[Inputs]:
+    """The latents and the time that a transformer is called with; None unless both are tensors of these names."""
+    given = {**dict(zip(names_of(forward, args), args)), **kwargs}
+    found = [given.get(name) for name in Inputs._fields]
+    return Inputs(*found) if all(isinstance(value, torch.Tensor) for value in found) else None  # type: ignore[arg-type]
+
+
+def with_inputs(
+    forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], hidden_states: torch.Tensor, timestep: float
+) -> Tuple[tuple, Dict[str, Any]]:
+    """The call's arguments with other latents, at one time for all rows; whole numbers become float32."""
+    given = inputs_of(forward, args, kwargs)
+    assert given is not None
+    dtype = given.timestep.dtype if given.timestep.is_floating_point() else torch.float32
+    changed = Inputs(hidden_states, torch.full_like(given.timestep, timestep, dtype=dtype))._asdict()
+    names = names_of(forward, args)
+    placed = tuple(changed.get(name, value) for name, value in zip(names, args))
+    return placed + tuple(args[len(names) :]), {name: changed.get(name, value) for name, value in kwargs.items()}

@@ -7,7 +7,6 @@ martingale, whose moves say nothing of the next; those of the probability flow g
 by is made good at the next full step (`osaccel.sampling.branches`).
 """
 
-import inspect
 import logging
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -15,7 +14,7 @@ import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
-from osaccel.network.forwards import prediction_of, rows_of, with_prediction
+from osaccel.network.forwards import names_of, prediction_of, rows_of, with_prediction
 from osaccel.plan import Plan, reached_back
 from osaccel.targets import Guidance
 
@@ -86,7 +85,7 @@ class ConditionalOnly(Interceptor):
 
     def _halved(self, proceed: Callable, args: tuple, kwargs: dict) -> Tuple[tuple, Dict[str, Any]]:
         """The arguments with the conditional half of everything batch-first."""
-        names = list(inspect.signature(proceed).parameters)[: len(args)]
+        names = names_of(proceed, args)
         halved = tuple(self._half_of(name, value) for name, value in zip(names, args)) + args[len(names) :]
         return halved, {name: self._half_of(name, value) for name, value in kwargs.items()}
 

@@ -23,8 +23,11 @@ from osaccel.interceptors import Interceptor, StepCall
 from osaccel.network.forwards import prediction_of
 from osaccel.network.halves import slope_on
 from osaccel.plan import Plan
+from osaccel.sampling.corrected import mean_share, persistence
 from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.standin import evenly, known_power, leaning, mean_share, persistence
+from osaccel.sampling.means import evenly
+from osaccel.sampling.powers import known_power
+from osaccel.sampling.standin import leaning
 from osaccel.schedule import refusal
 
 
@@ -143,7 +146,11 @@ class CorrectedBranches(Interceptor):
         """What an error of D at a called step makes of x / s^q."""
 
         def share(start: int, step: int, end: int) -> float:
-            of = self._share(start, step, end) if self._skip else self._mean_share(start, end, power)
+            is_last = self.sigmas[end + 1] <= 0
+            if not self._skip:
+                of = self._mean_share(start, end, power)
+            else:
+                of = self._share(start, step, end) if is_last else float(step > start)
             return self.plan.correction.at(end).corrector * of
 
         return leaning(self._called, share, lambda k: self.sigmas[k + 1] ** -power - self.sigmas[k] ** -power)

@@ -70,6 +70,10 @@ class NoiseLevels:
     def sigma(self, timestep: Any) -> float:
         return float(np.interp(float(timestep), np.arange(len(self.table)), self.table))
 
+    def timestep(self, sigma: float) -> float:
+        """The inverse of `sigma`, within the table."""
+        return float(np.interp(sigma, self.table, np.arange(len(self.table))))
+
     def of_steps(self) -> List[float]:
         """s at every step of the timesteps that are set, and the 0 it ends with."""
         sigmas, count = getattr(self.scheduler, "sigmas", None), len(self.scheduler.timesteps)

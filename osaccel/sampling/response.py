@@ -3,14 +3,14 @@
 
 In the notation of `osaccel.sampling.standin`, with r = (s_k / s_p)^2,
 
-    x_k = r x_p + s_k^2 (sum of D_i (s_(i+1)^-2 - s_i^-2)) + n,        n the noise that was added since step p.
+    x_k = r x_p + s_k^2 (sum of D_i (s_(i+1)^-2 - s_i^-2)) + n,        n the noise that was added since level s_p.
 
 Were the data near x_p Gaussian with variance P, D would have moved by
 
     D_k - D_p = P / ((1 - r) P + s_k^2) n = a / (r + (1 - r) a) n,        a = P / s_p^2, the slope of D at p.
 
 a is different from place to place, near 0 where everything is settled and near 1 where x is taken for what it is. It is
-measured where two computed steps show what D made of the noise between them, and carried on as that of a Gaussian
+measured where two known D show what D made of the noise between them, and carried on as that of a Gaussian
 (docs/correction.md, *Response*; second order in the sense of Analytic-DPM, arXiv 2201.06503).
 """
 
@@ -23,21 +23,21 @@ NEAR = 1
 
 
 class Response:
-    """Follows the noise of one generation since its newest computed step, and how D answers; two latents and a slope.
+    """Follows the noise of one generation, and how D answers; two latents and a slope.
 
-    Tensors are x, D and changes of D, (N, C, ...), float32.
+    Tensors are x, D and changes of D, (N, C, ...), float32; noise is that since the first step, in units of x / s^2.
     """
 
     def __init__(self, sigmas: Sequence[float]):
         self._sigmas = sigmas
-        self._start = -1
-        self._left: Any = None
         self._drift: Any = 0.0
+        self._level = 0.0
+        self._noise: Optional[torch.Tensor] = None
         self._slope: Optional[torch.Tensor] = None
 
-    def leave(self, step: int, x: torch.Tensor) -> None:
-        """A computed step: noise is counted from here on. x = x0 + s z, (N, C, ...), float32."""
-        self._start, self._left, self._drift = step, x, 0.0
+    def noise(self, step: int, x: torch.Tensor) -> torch.Tensor:
+        """The noise until `step`, where x is before anything moves it."""
+        return x / self._sigmas[step] ** 2 - self._drift
 
     def passed(self, step: int, denoised: torch.Tensor) -> None:
         """What the scheduler is told that D is at `step`."""
@@ -45,21 +45,22 @@ class Response:
         if following > 0:
             self._drift = self._drift + denoised * (following**-2 - now**-2)
 
-    def foreseen(self, step: int, x: torch.Tensor) -> Optional[torch.Tensor]:
-        """By how much D has moved since the newest computed step; None while nothing was measured."""
-        if self._slope is None:
+    def moved(self, change: torch.Tensor) -> None:
+        """x / s^2 is moved by this, which is no noise."""
+        self._drift = self._drift + change
+
+    def foreseen(self, step: int, noise: torch.Tensor) -> Optional[torch.Tensor]:
+        """By how much D has moved since the newest known one; None while nothing was measured."""
+        if self._slope is None or self._noise is None:
             return None
-        return answer(self._slope, self._noise(step, x), self._sigmas[self._start], self._sigmas[step])
+        sigma = self._sigmas[step]
+        return answer(self._slope, sigma**2 * (noise - self._noise), self._level, sigma)
 
-    def learn(self, step: int, x: torch.Tensor, change: torch.Tensor) -> None:
-        """Measures the slope: D changed by `change` from the newest computed step to this one, and comes to x."""
-        if self._left is None:
-            return
-        self._slope = slope_behind(change, self._noise(step, x), self._sigmas[self._start], self._sigmas[step])
-
-    def _noise(self, step: int, x: torch.Tensor) -> torch.Tensor:
-        kept = _kept(self._sigmas[self._start], self._sigmas[step])
-        return x - kept * self._left - self._sigmas[step] ** 2 * self._drift
+    def known(self, sigma: float, noise: torch.Tensor, change: Optional[torch.Tensor]) -> None:
+        """D is known at level `sigma`, where the noise was this; with its change the slope is measured."""
+        if self._noise is not None and change is not None:
+            self._slope = slope_behind(change, sigma**2 * (noise - self._noise), self._level, sigma)
+        self._level, self._noise = sigma, noise
 
 
 def answer(slope: torch.Tensor, noise: torch.Tensor, start: float, end: float) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Skipped steps and the second-order correction: what goes to the unmodified `scheduler.step` in place of what came.
+"""Skipped steps: what goes to the unmodified `scheduler.step` there, and what the next computed step makes good.
 
 Notation (variance-exploding, Karras et al. arXiv 2206.00364): s_k the noise level of step k, D_k the guided denoised
 prediction there, x = x0 + s z. One step of the samplers below freezes D over [s_k, s_(k+1)]:
@@ -12,38 +12,29 @@ noise; and whatever D should have been over steps that are past can be made good
 """
 
 import math
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple
 
 import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
-from osaccel.network.forwards import prediction_of, rows_of, with_prediction
+from osaccel.network.forwards import inputs_of, prediction_of, rows_of, with_inputs, with_prediction
 from osaccel.plan import Correction, Plan
+from osaccel.sampling.corrected import Computed, allowed
 from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.lists import UnsupportedScheduler
+from osaccel.sampling.means import Mean, Skipped
+from osaccel.sampling.powers import check_scheduler, power_of
 from osaccel.sampling.response import Response
-from osaccel.schedule import ANCESTRAL, FLOW, POWERS, refusal
+from osaccel.schedule import ANCESTRAL
+
+# The agreement of successive changes of D from which on means of a swinging D are no more stable.
+UNSTABLE_MEANS = -1.0
 
 
-class _Computed(NamedTuple):
-    """A step at which the network was called.
+class StandIn(Interceptor):
+    """Keeps the network from being called at skipped steps, and asks it at their mean at the computed step behind them.
 
-    Attributes:
-        denoised: D there, (N, ...), float32.
-        change: D less that of the computed step `before`; None where there is none or nothing is corrected.
-        persists: of that change, see `persistence`; (N, 1, ...) or 1.
-    """
-
-    step: int
-    denoised: torch.Tensor
-    before: int = -1
-    change: Optional[torch.Tensor] = None
-    persists: Union[float, torch.Tensor] = 1.0
-
-
-class Corrected(Interceptor):
-    """Corrects what goes to the scheduler; keeps a denoised prediction and its last change, and a response's, float32.
+    Keeps up to eight latents, float32.
 
     Args:
         plan: its `skip` and `correction` are what is done here.
@@ -59,10 +50,15 @@ class Corrected(Interceptor):
         self.close()
 
     def close(self) -> None:
-        self._newest: Optional[_Computed] = None
-        # How far each stand-in since the newest computed step followed its change, by step, before `persists`.
-        self._followed: List[float] = []
+        self._newest: Optional[Computed] = None
+        # Its level, and that of the known D before.
+        self._level = self._earlier = 0.0
+        self._skipped: Optional[Skipped] = None
+        self._mean: Optional[Mean] = None
         self._response: Optional[Response] = None
+        self._shape: Optional[torch.Size] = None
+        self._blank: Any = None
+        self._rows: Optional[int] = None
 
     def begin(self, scheduler: Any) -> None:
         self.close()
@@ -70,117 +66,9 @@ class Corrected(Interceptor):
         self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
         self.sigmas = self.levels.of_steps()
         self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
-        self._response = Response(self.sigmas) if self._skip and self.plan.correction.responds else None
+        self._response = Response(self.sigmas) if self.plan.correction.responds else None
 
-    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
-        step, power = self.clock.step, power_of(self.scheduler, call)
-        sigma, sample, is_skipped = self.sigmas[step], call.sample, step in self._skip
-        if power != ANCESTRAL:
-            self._response = None  # no noise is added
-        foreseen = self._foreseen(step, sample)
-        if not is_skipped:
-            newest = self._computed(step, self.levels.denoised(call.model_output, sigma, sample))
-            self._learn(sample, newest)
-            sample = self._corrected(sample, newest, foreseen, power)
-            self._newest, self._followed = newest, []
-        assert self._newest is not None
-        followed, assumed = self._follow(step, power), self._newest.denoised
-        self._followed.append(followed)
-        if followed and self._newest.change is not None:
-            assumed = assumed + followed * self._newest.persists * self._newest.change
-        if is_skipped and foreseen is not None:
-            assumed = assumed + foreseen
-        self._tell_response(step, sample, assumed)
-        if not is_skipped and sample is call.sample and not followed:
-            return proceed(call)
-        output = self.levels.model_output(assumed, sigma, sample)
-        return proceed(call.replaced(output.to(call.model_output.dtype), sample))
-
-    def _foreseen(self, step: int, sample: torch.Tensor) -> Optional[torch.Tensor]:
-        """What the noise since the newest computed step has done to D; None where nothing is known or asked for."""
-        # At a computed step that is what the skipped one before it was told to answer with.
-        told = step if step in self._skip else step - 1
-        strength = self.plan.correction.at(told).response if told in self._skip else 0.0
-        if self._response is None or not strength:
-            return None
-        foreseen = self._response.foreseen(step, self._exploded(step, sample))
-        return None if foreseen is None else strength * foreseen
-
-    def _learn(self, sample: torch.Tensor, newest: _Computed) -> None:
-        """The slope is asked for at skipped steps only, which begin behind the computed step that measures it."""
-        if self._response is not None and newest.change is not None and newest.step + 1 in self._skip:
-            self._response.learn(newest.step, self._exploded(newest.step, sample), newest.change)
-
-    def _tell_response(self, step: int, sample: torch.Tensor, assumed: torch.Tensor) -> None:
-        """`sample` and `assumed` are what the scheduler gets."""
-        if self._response is None or (step == 0 and self._starts_without_signal):
-            return
-        if step not in self._skip:
-            self._response.leave(step, self._exploded(step, sample))
-        self._response.passed(step, assumed)
-
-    def _exploded(self, step: int, sample: torch.Tensor) -> torch.Tensor:
-        """x = x0 + s z."""
-        return sample.float() * self.levels.scale(self.sigmas[step])
-
-    def _computed(self, step: int, denoised: torch.Tensor) -> _Computed:
-        """What a computed step adds to what is known."""
-        last = self._newest
-        if last is None or self.plan.correction == Correction():
-            return _Computed(step, denoised)
-        change = denoised - last.denoised
-        return _Computed(step, denoised, last.step, change, persistence(change, last.change))
-
-    def _follow(self, step: int, power: float) -> float:
-        """How far D is taken to have moved on at `step`, in units of the newest change."""
-        strength, newest = self.plan.correction.at(step).predictor, self._newest
-        if not strength or newest is None or newest.change is None:
-            return 0.0
-        earlier, start = self.sigmas[newest.before], self.sigmas[newest.step]
-        if self._skip:
-            return strength * followed(earlier, start, self.sigmas[step])
-        return strength * reach(earlier, start, self.sigmas[step + 1], power)
-
-    def _corrected(
-        self, sample: torch.Tensor, newest: _Computed, foreseen: Optional[torch.Tensor], power: float
-    ) -> torch.Tensor:
-        """The sample where it would be, had D moved evenly in log s from the computed step before to this one.
-
-        So it is for what was not `foreseen` of the change; the rest the scheduler has been told on the way.
-        """
-        step, last = newest.step, self._newest
-        strength = self.plan.correction.at(step).corrector
-        if not strength or last is None or newest.change is None or (last.step == 0 and self._starts_without_signal):
-            return sample
-        moved, followed = self._missed(last.step, step, power)
-        if not moved and not followed:
-            return sample
-        missed = moved * (newest.change if foreseen is None else newest.change - foreseen)
-        if followed and last.change is not None:
-            missed = missed - followed * last.persists * last.change
-        missed = (strength / self.levels.scale(self.sigmas[step])) * newest.persists * missed
-        return (sample.float() + missed).to(sample.dtype)
-
-    def _missed(self, start: int, end: int, power: float) -> Tuple[float, float]:
-        """What x lacks at `end`, in units of D_end - D_start; and what it has too much, of the change followed."""
-        sigmas = self.sigmas
-        last = sigmas[end]
-        weights = [last**power * (sigmas[k + 1] ** -power - sigmas[k] ** -power) for k in range(start, end)]
-        followed = sum(weight * share for weight, share in zip(weights, self._followed))
-        if self._skip:
-            # As the plain run would have: D at the left end of every native step.
-            shares = [evenly(sigmas[start], sigmas[k], last) for k in range(start, end)]
-            return sum(weight * share for weight, share in zip(weights, shares)), followed
-        return sum(weights) * mean_share(math.log(sigmas[start] / last), power), followed
-
-
-class StandIn(Corrected):
-    """Feeds the scheduler at skipped steps too, and keeps the network from being called there."""
-
-    def close(self) -> None:
-        super().close()
-        self._blank: Any = None
-        self._rows: Optional[int] = None
+    # The network
 
     def network(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         if self.clock.step in self._skip:
@@ -188,7 +76,7 @@ class StandIn(Corrected):
             blank = prediction_of(self._blank)
             rows = len(blank) * (rows_of(args, kwargs) or 1) // (self._rows or 1)
             return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
-        output = proceed(*args, **kwargs)
+        output = self._at_mean(proceed, args, kwargs) if self._asks_at_mean() else proceed(*args, **kwargs)
         if self._blank is None:
             prediction = prediction_of(output)
             # Never read: the step replaces it. It takes no memory.
@@ -196,27 +84,132 @@ class StandIn(Corrected):
             self._rows = rows_of(args, kwargs)
         return output
 
+    def _asks_at_mean(self) -> bool:
+        step = self.clock.step
+        is_last = self.sigmas[step + 1] <= 0  # D takes over from x, so none before it counts
+        return bool(self._skipped) and not is_last and bool(self.plan.correction.at(step).corrector)
 
-def persistence(change: torch.Tensor, before: Optional[torch.Tensor]) -> Union[float, torch.Tensor]:
-    """How much of a correction a video's own last two changes of D allow, in [0, 1]; (N, 1, ...), no synchronisation.
+    def _at_mean(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+        """The network's answer at the mean, said as if it had been asked at x."""
+        inputs, shape = inputs_of(proceed, args, kwargs), self._shape
+        assert shape is not None and self._skipped is not None and self._newest is not None
+        if inputs is None or inputs.hidden_states.shape[1:] != shape[1:] or len(inputs.hidden_states) % shape[0]:
+            return proceed(*args, **kwargs)
+        step, hidden = self.clock.step, inputs.hidden_states
+        sigma, copies = self.sigmas[step], len(hidden) // shape[0]
+        x = hidden[: shape[0]].float() * math.sqrt(1 + sigma**2)
+        noise = 0.0 if self._response is None else self._response.noise(step, x)
+        mean = self._skipped.with_step(sigma, self.sigmas[step + 1], x, noise, self._newest.denoised)
+        self._mean = mean
+        shown = (mean.x / math.sqrt(1 + mean.sigma**2)).to(hidden.dtype)
+        args, kwargs = with_inputs(proceed, args, kwargs, _copied(shown, copies), self.levels.timestep(mean.sigma))
+        output = proceed(*args, **kwargs)
+        prediction = prediction_of(output)
+        # Behind a prediction's channels are learned variances, where there are any.
+        told, rest = prediction[:, : hidden.shape[1]], prediction[:, hidden.shape[1] :]
+        denoised = self.levels.denoised(told, mean.sigma, _copied(mean.x / self.levels.scale(mean.sigma), copies))
+        told = self.levels.model_output(denoised, sigma, _copied(x / self.levels.scale(sigma), copies)).to(told.dtype)
+        return with_prediction(output, torch.cat([told, rest], 1))
 
-    Where D answers to x as D = a x, a frozen step of relative size w multiplies the deviations of x by 1 + z,
-    z = w (a - 1), and its noise makes successive changes of D correlate by r = z / 2. The exact prediction of an
-    unguided model is a martingale, r = 0; guidance towards a narrow mode makes z very negative. Corrected steps are
-    stable to z = -1/2, and from z = -1 on the plain step itself swings over: all down to r = -1/4, none from -1/2.
-    """
-    if before is None:
-        return 1.0
-    axes = tuple(range(1, change.dim()))
-    product, one, other = (
-        (a * b).sum(axes, keepdim=True) for a, b in ((change, before), (change, change), (before, before))
-    )
-    return (2.0 + 4.0 * product / (one * other).sqrt().clamp_min(1e-30)).clamp(0.0, 1.0)
+    # The scheduler
+
+    def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
+        step, power = self.clock.step, power_of(self.scheduler, call)
+        self._shape = call.sample.shape
+        if power != ANCESTRAL:
+            self._response = None  # no noise is added
+        x = call.sample.float() * self.levels.scale(self.sigmas[step])
+        has_noise = self._response is not None and (step > 0 or not self._starts_without_signal)
+        noise = self._response.noise(step, x) if self._response is not None and has_noise else None
+        if step in self._skip:
+            call, denoised = self._skip_step(step, x, noise, power, call)
+        else:
+            call, denoised = self._computed_step(step, x, noise, power, call)
+        if self._response is not None and has_noise:
+            self._response.passed(step, denoised)
+        return proceed(call)
+
+    def _skip_step(
+        self, step: int, x: torch.Tensor, noise: Optional[torch.Tensor], power: float, call: StepCall
+    ) -> Tuple[StepCall, torch.Tensor]:
+        """The call with what stands for D, and that."""
+        assert self._newest is not None
+        newest, (sigma, following) = self._newest, self.sigmas[step : step + 2]
+        told, led = newest.denoised, self._led(step)
+        foreseen = self._foreseen(step, step, noise)
+        if foreseen is not None:
+            told = told + foreseen
+        if led and newest.change is not None:
+            told = told + led * newest.persists * newest.change
+        if following > 0:
+            self._skipped = self._skipped or Skipped(power)
+            self._skipped.add(sigma, following, x, told, led, 0.0 if noise is None else noise)
+        output = self.levels.model_output(told, sigma, call.sample)
+        return call.replaced(output.to(call.model_output.dtype)), told
+
+    def _led(self, step: int) -> float:
+        """How far the newest change is followed at a skipped step."""
+        strength = self.plan.correction.at(step).predictor
+        if not strength or self._newest is None or self._newest.change is None:
+            return 0.0
+        return strength * followed(self._earlier, self._level, self.sigmas[step])
+
+    def _foreseen(self, told: int, step: int, noise: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """What the noise has done to D until `step`, as skipped step `told` asks for; None where nothing is known."""
+        strength = self.plan.correction.at(told).response
+        if self._response is None or noise is None or not strength:
+            return None
+        foreseen = self._response.foreseen(step, noise)
+        return None if foreseen is None else strength * foreseen
+
+    def _computed_step(
+        self, step: int, x: torch.Tensor, noise: Optional[torch.Tensor], power: float, call: StepCall
+    ) -> Tuple[StepCall, torch.Tensor]:
+        """The call with a sample that has what the skipped steps before it lacked, and D."""
+        sigma, mean = self.sigmas[step], self._mean
+        denoised = self.levels.denoised(call.model_output, sigma, call.sample)
+        is_first = self._newest is None or self.plan.correction == Correction()
+        newest = Computed(step, denoised) if is_first else self._newest.then(step, denoised)  # type: ignore[union-attr]
+        lost = self._lost(newest, noise)
+        if lost is not None:
+            if self._response is not None:
+                self._response.moved(lost)
+            sample = call.sample.float() + sigma**power / self.levels.scale(sigma) * lost
+            sample = sample.to(call.sample.dtype)
+            output = self.levels.model_output(denoised, sigma, sample)
+            call = call.replaced(output.to(call.model_output.dtype), sample)
+        if self._response is not None and noise is not None:
+            # The slope is asked for at skipped steps only, which begin behind the computed step that measures it.
+            change = newest.change if step + 1 in self._skip else None
+            known_at, noise = (mean.sigma, mean.noise) if mean else (sigma, noise)
+            self._response.known(known_at, noise, change)
+        self._earlier, self._level = self._level, mean.sigma if mean else sigma
+        self._newest, self._skipped, self._mean = newest, None, None
+        return call, denoised
+
+    def _lost(self, newest: Computed, noise: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """What x / s^q lacks since the last computed step, (N, C, ...); None where nothing is made good."""
+        skipped, last, step = self._skipped, self._newest, newest.step
+        strength = self.plan.correction.at(step).corrector
+        if skipped is None or last is None or not strength or newest.change is None:
+            return None
+        if self._mean is not None:
+            allows = allowed(newest.agreement, UNSTABLE_MEANS)
+            return strength * allows * (skipped.mass * newest.denoised - skipped.told)
+        if last.step == 0 and self._starts_without_signal:
+            return None
+        # D is taken to have moved evenly in log s, where that was not foreseen.
+        foreseen = self._foreseen(step - 1, step, noise)
+        unforeseen = newest.change if foreseen is None else newest.change - foreseen
+        lost = skipped.moved(self._level, self.sigmas[step]) * unforeseen
+        if skipped.led and last.change is not None:
+            lost = lost - skipped.led * last.persists * last.change
+        return strength * newest.persists * lost
 
 
-def evenly(start: float, sigma: float, end: float) -> float:
-    """How far something has moved at `sigma` that moves evenly in log s from `start` to `end`."""
-    return 0.0 if sigma == start else math.log(start / sigma) / math.log(start / end)
+def _copied(latents: torch.Tensor, copies: int) -> torch.Tensor:
+    """One behind another, as guidance runs in one batch."""
+    return torch.cat([latents] * copies)
 
 
 def leaning(
@@ -237,72 +230,6 @@ def leaning(
     return weights
 
 
-def mean_share(whole: float, power: float) -> float:
-    """The mean over an interval, by the weight of s^-power, of ln(p/s) / ln(p/t), for ln(p/t) = `whole` > 0."""
-    grown = power * whole
-    return 1 / -math.expm1(-grown) - 1 / grown
-
-
 def followed(earlier: float, start: float, sigma: float) -> float:
     """How far D has moved on at a skipped step, in units of D_s - D_p: linear in s, no farther than an even ratio."""
     return min((start - sigma) / (earlier - start), start / earlier)
-
-
-def reach(earlier: float, start: float, end: float, power: float) -> float:
-    """How far the mean of D over [`start`, `end`] lies beyond D_s, s = `start`, in units of D_s - D_p, p = `earlier`.
-
-    D is taken to be linear in s. On steps of equal ratio that is what keeps the variance of Gaussian data of any
-    width (docs/correction.md); towards the end of a run steps grow, and there it would add too much, so it goes no
-    farther than it would for a step of the ratio of the one before.
-    """
-    moved = (start - mean_sigma(start, end, power)) / (earlier - start)
-    even = (
-        (start - mean_sigma(start, start * start / earlier, power)) / (earlier - start)
-        if math.isfinite(earlier)
-        else 0.0
-    )
-    return min(moved, even)
-
-
-def mean_sigma(start: float, end: float, power: float) -> float:
-    """The mean of s over [start, end], by the weight of s^-power; `start` where it ends at 0 (first order)."""
-    if end <= 0:
-        return start
-    if power == ANCESTRAL:
-        return 2 * start * end / (start + end)
-    return start * end * math.log(start / end) / (start - end)
-
-
-def check_scheduler(scheduler: Any) -> None:
-    """Raise UnsupportedScheduler, with the reason, unless the scheduler's step freezes D as skipping needs it."""
-    reason = refusal(scheduler)
-    if reason:
-        raise UnsupportedScheduler(reason)
-
-
-def usual_power(scheduler: Any) -> float:
-    """q of a scheduler's step with its usual options; that of the probability flow where nothing is known of it."""
-    return next((POWERS[base.__name__] for base in type(scheduler).__mro__ if base.__name__ in POWERS), FLOW)
-
-
-def known_power(scheduler: Any, call: StepCall) -> Optional[float]:
-    """q of a step that freezes D; None for others."""
-    try:
-        check_scheduler(scheduler)
-        return power_of(scheduler, call)
-    except UnsupportedScheduler:
-        return None
-
-
-def power_of(scheduler: Any, call: StepCall) -> float:
-    """q of a known scheduler's step, by its class and the options of this call; UnsupportedScheduler for others."""
-    power = usual_power(scheduler)
-    args, kwargs = call.others
-    if any(base.__name__ == "DDIMScheduler" for base in type(scheduler).__mro__):
-        eta = args[0] if args else kwargs.get("eta", 0.0)
-        if eta not in (0, 1):
-            raise UnsupportedScheduler(f"DDIM cannot skip or correct steps at eta={eta!r}: 0 and 1 are allowed.")
-        return ANCESTRAL if eta == 1 else FLOW
-    if kwargs.get("s_churn") or (args and power == FLOW and args[0]):
-        raise UnsupportedScheduler("EulerDiscreteScheduler cannot skip or correct steps with s_churn; 0 is allowed.")
-    return power

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.standin import usual_power
+from osaccel.sampling.powers import usual_power
 
 
 def step_weights(scheduler: Any, num_steps: int, variance: float) -> np.ndarray:

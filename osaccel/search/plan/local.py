@@ -14,8 +14,10 @@ import torch
 
 from osaccel.network.halves import KEPT, ahead_of
 from osaccel.plan import forecast
+from osaccel.sampling.corrected import persistence
+from osaccel.sampling.means import evenly
 from osaccel.sampling.response import answer, slope_behind
-from osaccel.sampling.standin import evenly, followed, leaning, persistence
+from osaccel.sampling.standin import followed, leaning
 from osaccel.schedule import FLOW
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
@@ -115,9 +117,12 @@ def _share(record: Record, start: int, step: int, end: int) -> float:
 
 def _weights(record: Record, by_step: Dict[int, str]) -> Dict[int, float]:
     """What an error of D at a computed step makes of x at the window's end: skipped steps lean on it too."""
-    end = record.sigmas[max(by_step) + 1]
-    share, weight = functools.partial(_share, record), functools.partial(_weight, record, end=end)
-    return leaning(_called(by_step), share, weight)
+
+    def share(start: int, step: int, end: int) -> float:
+        is_last = end + 1 >= len(record.sigmas) or record.sigmas[end + 1] <= 0
+        return _share(record, start, step, end) if is_last else float(step > start)
+
+    return leaning(_called(by_step), share, functools.partial(_weight, record, end=record.sigmas[max(by_step) + 1]))
 
 
 def _square_of_halves(record: Record, by_step: Dict[int, str], weights: Dict[int, float]) -> float:

@@ -11,7 +11,7 @@ from osaccel.generation import Generation
 from osaccel.interceptors import Interceptor, StepCall, latents_of
 from osaccel.network.forwards import HiddenStates
 from osaccel.sampling.levels import NoiseLevels
-from osaccel.sampling.standin import known_power
+from osaccel.sampling.powers import known_power
 from osaccel.schedule import ANCESTRAL, FLOW
 from osaccel.search.plan.aside import ForecastsAside
 from osaccel.search.plan.deltas import DeltaLog

@@ -13,7 +13,7 @@ from osaccel.generation import Generation, find_blocks
 from osaccel.interceptors import Interceptor
 from osaccel.plan import Correction
 from osaccel.sampling import UnsupportedScheduler
-from osaccel.sampling.standin import check_scheduler
+from osaccel.sampling.powers import check_scheduler
 from osaccel.search.errors import SearchError
 from osaccel.search.limits import too_many_asked
 from osaccel.search.places import even_places
