@@ -11,6 +11,7 @@ class Clock:
         step: `scheduler.step` calls since `set_timesteps`.
         forward: which of the step's forwards is running, from 0; guidance run as two forwards has a second one.
         has_branches: whether the batch is known to be [unconditional, conditional] and its halves may part.
+        has_means: whether the network gets the sample and the time as they are, so that it can be asked elsewhere.
         is_half: whether the running forward holds the conditional half only.
         was_half: whether a forward of this step did.
         thread: whose calls it counts; None for every thread's.
@@ -24,7 +25,7 @@ class Clock:
     def restart(self) -> None:
         """A generation begins."""
         self.step, self.forward = 0, -1
-        self.has_branches = self.is_half = self.was_half = False
+        self.has_branches = self.has_means = self.is_half = self.was_half = False
 
     def begin_forward(self) -> None:
         """The first block is called."""

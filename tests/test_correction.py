@@ -438,7 +438,7 @@ def test_guidance_towards_a_narrow_mode_is_made_no_worse(guidance, width, steps)
 
 
 def test_without_damping_the_trap_closes(monkeypatch):
-    monkeypatch.setattr("osaccel.sampling.standin.persistence", lambda change, before: 1.0)
+    monkeypatch.setattr("osaccel.sampling.corrected.allowed", lambda agreement, bound: 1.0)
     pipeline = Sampler(EulerAncestralDiscreteScheduler(), Denoiser(0.3, guidance=7.5), torch.float32, (8, 8, 8, 8))
     assert moments(pipeline, 50, BOTH)[1] > abs(moments(pipeline, 50)[1]) + 1
 

@@ -146,11 +146,12 @@ class CorrectedBranches(Interceptor):
         """What an error of D at a called step makes of x / s^q."""
 
         def share(start: int, step: int, end: int) -> float:
-            is_last = self.sigmas[end + 1] <= 0
             if not self._skip:
                 of = self._mean_share(start, end, power)
+            elif self.clock.has_means and self.sigmas[end + 1] > 0:
+                of = float(step > start)
             else:
-                of = self._share(start, step, end) if is_last else float(step > start)
+                of = self._share(start, step, end)
             return self.plan.correction.at(end).corrector * of
 
         return leaning(self._called, share, lambda k: self.sigmas[k + 1] ** -power - self.sigmas[k] ** -power)

@@ -97,7 +97,7 @@ class NoiseLevels:
             return sample.float() * self.scale(sigma) - sigma * output
         if self._kind == "v_prediction":
             signal = 1 / math.sqrt(1 + sigma * sigma)
-            return self._preserved(sample, sigma) * signal - output * math.sqrt(1 - signal * signal)
+            return self.preserved(sample, sigma) * signal - output * math.sqrt(1 - signal * signal)
         return output
 
     def model_output(self, denoised: torch.Tensor, sigma: float, sample: torch.Tensor) -> torch.Tensor:
@@ -106,14 +106,14 @@ class NoiseLevels:
             return (sample.float() * self.scale(sigma) - denoised) / sigma
         if self._kind == "v_prediction":
             signal = 1 / math.sqrt(1 + sigma * sigma)
-            return (self._preserved(sample, sigma) * signal - denoised) / math.sqrt(1 - signal * signal)
+            return (self.preserved(sample, sigma) * signal - denoised) / math.sqrt(1 - signal * signal)
         return denoised
 
     def slope(self, sigma: float) -> float:
         """How far D moves with the model output at a noise level."""
         return float(self.denoised(torch.ones(1), sigma, torch.zeros(1)))
 
-    def _preserved(self, sample: torch.Tensor, sigma: float) -> torch.Tensor:
+    def preserved(self, sample: torch.Tensor, sigma: float) -> torch.Tensor:
         """(x0 + s z) / sqrt(1 + s^2)."""
         return sample.float() / (math.sqrt(1 + sigma * sigma) if self.explodes else 1.0)
 

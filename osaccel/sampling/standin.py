@@ -56,7 +56,8 @@ class StandIn(Interceptor):
         self._skipped: Optional[Skipped] = None
         self._mean: Optional[Mean] = None
         self._response: Optional[Response] = None
-        self._shape: Optional[torch.Size] = None
+        # What the network got at the first step, until the sample is known.
+        self._shown: Optional[torch.Tensor] = None
         self._blank: Any = None
         self._rows: Optional[int] = None
 
@@ -78,6 +79,8 @@ class StandIn(Interceptor):
             return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
         output = self._at_mean(proceed, args, kwargs) if self._asks_at_mean() else proceed(*args, **kwargs)
         if self._blank is None:
+            inputs = inputs_of(proceed, args, kwargs)
+            self._shown = None if inputs is None else inputs.hidden_states
             prediction = prediction_of(output)
             # Never read: the step replaces it. It takes no memory.
             self._blank = with_prediction(output, prediction.new_zeros(()).expand(prediction.shape))
@@ -87,17 +90,15 @@ class StandIn(Interceptor):
     def _asks_at_mean(self) -> bool:
         step = self.clock.step
         is_last = self.sigmas[step + 1] <= 0  # D takes over from x, so none before it counts
-        return bool(self._skipped) and not is_last and bool(self.plan.correction.at(step).corrector)
+        is_wanted = self._skipped and not is_last and self.plan.correction.at(step).corrector
+        return bool(self.clock.has_means and is_wanted)
 
     def _at_mean(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
         """The network's answer at the mean, said as if it had been asked at x."""
-        inputs, shape = inputs_of(proceed, args, kwargs), self._shape
-        assert shape is not None and self._skipped is not None and self._newest is not None
-        if inputs is None or inputs.hidden_states.shape[1:] != shape[1:] or len(inputs.hidden_states) % shape[0]:
-            return proceed(*args, **kwargs)
-        step, hidden = self.clock.step, inputs.hidden_states
-        sigma, copies = self.sigmas[step], len(hidden) // shape[0]
-        x = hidden[: shape[0]].float() * math.sqrt(1 + sigma**2)
+        inputs, step = inputs_of(proceed, args, kwargs), self.clock.step
+        assert inputs is not None and self._skipped is not None and self._newest is not None
+        videos, hidden, sigma = len(self._newest.denoised), inputs.hidden_states, self.sigmas[step]
+        copies, x = len(hidden) // videos, hidden[:videos].float() * math.sqrt(1 + sigma**2)
         noise = 0.0 if self._response is None else self._response.noise(step, x)
         mean = self._skipped.with_step(sigma, self.sigmas[step + 1], x, noise, self._newest.denoised)
         self._mean = mean
@@ -115,7 +116,8 @@ class StandIn(Interceptor):
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
-        self._shape = call.sample.shape
+        if step == 0:
+            self.clock.has_means, self._shown = self._is_shown(call.sample), None
         if power != ANCESTRAL:
             self._response = None  # no noise is added
         x = call.sample.float() * self.levels.scale(self.sigmas[step])
@@ -128,6 +130,15 @@ class StandIn(Interceptor):
         if self._response is not None and has_noise:
             self._response.passed(step, denoised)
         return proceed(call)
+
+    def _is_shown(self, sample: torch.Tensor) -> bool:
+        """Whether the network got the first step's sample, once or, for guidance, several times."""
+        shown = self._shown
+        if shown is None or shown.shape[1:] != sample.shape[1:] or len(shown) % len(sample):
+            return False
+        expected = _copied(self.levels.preserved(sample, self.sigmas[0]), len(shown) // len(sample))
+        rounding = 4 * max(torch.finfo(tensor.dtype).eps for tensor in (shown, sample, expected))
+        return torch.allclose(shown.float(), expected, rounding, rounding)
 
     def _skip_step(
         self, step: int, x: torch.Tensor, noise: Optional[torch.Tensor], power: float, call: StepCall
