@@ -7,13 +7,9 @@ D is smooth in (y, lam), whatever noise has moved y. So, in means by the masses 
     sum of D_k m_k = D(mean of y, mean of lam) sum of m
 
 but for second derivatives of D: the noise, of which no line through some of the D_k knows, is in the mean of y. For an
-ancestral sampler y = lam x0 + W(lam), W of variance lam, and the mean of W has less than the mean of lam: v = sum of
-m_i m_j min(lam_i, lam_j) / (sum of m)^2. As much as W(v), so the network is asked at the level of v, for the y with
-less of D in it,
-
-    lam = v,        y = mean of y - (mean of lam - v) D,
-
-which is also what the second derivatives come to for noise of equal variance everywhere (docs/correction.md).
+ancestral sampler y = lam x0 + W(lam), W of variance lam, and the mean of W has less than the mean of lam, v = sum of
+m_i m_j min(lam_i, lam_j) / (sum of m)^2. What the second derivatives come to is made good by scaling the noise, x less
+the newest D, to the deviation of its level, so that the network sees what it was trained on (docs/correction.md).
 """
 
 import math
@@ -89,9 +85,8 @@ class Skipped:
         masses, places = [*self._masses, mass], [*self._places, place]
         total = sum(masses)
         mean = sum(m * lam for m, lam in zip(masses, places)) / total
-        y = (self._y + mass * place * x) / total
+        at = (self._y + mass * place * x) / (total * mean)
         if self.power == ANCESTRAL:
             left = sum(m * n * min(a, b) for m, a in zip(masses, places) for n, b in zip(masses, places)) / total**2
-            y, mean = y - (mean - left) * denoised, left
-        at = y / mean
+            at = torch.lerp(denoised, at, math.sqrt(mean / left))
         return Mean(at, mean ** (-1 / self.power), (self._noise + mass * noise) / total)

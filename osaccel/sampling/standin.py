@@ -56,8 +56,9 @@ class StandIn(Interceptor):
         self._skipped: Optional[Skipped] = None
         self._mean: Optional[Mean] = None
         self._response: Optional[Response] = None
-        # What the network got at the first step, until the sample is known.
+        # What the network got when its batch had other rows than before, until the sample is known.
         self._shown: Optional[torch.Tensor] = None
+        self._shown_rows = 0
         self._blank: Any = None
         self._rows: Optional[int] = None
 
@@ -77,10 +78,12 @@ class StandIn(Interceptor):
             blank = prediction_of(self._blank)
             rows = len(blank) * (rows_of(args, kwargs) or 1) // (self._rows or 1)
             return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
-        output = self._at_mean(proceed, args, kwargs) if self._asks_at_mean() else proceed(*args, **kwargs)
+        inputs = inputs_of(proceed, args, kwargs)
+        if inputs is not None and len(inputs.hidden_states) != self._shown_rows:
+            self._shown, self._shown_rows = inputs.hidden_states, len(inputs.hidden_states)
+        is_mean = inputs is not None and self._shown is None and self._asks_at_mean()
+        output = self._at_mean(proceed, args, kwargs) if is_mean else proceed(*args, **kwargs)
         if self._blank is None:
-            inputs = inputs_of(proceed, args, kwargs)
-            self._shown = None if inputs is None else inputs.hidden_states
             prediction = prediction_of(output)
             # Never read: the step replaces it. It takes no memory.
             self._blank = with_prediction(output, prediction.new_zeros(()).expand(prediction.shape))
@@ -116,8 +119,8 @@ class StandIn(Interceptor):
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
-        if step == 0:
-            self.clock.has_means, self._shown = self._is_shown(call.sample), None
+        if self._shown is not None:
+            self.clock.has_means, self._shown = self._is_shown(self._shown, step, call.sample), None
         if power != ANCESTRAL:
             self._response = None  # no noise is added
         x = call.sample.float() * self.levels.scale(self.sigmas[step])
@@ -131,12 +134,11 @@ class StandIn(Interceptor):
             self._response.passed(step, denoised)
         return proceed(call)
 
-    def _is_shown(self, sample: torch.Tensor) -> bool:
-        """Whether the network got the first step's sample, once or, for guidance, several times."""
-        shown = self._shown
-        if shown is None or shown.shape[1:] != sample.shape[1:] or len(shown) % len(sample):
+    def _is_shown(self, shown: torch.Tensor, step: int, sample: torch.Tensor) -> bool:
+        """Whether the network got the step's sample, once or, for guidance, several times."""
+        if shown.shape[1:] != sample.shape[1:] or len(shown) % len(sample):
             return False
-        expected = _copied(self.levels.preserved(sample, self.sigmas[0]), len(shown) // len(sample))
+        expected = _copied(self.levels.preserved(sample, self.sigmas[step]), len(shown) // len(sample))
         rounding = 4 * max(torch.finfo(tensor.dtype).eps for tensor in (shown, sample, expected))
         return torch.allclose(shown.float(), expected, rounding, rounding)
 
