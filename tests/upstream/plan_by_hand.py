@@ -12,6 +12,7 @@ import math
 import os
 import sys
 
+import numpy
 import torch
 from diffusers.schedulers import EulerAncestralDiscreteScheduler
 from transformers import MT5EncoderModel, T5Tokenizer
@@ -74,7 +75,7 @@ class ByHand:
         self.step, self.branch, self.calls = 0, "", 0.0
         self.forward, self.scheduler_step = pipeline.transformer.forward, pipeline.scheduler.step
         self.stored, self.differences, self.denoised = {}, [], None
-        self.left, self.slope, self.drift, self.change = None, None, 0.0, None
+        self.drift, self.group, self.mean, self.known, self.slope = 0.0, [], None, None, None
         self.full, self.taken = [], {}
         pipeline.transformer.forward = self.network
 
@@ -112,13 +113,44 @@ class ByHand:
     def network(self, hidden_states, **others):
         if self.step in self.plan.get("skip", []):
             return (torch.zeros_like(hidden_states),)
-        conditional = self.half(1, hidden_states, others)
-        self.conditional = conditional.float()
+        shown, at_mean = hidden_states, self.group and self.pipeline.scheduler.sigmas[self.step + 1] > 0
+        if at_mean:
+            shown, time = self.shown_mean(hidden_states)
+            others["timestep"] = torch.full_like(others["timestep"], time, dtype=torch.float32)
+        conditional = self.half(1, shown, others)
         if self.step in self.plan.get("conditional_only", []):
-            return (torch.cat([(conditional.float() - self.ahead()).to(conditional.dtype), conditional]),)
-        unconditional = self.half(0, hidden_states, others)
-        self.differences.append((self.step, conditional.float() - unconditional.float()))
-        return (torch.cat([unconditional, conditional]),)
+            unconditional = (conditional.float() - self.ahead()).to(conditional.dtype)
+        else:
+            unconditional = self.half(0, shown, others)
+            self.differences.append((self.step, conditional.float() - unconditional.float()))
+        halves = [unconditional, conditional]
+        if at_mean:
+            halves = [self.said_here(half, hidden_states.shape[1]) for half in halves]
+        self.conditional = halves[1].float()
+        return (torch.cat(halves),)
+
+    def shown_mean(self, hidden_states):
+        """What the network gets for this step and the skipped ones before it, and the time it is told."""
+        sigmas = self.pipeline.scheduler.sigmas.double().tolist()
+        s, t = sigmas[self.step : self.step + 2]
+        x = hidden_states.chunk(2)[1].float() * math.sqrt(1 + s**2)
+        points = [*self.group, (t**-2 - s**-2, s**-2, x, None, x / s**2 - self.drift)]
+        total = sum(mass for mass, *_ in points)
+        lam = sum(mass * place for mass, place, *_ in points) / total
+        variance = sum(m * n * min(a, b) for m, a, *_ in points for n, b, *_ in points) / total**2
+        at = sum(mass * place * there for mass, place, there, *_ in points) / total / lam
+        at = self.denoised + (at - self.denoised) * math.sqrt(lam / variance)
+        self.mean = at, lam**-0.5, sum(mass * noise for mass, _, _, _, noise in points) / total, x
+        abar = self.pipeline.scheduler.alphas_cumprod.double()
+        time = float(numpy.interp(lam**-0.5, (((1 - abar) / abar) ** 0.5).numpy(), numpy.arange(1000)))
+        return torch.cat([(at / math.sqrt(1 + 1 / lam)).to(hidden_states.dtype)] * 2), time
+
+    def said_here(self, output, channels):
+        """An answer at the mean as if it had been given at the sample."""
+        at, level, _, x = self.mean
+        denoised = at - level * output[:, :channels].float()
+        told = (x - denoised) / self.pipeline.scheduler.sigmas[self.step].item()
+        return torch.cat([told.to(output.dtype), output[:, channels:]], 1)
 
     def half(self, number, hidden_states, others):
         self.branch = "unconditional conditional".split()[number]
@@ -153,7 +185,9 @@ class ByHand:
         total, strength = 0.0, self.plan.get("correction", {}).get("corrector", 0.0)
         for k in range(p, e):
             i, j = max(step for step in called if step <= k), min(step for step in called if step > k)
-            moved = strength * math.log(sigmas[i] / sigmas[k]) / math.log(sigmas[i] / sigmas[j])
+            moved = strength * float(k > i)
+            if sigmas[j + 1] == 0:
+                moved = strength * math.log(sigmas[i] / sigmas[k]) / math.log(sigmas[i] / sigmas[j])
             total = total + (sigmas[k + 1] ** -2 - sigmas[k] ** -2) * ((1 - moved) * lost[i] + moved * lost[j])
         r = 0.0
         if len(self.full) > 2:
@@ -182,31 +216,46 @@ class ByHand:
         """Corrector and response at full strength: the model output and the sample that the scheduler gets."""
         sigmas, step = self.pipeline.scheduler.sigmas.double().tolist(), self.step
         s, t = sigmas[step : step + 2]
-        answer, assumed = 0.0, self.denoised
-        if self.left is not None:
-            start, left = self.left
-            kept = (s / sigmas[start]) ** 2
-            noise = x - kept * left - s**2 * self.drift
-            if self.slope is not None:
-                answer = self.slope / (kept + (1 - kept) * self.slope) * noise
+        noise, assumed = x / s**2 - self.drift, self.denoised
         if step in self.plan.get("skip", []):
-            assumed = assumed + answer
+            assumed = assumed + self.answer(s, noise)
+            self.group.append((t**-2 - s**-2, s**-2, x, assumed, noise))
         else:
             assumed = denoised = x - s * output
-            if self.left is not None:
-                change, before, self.change = denoised - self.denoised, self.change, denoised - self.denoised
-                weights = [s**2 * (sigmas[k + 1] ** -2 - sigmas[k] ** -2) for k in range(start, step)]
-                passed = [math.log(sigmas[start] / sigmas[k]) / math.log(sigmas[start] / s) for k in range(start, step)]
-                r = 0.0 if before is None else float((change * before).sum() / (change.norm() * before.norm()))
-                missed = sum(w * share for w, share in zip(weights, passed)) * min(1.0, max(0.0, 2 + 4 * r))
-                made = (near(change * noise) / near(noise**2)).clamp(0, 1)
+            change = None if self.known is None else denoised - self.denoised
+            if self.group:
+                lost = self.lost(s, noise, denoised, change)
+                x, self.drift = x + s**2 * lost, self.drift + lost
+            level, then = (s, noise) if self.mean is None else self.mean[1:3]
+            if self.known is not None:
+                start, before, _ = self.known
+                added, kept = level**2 * (then - before), (level / start) ** 2
+                made = (near(change * added) / near(added**2)).clamp(0, 1)
                 made = kept * made / (1 - (1 - kept) * made)
                 self.slope = made / (made + (1 - made) * kept)
-                x = x + missed * (change - answer)
-            self.left, self.denoised, self.drift = (step, x), denoised, 0.0
+            self.known, self.denoised, self.group, self.mean = (level, then, change), denoised, [], None
         if t > 0:
             self.drift = self.drift + assumed * (t**-2 - s**-2)
         return (x - assumed) / s, x
+
+    def answer(self, s, noise):
+        """What the noise since D was known has done to it."""
+        if self.slope is None:
+            return 0.0
+        level, then, _ = self.known
+        kept = (s / level) ** 2
+        return self.slope / (kept + (1 - kept) * self.slope) * s**2 * (noise - then)
+
+    def lost(self, s, noise, denoised, change):
+        """What x / s^2 lacks after skipped steps."""
+        level, _, before = self.known
+        r = 0.0 if before is None else float((change * before).sum() / (change.norm() * before.norm()))
+        if self.mean is not None:
+            return min(1.0, max(0.0, 2 + 2 * r)) * sum(mass * (denoised - told) for mass, _, _, told, _ in self.group)
+        unforeseen = change - self.answer(s, noise)
+        shares = [math.log(level * place**0.5) / math.log(level / s) for _, place, *_ in self.group]
+        moved = sum(mass * share for (mass, *_), share in zip(self.group, shares))
+        return min(1.0, max(0.0, 2 + 4 * r)) * moved * unforeseen
 
 
 def near(values):
