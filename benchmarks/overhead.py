@@ -261,10 +261,16 @@ def _step_seconds(plan: Plan, steps: int, place: Place) -> float:
     scheduler.set_timesteps(steps, device=place.device)
     corrected, times = (StandIn if plan.skip else Corrected)(plan, clock), []
     corrected.begin(scheduler)
-    scheduler.scale_model_input(latents, scheduler.timesteps[0])
-    for number, t in enumerate(scheduler.timesteps):
-        call = StepCall((outputs[number % 3], t, latents), {})
-        times.append(place.seconds(functools.partial(corrected.step, lambda one: one.made_on(scheduler.step), call)))
+
+    def network(hidden_states: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return outputs[clock.step % 3]
+
+    def step(hidden_states: torch.Tensor, t: torch.Tensor) -> None:
+        told = corrected.network(network, (hidden_states, t), {})
+        corrected.step(lambda one: one.made_on(scheduler.step), StepCall((told, t, latents), {}))
+
+    for t in scheduler.timesteps:
+        times.append(place.seconds(functools.partial(step, scheduler.scale_model_input(latents, t), t)))
         clock.end_step()
     # The first steps have no change to look back to, the last one is first order; the slowest tenth is the machine's.
     return float(np.mean(np.sort(times[3:-1])[: -len(times) // 10]))
