@@ -10,8 +10,8 @@
    same prompts (two videos each).
 
 3. With --response N: how much of the moves of D over two steps the response foresees, in N plain generations; and how
-   much of D half way between two computed steps the straight line between them says, which is what the corrector takes
-   it for, and the best weights of this move and the one before.
+   much of D half way between two computed steps the straight line between them says,
+   and the best weights of this move and the one before.
 
 Every batch is kept in DIR: after --seconds what is there is measured, and the same command goes on.
 """

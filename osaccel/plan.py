@@ -56,11 +56,12 @@ class Region:
 class Correction:
     """Strengths in [0, 1] of the second-order correction, one number or one per step (docs/correction.md).
 
-    Each is the most that is done: a video whose predictions swing back gets less (`osaccel.sampling.standin`).
+    Each is the most that is done: a video whose predictions swing back gets less (`osaccel.sampling.corrected`).
 
     Args:
         predictor: how far what stands in for the denoised prediction within a step follows its newest change.
-        corrector: how much of what an interval lost is made good once its end is known.
+        corrector: how much of what an interval lost is made good once its end is known: the network is asked at
+            the mean of skipped steps.
         response: how far what stands in at skipped steps answers to the noise that was added since
             (`osaccel.sampling.response`); of use for samplers that add noise.
     """

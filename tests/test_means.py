@@ -56,6 +56,7 @@ class Asked(Sampler):
             "keywords": lambda: self.transformer(hidden_states=both, timestep=times),
             "by position": lambda: self.transformer(both, times),
             "one time": lambda: self.transformer(both, timestep=t, return_dict=False)[0],
+            "one time in thousandths": lambda: self.transformer(both, timestep=t / 1000),
         }[self.way]()
         unconditional, conditional = output[:, : latents.shape[1]].chunk(2)
         return unconditional + self.denoiser.guidance * (conditional - unconditional)
@@ -165,7 +166,7 @@ def test_whole_timesteps_are_asked_between(name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_samples_keep_their_dtype_and_a_video_is_as_it_is_alone(dtype):
+def test_samples_keep_their_dtype(dtype):
     pipeline, _ = case("EulerAncestral", 4.0, dtype=dtype)
     watch = Watch()
     both = sampled(pipeline, 16, UNDER_SKIP, watch, skip=SKIP)
@@ -186,16 +187,23 @@ def test_a_network_that_does_not_get_the_sample_is_asked_where_it_stands():
     def unnamed(*args, **kwargs):
         return forward(*args, **kwargs)
 
-    predict = pipeline.predict
-    for change in ("shifted", "unnamed"):
+    def in_thousandths(hidden_states, timestep=None):
+        return forward(hidden_states, timestep=timestep * 1000)
+
+    predict, way = pipeline.predict, pipeline.way
+    for change in ("shifted", "in thousandths", "unnamed"):
+        pipeline.way, pipeline.predict = way, predict
         pipeline.transformer = Network(pipeline, pipeline.transformer.branches)
         forward = pipeline.transformer.forward
         if change == "shifted":
             pipeline.transformer.forward = shifted
             pipeline.predict = lambda latents, t: predict(latents + 1, t)
+        elif change == "in thousandths":
+            pipeline.transformer.forward = in_thousandths
+            pipeline.way = "one time in thousandths"
         else:
             pipeline.transformer.forward = unnamed
-            pipeline.way, pipeline.predict = "by position", predict
+            pipeline.way = "by position"
         output = sampled(pipeline, 16, UNDER_SKIP, skip=SKIP)
         torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
@@ -247,3 +255,18 @@ def test_the_plain_run_is_left_alone_and_noise_is_the_runs_own():
     with Generation(pipeline, Plan(steps=16, skip=SKIP, correction=UNDER_SKIP), TARGET):
         assert not torch.equal(pipeline(16), expected) and torch.equal(pipeline.state, drawn)
     assert torch.equal(pipeline(16), expected)
+
+
+def test_a_video_is_as_it_is_alone():
+    both, _ = case("EulerAncestral", 4.0)
+    expected = sampled(both, 16, UNDER_SKIP, skip=SKIP)
+    alone = Asked(both.scheduler, both.denoiser, shape=(1, *SHAPE[1:]))
+    draw = torch.randn
+
+    def of_the_first(shape, *args, **kwargs):
+        return draw((2, *shape[1:]), *args, **kwargs)[:1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "randn", of_the_first)
+        output = sampled(alone, 16, UNDER_SKIP, skip=SKIP)
+    torch.testing.assert_close(output, expected[:1], rtol=1e-4, atol=1e-4)

@@ -165,13 +165,9 @@ def inputs_of(forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any])
 
 
 def with_inputs(
-    forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], hidden_states: torch.Tensor, timestep: float
+    forward: Callable, args: Sequence[Any], kwargs: Mapping[str, Any], inputs: Inputs
 ) -> Tuple[tuple, Dict[str, Any]]:
-    """The call's arguments with other latents, at one time for all rows; whole numbers become float32."""
-    given = inputs_of(forward, args, kwargs)
-    assert given is not None
-    dtype = given.timestep.dtype if given.timestep.is_floating_point() else torch.float32
-    changed = Inputs(hidden_states, torch.full_like(given.timestep, timestep, dtype=dtype))._asdict()
-    names = names_of(forward, args)
+    """The call's arguments with other latents and another time."""
+    changed, names = inputs._asdict(), names_of(forward, args)
     placed = tuple(changed.get(name, value) for name, value in zip(names, args))
     return placed + tuple(args[len(names) :]), {name: changed.get(name, value) for name, value in kwargs.items()}

@@ -8,8 +8,8 @@ of `osaccel.sampling.standin` x at e is moved by
 
     s_e^q (w - 1) sum of (d_k - f_k) dD_k/doutput w_k,        w_k = s_(k+1)^-q - s_k^-q,
 
-over the conditional-only steps between them, damped as the corrector is (`osaccel.sampling.standin.persistence`). What
-D_k stands for at skipped steps beside k is part of w_k.
+over the conditional-only steps between them, damped as the corrector is (`osaccel.sampling.corrected`, `persistence`).
+What D_k stands for at skipped steps beside k is part of w_k.
 """
 
 import bisect

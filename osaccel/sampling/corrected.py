@@ -13,7 +13,7 @@ from osaccel.sampling.levels import NoiseLevels
 from osaccel.sampling.powers import check_scheduler, power_of
 from osaccel.schedule import ANCESTRAL
 
-# The agreement of successive changes of D from which on a corrected step of a swinging D is no more stable.
+# The agreement of successive changes of D from which on the plain step itself swings over.
 UNSTABLE = -0.5
 
 
@@ -115,7 +115,7 @@ def agreement_of(change: torch.Tensor, before: Optional[torch.Tensor]) -> Option
 
 
 def allowed(agreement: Optional[torch.Tensor], bound: float) -> Union[float, torch.Tensor]:
-    """How much of what is stable down to an agreement of `bound` a video gets, in [0, 1]; (N, 1, ...) or 1.
+    """How much of a correction a video gets, in [0, 1]; (N, 1, ...) or 1.
 
     All of it half way down, nothing at the bound: 2 - 2 r / bound.
     """

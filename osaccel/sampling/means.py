@@ -57,15 +57,12 @@ class Skipped:
         self.told: Any = 0.0
         self.led = 0.0
 
-    def __bool__(self) -> bool:
-        return bool(self._masses)
-
     @property
     def mass(self) -> float:
         return sum(self._masses)
 
     def add(self, sigma: float, following: float, x: torch.Tensor, told: torch.Tensor, led: float, noise: Any) -> None:
-        """A step from level `sigma` to `following` > 0; noise: anything whose mean is wanted."""
+        """A step from level `sigma` to `following` > 0; noise: as x / s^2 has it, or 0."""
         mass = following**-self.power - sigma**-self.power
         self._masses.append(mass)
         self._places.append(sigma**-self.power)

@@ -25,7 +25,8 @@ NEAR = 1
 class Response:
     """Follows the noise of one generation, and how D answers; two latents and a slope.
 
-    Tensors are x, D and changes of D, (N, C, ...), float32; noise is that since the first step, in units of x / s^2.
+    Tensors are x, D and changes of D, (N, C, ...), float32; noise is x / s^2 less all that D has
+    moved it by, of use in differences.
     """
 
     def __init__(self, sigmas: Sequence[float]):

@@ -18,7 +18,7 @@ import torch
 
 from osaccel.clock import Clock
 from osaccel.interceptors import Interceptor, StepCall
-from osaccel.network.forwards import inputs_of, prediction_of, rows_of, with_inputs, with_prediction
+from osaccel.network.forwards import Inputs, inputs_of, prediction_of, rows_of, with_inputs, with_prediction
 from osaccel.plan import Correction, Plan
 from osaccel.sampling.corrected import Computed, allowed
 from osaccel.sampling.levels import NoiseLevels
@@ -34,7 +34,8 @@ UNSTABLE_MEANS = -1.0
 class StandIn(Interceptor):
     """Keeps the network from being called at skipped steps, and asks it at their mean at the computed step behind them.
 
-    Keeps up to eight latents, float32.
+    Keeps up to nine latents, float32, while the network runs at a mean: the newest D and its change, three sums, the
+    mean and its noise, and two of the response.
 
     Args:
         plan: its `skip` and `correction` are what is done here.
@@ -57,7 +58,7 @@ class StandIn(Interceptor):
         self._mean: Optional[Mean] = None
         self._response: Optional[Response] = None
         # What the network got when its batch had other rows than before, until the sample is known.
-        self._shown: Optional[torch.Tensor] = None
+        self._shown: Optional[Inputs] = None
         self._shown_rows = 0
         self._blank: Any = None
         self._rows: Optional[int] = None
@@ -80,9 +81,11 @@ class StandIn(Interceptor):
             return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
         inputs = inputs_of(proceed, args, kwargs)
         if inputs is not None and len(inputs.hidden_states) != self._shown_rows:
-            self._shown, self._shown_rows = inputs.hidden_states, len(inputs.hidden_states)
-        is_mean = inputs is not None and self._shown is None and self._asks_at_mean()
-        output = self._at_mean(proceed, args, kwargs) if is_mean else proceed(*args, **kwargs)
+            self._shown, self._shown_rows = inputs, len(inputs.hidden_states)
+        if inputs is not None and self._shown is None and self._asks_at_mean():
+            output = self._at_mean(proceed, args, kwargs, inputs)
+        else:
+            output = proceed(*args, **kwargs)
         if self._blank is None:
             prediction = prediction_of(output)
             # Never read: the step replaces it. It takes no memory.
@@ -93,20 +96,23 @@ class StandIn(Interceptor):
     def _asks_at_mean(self) -> bool:
         step = self.clock.step
         is_last = self.sigmas[step + 1] <= 0  # D takes over from x, so none before it counts
-        is_wanted = self._skipped and not is_last and self.plan.correction.at(step).corrector
+        is_wanted = self._skipped is not None and not is_last and self.plan.correction.at(step).corrector
         return bool(self.clock.has_means and is_wanted)
 
-    def _at_mean(self, proceed: Callable, args: tuple, kwargs: dict) -> Any:
+    def _at_mean(self, proceed: Callable, args: tuple, kwargs: dict, inputs: Inputs) -> Any:
         """The network's answer at the mean, said as if it had been asked at x."""
-        inputs, step = inputs_of(proceed, args, kwargs), self.clock.step
-        assert inputs is not None and self._skipped is not None and self._newest is not None
-        videos, hidden, sigma = len(self._newest.denoised), inputs.hidden_states, self.sigmas[step]
+        assert self._skipped is not None and self._newest is not None
+        step, hidden = self.clock.step, inputs.hidden_states
+        videos, sigma = len(self._newest.denoised), self.sigmas[step]
         copies, x = len(hidden) // videos, hidden[:videos].float() * math.sqrt(1 + sigma**2)
         noise = 0.0 if self._response is None else self._response.noise(step, x)
         mean = self._skipped.with_step(sigma, self.sigmas[step + 1], x, noise, self._newest.denoised)
         self._mean = mean
         shown = (mean.x / math.sqrt(1 + mean.sigma**2)).to(hidden.dtype)
-        args, kwargs = with_inputs(proceed, args, kwargs, _copied(shown, copies), self.levels.timestep(mean.sigma))
+        # A mean lies between whole numbers.
+        dtype = inputs.timestep.dtype if inputs.timestep.is_floating_point() else torch.float32
+        time = torch.full_like(inputs.timestep, self.levels.timestep(mean.sigma), dtype=dtype)
+        args, kwargs = with_inputs(proceed, args, kwargs, Inputs(_copied(shown, copies), time))
         output = proceed(*args, **kwargs)
         prediction = prediction_of(output)
         # Behind a prediction's channels are learned variances, where there are any.
@@ -120,23 +126,28 @@ class StandIn(Interceptor):
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
         if self._shown is not None:
-            self.clock.has_means, self._shown = self._is_shown(self._shown, step, call.sample), None
+            self.clock.has_means, self._shown = self._is_shown(self._shown, step, call), None
         if power != ANCESTRAL:
             self._response = None  # no noise is added
         x = call.sample.float() * self.levels.scale(self.sigmas[step])
-        has_noise = self._response is not None and (step > 0 or not self._starts_without_signal)
-        noise = self._response.noise(step, x) if self._response is not None and has_noise else None
+        has_signal = step > 0 or not self._starts_without_signal
+        noise = self._response.noise(step, x) if self._response is not None and has_signal else None
         if step in self._skip:
             call, denoised = self._skip_step(step, x, noise, power, call)
         else:
             call, denoised = self._computed_step(step, x, noise, power, call)
-        if self._response is not None and has_noise:
+        if self._response is not None and noise is not None:
             self._response.passed(step, denoised)
         return proceed(call)
 
-    def _is_shown(self, shown: torch.Tensor, step: int, sample: torch.Tensor) -> bool:
-        """Whether the network got the step's sample, once or, for guidance, several times."""
+    def _is_shown(self, inputs: Inputs, step: int, call: StepCall) -> bool:
+        """Whether the network got the step's time and its sample, once or, for guidance, several times."""
+        shown, sample = inputs.hidden_states, call.sample
         if shown.shape[1:] != sample.shape[1:] or len(shown) % len(sample):
+            return False
+        times = inputs.timestep.float()
+        # Of a time in half precision only the leading digits are there.
+        if not torch.allclose(times, torch.full_like(times, float(call.timestep)), rtol=1e-2):
             return False
         expected = _copied(self.levels.preserved(sample, self.sigmas[step]), len(shown) // len(sample))
         rounding = 4 * max(torch.finfo(tensor.dtype).eps for tensor in (shown, sample, expected))
@@ -155,7 +166,8 @@ class StandIn(Interceptor):
         if led and newest.change is not None:
             told = told + led * newest.persists * newest.change
         if following > 0:
-            self._skipped = self._skipped or Skipped(power)
+            if self._skipped is None:
+                self._skipped = Skipped(power)
             self._skipped.add(sigma, following, x, told, led, 0.0 if noise is None else noise)
         output = self.levels.model_output(told, sigma, call.sample)
         return call.replaced(output.to(call.model_output.dtype)), told
@@ -167,9 +179,9 @@ class StandIn(Interceptor):
             return 0.0
         return strength * followed(self._earlier, self._level, self.sigmas[step])
 
-    def _foreseen(self, told: int, step: int, noise: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        """What the noise has done to D until `step`, as skipped step `told` asks for; None where nothing is known."""
-        strength = self.plan.correction.at(told).response
+    def _foreseen(self, asking: int, step: int, noise: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
+        """What the noise has done to D until `step`, as skipped step `asking` wants it; None where nothing is known."""
+        strength = self.plan.correction.at(asking).response
         if self._response is None or noise is None or not strength:
             return None
         foreseen = self._response.foreseen(step, noise)
@@ -181,8 +193,8 @@ class StandIn(Interceptor):
         """The call with a sample that has what the skipped steps before it lacked, and D."""
         sigma, mean = self.sigmas[step], self._mean
         denoised = self.levels.denoised(call.model_output, sigma, call.sample)
-        is_first = self._newest is None or self.plan.correction == Correction()
-        newest = Computed(step, denoised) if is_first else self._newest.then(step, denoised)  # type: ignore[union-attr]
+        follows = self._newest is not None and self.plan.correction != Correction()
+        newest = self._newest.then(step, denoised) if self._newest and follows else Computed(step, denoised)
         lost = self._lost(newest, noise)
         if lost is not None:
             if self._response is not None:
@@ -228,7 +240,7 @@ def _copied(latents: torch.Tensor, copies: int) -> torch.Tensor:
 def leaning(
     called: Sequence[int], share: Callable[[int, int, int], float], weight: Callable[[int], float]
 ) -> Dict[int, float]:
-    """By called step, what an error of D there makes of x: skipped steps behind it lean on it and on the next one.
+    """By called step, what an error of D there makes of x, with the skipped steps that lean on it.
 
     Args:
         share: of (start, step, end), how far D is taken to have moved at a step between two called ones.

@@ -158,7 +158,7 @@ def full_before(step: int, by_step: Dict[int, str], count: int = 2) -> List[int]
 
 
 def _square_of_skips(record: Record, by_step: Dict[int, str]) -> float:
-    """Of what response and corrector leave at skipped steps."""
+    """Of what response and a line leave at skipped steps; of that, means leave a share that the gain holds."""
     errors, end = {}, record.sigmas[max(by_step) + 1]
     for before, start, following in _skipping(record, by_step):
         foreseen = Foreseen(record, before, start)
