@@ -11,7 +11,7 @@ class Clock:
         step: `scheduler.step` calls since `set_timesteps`.
         forward: which of the step's forwards is running, from 0; guidance run as two forwards has a second one.
         has_branches: whether the batch is known to be [unconditional, conditional] and its halves may part.
-        has_means: whether the network gets the sample and the time as they are, so that it can be asked elsewhere.
+        has_means: whether the network can be asked at the mean of skipped steps.
         is_half: whether the running forward holds the conditional half only.
         was_half: whether a forward of this step did.
         thread: whose calls it counts; None for every thread's.

@@ -340,14 +340,19 @@ class Guided(Told):
         return x - sigma * (unconditional + self.scale * (conditional - unconditional))
 
 
-@pytest.mark.parametrize("action", ["c2", "c3"])
-@pytest.mark.parametrize("sampler", [EulerAncestralDiscreteScheduler, EulerDiscreteScheduler])
+@pytest.mark.parametrize(
+    "sampler, action",
+    [(EulerAncestralDiscreteScheduler, "c2"), (EulerAncestralDiscreteScheduler, "c3"), (EulerDiscreteScheduler, "c2"),
+     (EulerDiscreteScheduler, "c3"), (EulerDiscreteScheduler, "s2c2")],
+)  # fmt: skip
 def test_the_local_change_of_conditional_only_steps_is_that_of_a_network_that_does_not_answer_to_it(sampler, action):
     """Against a generation with the very same predictions of both branches in which one window leaves halves out."""
     moves = torch.randn(14, 2, *SHAPE, generator=torch.Generator().manual_seed(2))
     told, windows = moves.cumsum(0) / 10, Windows(2, 6, 2, 1)
     runs, log = [tiny.Watch(), tiny.Watch()], DenoisedLog()
     plan = plan_of([BY_NAME[action], PLAIN], windows)
+    # Not along the cycle that goes on before the window.
+    plan = replace(plan, skip=tuple(step for step in plan.skip if step >= windows.first))
     for watch, interceptors, own in zip(runs, ([log], []), (Plan(), plan)):
         pipeline = Guided(sampler(), None)
         pipeline.transformer, pipeline.predictions = Branches(told), pipeline.predict
@@ -359,7 +364,8 @@ def test_the_local_change_of_conditional_only_steps_is_that_of_a_network_that_do
     record = Record(torch.stack(log.rows), guidance, log.sigmas, torch.zeros(0), slopes, log.power)
     sizes = squared_sizes(record, BY_NAME[action], windows)[0]
     found = float((runs[1].calls[8].sample - runs[0].calls[8].sample).double().square().sum())
-    assert found == pytest.approx(sizes[HALF], rel=1e-3) and found > 0
+    # Two families at once: their squares add up as far as they have nothing in common.
+    assert found == pytest.approx(sizes[HALF] + sizes[SKIP], rel=0.35 if sizes[SKIP] else 1e-3) and found > 0
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])

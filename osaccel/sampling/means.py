@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the network is asked for a computed step and the skipped steps before it together: at their mean.
 
-In y = x / s^q and lam = s^-q (`osaccel.sampling.standin`) the plain run adds D_k m_k to y, m_k = lam_(k+1) - lam_k.
-D is smooth in (y, lam), whatever noise has moved y. So, in means by the masses m of the steps,
+For samplers that add noise. In y = x / s^2 and lam = s^-2 the plain run adds D_k m_k to y, m_k = lam_(k+1) - lam_k
+(`osaccel.sampling.standin` for the letters). D is smooth in (y, lam), whatever noise has moved y. So, in means by the
+masses m of the steps,
 
     sum of D_k m_k = D(mean of y, mean of lam) sum of m
 
-but for second derivatives of D: the noise, of which no line through some of the D_k knows, is in the mean of y. For an
-ancestral sampler y = lam x0 + W(lam), W of variance lam, and the mean of W has less than the mean of lam, v = sum of
+but for second derivatives of D: the noise, of which no line through some of the D_k knows, is in the mean of y. Here
+y = lam x0 + W(lam), W of variance lam, and the mean of W has less than the mean of lam, v = sum of
 m_i m_j min(lam_i, lam_j) / (sum of m)^2. What the second derivatives come to is made good by scaling the noise, x less
 the newest D, to the deviation of its level, so that the network sees what it was trained on (docs/correction.md).
 """
@@ -16,8 +17,6 @@ import math
 from typing import Any, List, NamedTuple
 
 import torch
-
-from osaccel.schedule import ANCESTRAL
 
 
 def evenly(start: float, sigma: float, end: float) -> float:
@@ -83,7 +82,6 @@ class Skipped:
         total = sum(masses)
         mean = sum(m * lam for m, lam in zip(masses, places)) / total
         at = (self._y + mass * place * x) / (total * mean)
-        if self.power == ANCESTRAL:
-            left = sum(m * n * min(a, b) for m, a in zip(masses, places) for n, b in zip(masses, places)) / total**2
-            at = torch.lerp(denoised, at, math.sqrt(mean / left))
+        left = sum(m * n * min(a, b) for m, a in zip(masses, places) for n, b in zip(masses, places)) / total**2
+        at = torch.lerp(denoised, at, math.sqrt(mean / left))
         return Mean(at, mean ** (-1 / self.power), (self._noise + mass * noise) / total)

@@ -126,7 +126,9 @@ class StandIn(Interceptor):
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
         if self._shown is not None:
-            self.clock.has_means, self._shown = self._is_shown(self._shown, step, call), None
+            # Without noise D is smooth along the run, and nothing is hidden from a line.
+            self.clock.has_means = power == ANCESTRAL and self._is_shown(self._shown, step, call)
+            self._shown = None
         if power != ANCESTRAL:
             self._response = None  # no noise is added
         x = call.sample.float() * self.levels.scale(self.sigmas[step])

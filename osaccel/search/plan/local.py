@@ -18,7 +18,7 @@ from osaccel.sampling.corrected import persistence
 from osaccel.sampling.means import evenly
 from osaccel.sampling.response import answer, slope_behind
 from osaccel.sampling.standin import followed, leaning
-from osaccel.schedule import FLOW
+from osaccel.schedule import ANCESTRAL, FLOW
 from osaccel.search.plan.actions import BY_NAME, FORECAST, FULL, HALF, REFERENCES, REUSE, SKIP, Action, Windows, kinds
 
 
@@ -119,8 +119,8 @@ def _weights(record: Record, by_step: Dict[int, str]) -> Dict[int, float]:
     """What an error of D at a computed step makes of x at the window's end: skipped steps lean on it too."""
 
     def share(start: int, step: int, end: int) -> float:
-        is_last = end + 1 >= len(record.sigmas) or record.sigmas[end + 1] <= 0
-        return _share(record, start, step, end) if is_last else float(step > start)
+        is_mean = record.power == ANCESTRAL and end + 1 < len(record.sigmas) and record.sigmas[end + 1] > 0
+        return float(step > start) if is_mean else _share(record, start, step, end)
 
     return leaning(_called(by_step), share, functools.partial(_weight, record, end=record.sigmas[max(by_step) + 1]))
 
