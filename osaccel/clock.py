@@ -12,6 +12,7 @@ class Clock:
         forward: which of the step's forwards is running, from 0; guidance run as two forwards has a second one.
         has_branches: whether the batch is known to be [unconditional, conditional] and its halves may part.
         has_means: whether the network can be asked at the mean of skipped steps.
+        asked_level: the noise level at which the network was asked at this step, where that is not the step's own.
         is_half: whether the running forward holds the conditional half only.
         was_half: whether a forward of this step did.
         thread: whose calls it counts; None for every thread's.
@@ -25,6 +26,7 @@ class Clock:
     def restart(self) -> None:
         """A generation begins."""
         self.step, self.forward = 0, -1
+        self.asked_level: Optional[float] = None
         self.has_branches = self.has_means = self.is_half = self.was_half = False
 
     def begin_forward(self) -> None:
@@ -32,4 +34,4 @@ class Clock:
         self.forward += 1
 
     def end_step(self) -> None:
-        self.step, self.forward, self.was_half = self.step + 1, -1, False
+        self.step, self.forward, self.was_half, self.asked_level = self.step + 1, -1, False, None

@@ -28,7 +28,9 @@ class Network(nn.Module):
     def forward(self, hidden_states, timestep=None, return_dict=True):
         times = timestep.expand(len(hidden_states)).double()
         self.times.append(timestep)
-        parts = zip(self.branches * 2, hidden_states.chunk(2), times.chunk(2))
+        # At conditional-only steps the second branch runs alone.
+        branches = self.branches[-(len(hidden_states) // self.sampler[0].shape[0]) :]
+        parts = zip(branches, hidden_states.chunk(len(branches)), times.chunk(len(branches)))
         told = torch.cat([self._told(branch, part, float(time[0])) for branch, part, time in parts])
         output = torch.cat([told, torch.zeros_like(told[:, : self.variances])], 1)
         return (output,) if not return_dict else output
@@ -67,7 +69,7 @@ def damped(change, before):
     return (2 + 2 * r).clamp(0, 1).reshape(-1, *[1] * (change.dim() - 1))
 
 
-def written_out(sigmas, denoiser, first, noises, power, skip, correction):
+def written_out(sigmas, denoiser, first, noises, power, skip, correction, rounded=lambda level: level):
     """By hand, in y = x / s^q and lam = s^-q; `path` is the noise alone, which nothing here has to find out."""
     y, path, known, group, slope = first.double() * sigmas[0] ** -power, 0.0, [], [], None
     for k in range(len(sigmas) - 1):
@@ -89,7 +91,8 @@ def written_out(sigmas, denoiser, first, noises, power, skip, correction):
                 level, then = mean ** (-1 / power), sum(m * z for m, _, _, _, z in points) / total
                 at = sum(m * y_ for m, _, y_, *_ in points) / total / mean
                 variance = sum(m * n * min(a, b) for m, a, *_ in points for n, b, *_ in points) / total**2
-                at = known[-1][0] + (at - known[-1][0]) * math.sqrt(mean / variance)
+                scale = math.sqrt(mean / variance) * rounded(level) / level
+                at, level = known[-1][0] + (at - known[-1][0]) * scale, rounded(level)
             told = denoiser(at, level)
             change = told - known[-1][0] if known else None
             if group and corrector:
@@ -135,8 +138,13 @@ def case(name, guidance, **options):
 def test_skipped_steps_equal_a_loop_written_out(name, guidance, correction):
     pipeline, power = case(name, guidance)
     sigmas, first, noises = parts_of(pipeline, 16)
+    levels = NoiseLevels(pipeline.scheduler)
+
+    def rounded(level):
+        return levels.sigma(round(levels.timestep(level))) if "DDPM" in name else level
+
     for skip in (SKIP, (2, 3, 12, 13, 14)):
-        expected = written_out(sigmas, pipeline.denoiser, first, noises, power, skip, correction)
+        expected = written_out(sigmas, pipeline.denoiser, first, noises, power, skip, correction, rounded)
         output = sampled(pipeline, 16, correction, skip=skip)
         torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
         effect = (expected - sampled(pipeline, 16, skip=skip)).abs().max()
@@ -152,15 +160,15 @@ def test_however_the_network_is_called(way, variances):
     assert torch.equal(output, expected)
 
 
-def test_whole_timesteps_are_asked_between():
-    """DDPM counts time in whole numbers; a mean lies between."""
+def test_whole_timesteps_stay_whole():
+    """DDPM counts time in whole numbers, and a network may look something up by them; a mean lies between."""
     pipeline, _ = case("DDPM", 4.0)
     sampled(pipeline, 16, UNDER_SKIP, skip=SKIP)
-    dtypes = [time.dtype for time in pipeline.transformer.times]
-    assert dtypes[0] == torch.int64 and dtypes[1] == torch.float32
+    times = pipeline.transformer.times
+    assert {time.dtype for time in times} == {torch.int64}
+    assert not {int(time[0]) for time in times} <= set(pipeline.scheduler.timesteps.tolist())
     levels = NoiseLevels(pipeline.scheduler)
     assert levels.sigma(levels.timestep(2.5)) == pytest.approx(2.5)
-    assert any(float(time[0]) % 1 for time in pipeline.transformer.times)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -268,3 +276,38 @@ def test_a_video_is_as_it_is_alone():
         patched.setattr(torch, "randn", of_the_first)
         output = sampled(alone, 16, UNDER_SKIP, skip=SKIP)
     torch.testing.assert_close(output, expected[:1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_exact_forecast_of_the_branches_difference_moves_nothing():
+    """The branches differ by the same at all levels: conditional-only steps beside skipped ones cost nothing."""
+    found = []
+    for half in ((), (4, 7, 10, 13)):
+        pipeline, _ = case("EulerAncestral", 4.0)
+
+        def apart(x, sigma, denoiser=pipeline.transformer.branches[1]):
+            return denoiser(x, sigma) + 0.05 * sigma
+
+        pipeline.transformer.branches[0] = apart
+        plan = Plan(steps=16, skip=(2, 5, 8, 11), conditional_only=half, correction=UNDER_SKIP)
+        with Generation(pipeline, plan, TARGET):
+            found.append(pipeline(16))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+def test_forwards_with_other_latents_than_the_sample_are_not_asked_at_means():
+    """As a pipeline that also asks for degraded latents does."""
+    pipeline, _ = case("EulerAncestral", 4.0)
+    line = Sampler(pipeline.scheduler, pipeline.denoiser, shape=SHAPE)
+    expected, predict = sampled(line, 16, UNDER_SKIP, skip=SKIP), pipeline.predict
+
+    def with_another(latents, t):
+        predict(0.5 * latents, t)
+        return predict(latents, t)
+
+    def behind_it(latents, t):
+        told = predict(latents, t)
+        predict(0.5 * latents, t)
+        return told
+
+    for pipeline.predict in (with_another, behind_it):
+        torch.testing.assert_close(sampled(pipeline, 16, UNDER_SKIP, skip=SKIP), expected, rtol=1e-4, atol=1e-3)

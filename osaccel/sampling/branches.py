@@ -32,7 +32,10 @@ from osaccel.schedule import refusal
 
 
 class _Full(NamedTuple):
-    """A full step: the difference of the branches there, D, and its change since the full step before; (N, C, ...)."""
+    """A full step: the difference of the branches as the network gave it, D, and its change since the full step before.
+
+    Tensors are (N, C, ...).
+    """
 
     step: int
     difference: torch.Tensor
@@ -111,6 +114,11 @@ class CorrectedBranches(Interceptor):
         unconditional, conditional = output.float().chunk(2)
         return unconditional, conditional - unconditional
 
+    def _own(self, step: int) -> float:
+        """How much larger a change of the network's own output is than as it is said, where it was asked elsewhere."""
+        asked = self.clock.asked_level
+        return 1.0 if asked is None else self.levels.slope(self.sigmas[step]) / self.levels.slope(asked)
+
     def _has_signal(self, step: int) -> bool:
         """Whether x holds more than noise; with zero terminal SNR the first one does not."""
         return step > 0 or not self._starts_without_signal
@@ -121,7 +129,8 @@ class CorrectedBranches(Interceptor):
             return  # nothing before it is known, or nothing will put it right
         if not self._weights:
             self._weights = self._leaning(power)
-        weight = self.levels.slope(self.sigmas[step]) * self._weights[step]
+        own = self._own(step)
+        difference, weight = own * difference, self.levels.slope(self.sigmas[step]) / own * self._weights[step]
         share = self._share(self._newest.step, step, self._full[place])
         taken, begun, ended = self._taken
         self._taken = _Taken(taken + weight * difference, begun + weight * (1 - share), ended + weight * share)
@@ -133,12 +142,13 @@ class CorrectedBranches(Interceptor):
         sigma, sample, last, taken = self.sigmas[step], call.sample, self._newest, self._taken
         denoised = self.levels.denoised(call.model_output, sigma, sample)
         change = None if last is None else denoised - last.denoised
-        self._newest, self._taken = _Full(step, difference, denoised, change), _Taken()
+        own = self._own(step)
+        self._newest, self._taken = _Full(step, own * difference, denoised, change), _Taken()
         if last is None or change is None or not isinstance(taken.difference, torch.Tensor):
             return call
         scale = slope_on(difference, call.model_output.float() - unconditional)
         strength = persistence(change, last.change) * (scale - 1)
-        lost = strength * (taken.begun * last.difference + taken.ended * difference - taken.difference)
+        lost = strength * (taken.begun * last.difference + taken.ended * own * difference - taken.difference)
         sample = (sample.float() + sigma**power / self.levels.scale(sigma) * lost).to(sample.dtype)
         return call.replaced(self.levels.model_output(denoised, sigma, sample).to(call.model_output.dtype), sample)
 

@@ -37,6 +37,10 @@ class Mean(NamedTuple):
     sigma: float
     noise: Any
 
+    def scaled(self, sigma: float, denoised: torch.Tensor) -> "Mean":
+        """The same with the noise of another level, near by; denoised: the newest D."""
+        return self._replace(x=torch.lerp(denoised, self.x, sigma / self.sigma), sigma=sigma)
+
 
 class Skipped:
     """The steps skipped since the newest computed one; sums of three latents, float32.

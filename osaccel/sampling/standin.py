@@ -12,7 +12,7 @@ noise; and whatever D should have been over steps that are past can be made good
 """
 
 import math
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
@@ -57,8 +57,8 @@ class StandIn(Interceptor):
         self._skipped: Optional[Skipped] = None
         self._mean: Optional[Mean] = None
         self._response: Optional[Response] = None
-        # What the network got when its batch had other rows than before, until the sample is known.
-        self._shown: Optional[Inputs] = None
+        # All that the network got at a step at which its batch had other rows than before, until the sample is known.
+        self._shown: List[Inputs] = []
         self._shown_rows = 0
         self._blank: Any = None
         self._rows: Optional[int] = None
@@ -80,9 +80,9 @@ class StandIn(Interceptor):
             rows = len(blank) * (rows_of(args, kwargs) or 1) // (self._rows or 1)
             return with_prediction(self._blank, blank[:1].expand(rows, *blank.shape[1:]))
         inputs = inputs_of(proceed, args, kwargs)
-        if inputs is not None and len(inputs.hidden_states) != self._shown_rows:
-            self._shown, self._shown_rows = inputs, len(inputs.hidden_states)
-        if inputs is not None and self._shown is None and self._asks_at_mean():
+        if inputs is not None and (self._shown or len(inputs.hidden_states) != self._shown_rows):
+            self._shown, self._shown_rows = [*self._shown, inputs], len(inputs.hidden_states)
+        if inputs is not None and not self._shown and self._asks_at_mean():
             output = self._at_mean(proceed, args, kwargs, inputs)
         else:
             output = proceed(*args, **kwargs)
@@ -107,11 +107,10 @@ class StandIn(Interceptor):
         copies, x = len(hidden) // videos, hidden[:videos].float() * math.sqrt(1 + sigma**2)
         noise = 0.0 if self._response is None else self._response.noise(step, x)
         mean = self._skipped.with_step(sigma, self.sigmas[step + 1], x, noise, self._newest.denoised)
-        self._mean = mean
+        mean = mean.scaled(self.levels.sigma(self._time(mean.sigma, inputs)), self._newest.denoised)
+        self._mean, self.clock.asked_level = mean, mean.sigma
         shown = (mean.x / math.sqrt(1 + mean.sigma**2)).to(hidden.dtype)
-        # A mean lies between whole numbers.
-        dtype = inputs.timestep.dtype if inputs.timestep.is_floating_point() else torch.float32
-        time = torch.full_like(inputs.timestep, self.levels.timestep(mean.sigma), dtype=dtype)
+        time = torch.full_like(inputs.timestep, self._time(mean.sigma, inputs))
         args, kwargs = with_inputs(proceed, args, kwargs, Inputs(_copied(shown, copies), time))
         output = proceed(*args, **kwargs)
         prediction = prediction_of(output)
@@ -121,14 +120,19 @@ class StandIn(Interceptor):
         told = self.levels.model_output(denoised, sigma, _copied(x / self.levels.scale(sigma), copies)).to(told.dtype)
         return with_prediction(output, torch.cat([told, rest], 1))
 
+    def _time(self, sigma: float, inputs: Inputs) -> float:
+        """Of a level, in whole numbers where the network gets such."""
+        time = self.levels.timestep(sigma)
+        return time if inputs.timestep.is_floating_point() else round(time)
+
     # The scheduler
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)
-        if self._shown is not None:
+        if self._shown:
             # Without noise D is smooth along the run, and nothing is hidden from a line.
-            self.clock.has_means = power == ANCESTRAL and self._is_shown(self._shown, step, call)
-            self._shown = None
+            self.clock.has_means = power == ANCESTRAL and all(self._is_shown(one, step, call) for one in self._shown)
+            self._shown = []
         if power != ANCESTRAL:
             self._response = None  # no noise is added
         x = call.sample.float() * self.levels.scale(self.sigmas[step])
@@ -147,9 +151,10 @@ class StandIn(Interceptor):
         shown, sample = inputs.hidden_states, call.sample
         if shown.shape[1:] != sample.shape[1:] or len(shown) % len(sample):
             return False
-        times = inputs.timestep.float()
+        times, sigma = inputs.timestep.float(), self.sigmas[step]
+        time = self.levels.timestep(sigma) if math.isfinite(sigma) else float(call.timestep)
         # Of a time in half precision only the leading digits are there.
-        if not torch.allclose(times, torch.full_like(times, float(call.timestep)), rtol=1e-2):
+        if not torch.allclose(times, torch.full_like(times, time), rtol=1e-2, atol=1.0):
             return False
         expected = _copied(self.levels.preserved(sample, self.sigmas[step]), len(shown) // len(sample))
         rounding = 4 * max(torch.finfo(tensor.dtype).eps for tensor in (shown, sample, expected))
