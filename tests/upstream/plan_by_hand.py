@@ -169,9 +169,12 @@ class ByHand:
     def put_right(self, output, x):
         """What x lacks at a full step as guidance added something else at the conditional-only steps before it."""
         sigmas, e = self.pipeline.scheduler.sigmas.double().tolist(), self.step
-        added, denoised = output - self.conditional[:, : output.shape[1]], x - sigmas[e] * output
+        level = sigmas[e] if self.mean is None else self.mean[1]
+        # As the network gave it where it was asked.
+        added = sigmas[e] / level * (output - self.conditional[:, : output.shape[1]])
+        denoised = x - sigmas[e] * output
         if e in self.plan.get("conditional_only", []):
-            self.taken[e] = added
+            self.taken[e] = added, level
             return 0.0
         taken, self.taken = self.taken, {}
         self.full.append((e, added, denoised))
@@ -179,9 +182,9 @@ class ByHand:
             return 0.0
         (p, first, last), called = self.full[-2], [k for k in range(e + 1) if k not in self.plan.get("skip", [])]
         lost = dict.fromkeys(called, 0.0)
-        for k, forecast in taken.items():
+        for k, (forecast, level) in taken.items():
             share = math.log(sigmas[p] / sigmas[k]) / math.log(sigmas[p] / sigmas[e])
-            lost[k] = -sigmas[k] * ((1 - share) * first + share * added - forecast)
+            lost[k] = -level * ((1 - share) * first + share * added - forecast)
         total, strength = 0.0, self.plan.get("correction", {}).get("corrector", 0.0)
         for k in range(p, e):
             i, j = max(step for step in called if step <= k), min(step for step in called if step > k)

@@ -10,6 +10,8 @@ FORMAT = {"format": "osaccel.plan/1", "steps": 8}
 PLANS = {
     "skip": {**FORMAT, "skip": [2, 4, 5]},
     "corrected": {**FORMAT, "skip": [2, 4, 5], "correction": {"corrector": 1, "response": 1}},
+    "corrected, both": {**FORMAT, "skip": [2, 5], "conditional_only": [3],
+                        "correction": {"corrector": 1, "response": 1}},
     "conditional only": {**FORMAT, "conditional_only": [2, 3, 5, 7]},
     "regions": {**FORMAT, "regions": [{"start": 1, "stop": 3, "reuse": [2, 4, 6]},
                                       {"start": 3, "stop": 6, "reuse": [3, 5, 6], "order": 1}]},
