@@ -139,8 +139,8 @@ class CorrectedBranches(Interceptor):
         self, step: int, unconditional: torch.Tensor, difference: torch.Tensor, power: float, call: StepCall
     ) -> StepCall:
         """The call of a full step with the same D, at an x that has what it lacks."""
-        sigma, sample, last, taken = self.sigmas[step], call.sample, self._newest, self._taken
-        denoised = self.levels.denoised(call.model_output, sigma, sample)
+        sigma, last, taken = self.sigmas[step], self._newest, self._taken
+        denoised = self.levels.denoised(call.model_output, sigma, call.sample)
         change = None if last is None else denoised - last.denoised
         own = self._own(step)
         self._newest, self._taken = _Full(step, own * difference, denoised, change), _Taken()
@@ -149,8 +149,7 @@ class CorrectedBranches(Interceptor):
         scale = slope_on(difference, call.model_output.float() - unconditional)
         strength = persistence(change, last.change) * (scale - 1)
         lost = strength * (taken.begun * last.difference + taken.ended * own * difference - taken.difference)
-        sample = (sample.float() + sigma**power / self.levels.scale(sigma) * lost).to(sample.dtype)
-        return call.replaced(self.levels.model_output(denoised, sigma, sample).to(call.model_output.dtype), sample)
+        return self.levels.moved(call, denoised, sigma, power, lost)
 
     def _leaning(self, power: float) -> Dict[int, float]:
         """What an error of D at a called step makes of x / s^q."""

@@ -41,11 +41,11 @@ class Computed(NamedTuple):
         return allowed(self.agreement, UNSTABLE)
 
 
-class Corrected(Interceptor):
-    """Corrects what goes to the scheduler; keeps a denoised prediction and its last change, float32.
+class OfPlan(Interceptor):
+    """What a plan does to the calls of a scheduler whose step freezes D; the base of those that do it.
 
     Args:
-        plan: its `correction` is what is done here.
+        plan: its `skip` and `correction` say what.
         clock: of the generation.
 
     Raises:
@@ -56,17 +56,21 @@ class Corrected(Interceptor):
         self.plan, self.clock = plan, clock
         self.close()
 
-    def close(self) -> None:
-        self._newest: Optional[Computed] = None
-        # How far the newest step was told that D follows its change, before `persists`.
-        self._followed = 0.0
-
     def begin(self, scheduler: Any) -> None:
         self.close()
         check_scheduler(scheduler)
         self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
         self.sigmas = self.levels.of_steps()
         self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
+
+
+class Corrected(OfPlan):
+    """Corrects what goes to the scheduler; keeps a denoised prediction and its last change, float32."""
+
+    def close(self) -> None:
+        self._newest: Optional[Computed] = None
+        # How far the newest step was told that D follows its change, before `persists`.
+        self._followed = 0.0
 
     def step(self, proceed: Callable[[StepCall], Any], call: StepCall) -> Any:
         step, power = self.clock.step, power_of(self.scheduler, call)

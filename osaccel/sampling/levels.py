@@ -11,6 +11,8 @@ from typing import Any, List, Sequence
 import numpy as np
 import torch
 
+from osaccel.interceptors import StepCall
+
 
 def checked_timesteps(timesteps: Sequence[float], num_train_timesteps: int, minimum: int = 1) -> np.ndarray:
     """The list as the schedulers store it: float32, clipped to [0, num_train_timesteps - 1], strictly descending.
@@ -108,6 +110,11 @@ class NoiseLevels:
             signal = 1 / math.sqrt(1 + sigma * sigma)
             return (self.preserved(sample, sigma) * signal - denoised) / math.sqrt(1 - signal * signal)
         return denoised
+
+    def moved(self, call: StepCall, denoised: torch.Tensor, sigma: float, power: float, lost: torch.Tensor) -> StepCall:
+        """The call of a step at level `sigma` with the same D, at an x that has what x / s^q lost, (N, C, ...)."""
+        sample = (call.sample.float() + sigma**power / self.scale(sigma) * lost).to(call.sample.dtype)
+        return call.replaced(self.model_output(denoised, sigma, sample).to(call.model_output.dtype), sample)
 
     def slope(self, sigma: float) -> float:
         """How far D moves with the model output at a noise level."""

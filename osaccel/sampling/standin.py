@@ -17,13 +17,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from osaccel.clock import Clock
-from osaccel.interceptors import Interceptor, StepCall
+from osaccel.interceptors import StepCall
 from osaccel.network.forwards import Inputs, inputs_of, prediction_of, rows_of, with_inputs, with_prediction
 from osaccel.plan import Correction, Plan
-from osaccel.sampling.corrected import Computed, allowed
-from osaccel.sampling.levels import NoiseLevels
+from osaccel.sampling.corrected import Computed, OfPlan, allowed
 from osaccel.sampling.means import Mean, Skipped
-from osaccel.sampling.powers import check_scheduler, power_of
+from osaccel.sampling.powers import power_of
 from osaccel.sampling.response import Response
 from osaccel.schedule import ANCESTRAL
 
@@ -31,24 +30,16 @@ from osaccel.schedule import ANCESTRAL
 UNSTABLE_MEANS = -1.0
 
 
-class StandIn(Interceptor):
+class StandIn(OfPlan):
     """Keeps the network from being called at skipped steps, and asks it at their mean at the computed step behind them.
 
     Keeps up to nine latents, float32, while the network runs at a mean: the newest D and its change, three sums, the
     mean and its noise, and two of the response.
-
-    Args:
-        plan: its `skip` and `correction` are what is done here.
-        clock: of the generation.
-
-    Raises:
-        UnsupportedScheduler: `begin`: the scheduler's step does not freeze D, or not with these options.
     """
 
     def __init__(self, plan: Plan, clock: Clock):
-        self.plan, self.clock = plan, clock
+        super().__init__(plan, clock)
         self._skip = frozenset(plan.skip)
-        self.close()
 
     def close(self) -> None:
         self._newest: Optional[Computed] = None
@@ -64,11 +55,7 @@ class StandIn(Interceptor):
         self._rows: Optional[int] = None
 
     def begin(self, scheduler: Any) -> None:
-        self.close()
-        check_scheduler(scheduler)
-        self.scheduler, self.levels = scheduler, NoiseLevels(scheduler)
-        self.sigmas = self.levels.of_steps()
-        self._starts_without_signal = bool(scheduler.config.get("rescale_betas_zero_snr"))
+        super().begin(scheduler)
         self._response = Response(self.sigmas) if self.plan.correction.responds else None
 
     # The network
@@ -107,11 +94,12 @@ class StandIn(Interceptor):
         copies, x = len(hidden) // videos, hidden[:videos].float() * math.sqrt(1 + sigma**2)
         noise = 0.0 if self._response is None else self._response.noise(step, x)
         mean = self._skipped.with_step(sigma, self.sigmas[step + 1], x, noise, self._newest.denoised)
-        mean = mean.scaled(self.levels.sigma(self._time(mean.sigma, inputs)), self._newest.denoised)
+        time = self._time(mean.sigma, inputs)
+        mean = mean.scaled(self.levels.sigma(time), self._newest.denoised)
         self._mean, self.clock.asked_level = mean, mean.sigma
         shown = (mean.x / math.sqrt(1 + mean.sigma**2)).to(hidden.dtype)
-        time = torch.full_like(inputs.timestep, self._time(mean.sigma, inputs))
-        args, kwargs = with_inputs(proceed, args, kwargs, Inputs(_copied(shown, copies), time))
+        told_time = torch.full_like(inputs.timestep, time)
+        args, kwargs = with_inputs(proceed, args, kwargs, Inputs(_copied(shown, copies), told_time))
         output = proceed(*args, **kwargs)
         prediction = prediction_of(output)
         # Behind a prediction's channels are learned variances, where there are any.
@@ -206,10 +194,7 @@ class StandIn(Interceptor):
         if lost is not None:
             if self._response is not None:
                 self._response.moved(lost)
-            sample = call.sample.float() + sigma**power / self.levels.scale(sigma) * lost
-            sample = sample.to(call.sample.dtype)
-            output = self.levels.model_output(denoised, sigma, sample)
-            call = call.replaced(output.to(call.model_output.dtype), sample)
+            call = self.levels.moved(call, denoised, sigma, power, lost)
         if self._response is not None and noise is not None:
             # The slope is asked for at skipped steps only, which begin behind the computed step that measures it.
             change = newest.change if step + 1 in self._skip else None
